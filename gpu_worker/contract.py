@@ -1,0 +1,222 @@
+"""What a GPU worker is asked and what it answers.
+
+The scheduler and the worker share this module and nothing else. It is standard library only, its
+values are frozen, and everything in it survives pickling between releases that agree on these names.
+
+Every message to a worker carries the scheduler's epoch and names an attempt by id and token: a worker
+refuses an epoch older than the newest it has seen, and a result without the right token matches no row
+and is dropped.
+
+Times are integers in milliseconds; ids are UUIDs as text, except for a worker's, which is the stable
+name of its slot (`node-a/gpu-0`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class RenderKind(StrEnum):
+    """What the engine does. A reroll is resolved to one of these before it reaches a worker."""
+
+    IMAGINE = "imagine"
+    VARIATION = "variation"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceImage:
+    """The picture a variation starts from."""
+
+    job_id: str
+    index: int
+    """1 to 4."""
+    latents_path: str
+    """The grid latents of the source job, relative to the artifact store's root."""
+    strength_permille: int
+    """How far to go from it: 0 keeps the picture, 1000 forgets it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RenderSpec:
+    """Everything that decides a picture's bits, given device type and software."""
+
+    kind: RenderKind
+    model: str
+    prompt: str
+    """Text for the model, without parameters."""
+    width: int
+    height: int
+    steps: int
+    guidance_milli: int
+    seed: int
+    """Seed of the job; each image's own seed is derived from it."""
+    images: int = 4
+    source: SourceImage | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RenderRequest:
+    """One attempt at one job, given to one worker."""
+
+    job_id: str
+    attempt_id: str
+    token: str
+    """Random; the fence of this attempt."""
+    epoch: int
+    tier: str
+    """`fast` or `relax`: which use of the GPU its time is counted under."""
+    spec: RenderSpec
+    file_stem: str
+    """Image files are named `<job_id>_<file_stem>_<index>.png`."""
+
+
+class Outcome(StrEnum):
+    """How an attempt ended, as the worker saw it. A lost attempt has no result, so it is not here."""
+
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class Blame(StrEnum):
+    """Whose fault a failure was. Only the platform's is tried again."""
+
+    NONE = "none"
+    CLIENT = "client"
+    PLATFORM = "platform"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageTimes:
+    """Device time of one attempt by stage. Loading a model is the fleet's cost, not the attempt's."""
+
+    encode_ms: int = 0
+    denoise_ms: int = 0
+    decode_ms: int = 0
+
+    @property
+    def gpu_ms(self) -> int:
+        """What is measured for the attempt: the sum of its stages."""
+        return self.encode_ms + self.denoise_ms + self.decode_ms
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFile:
+    """One finished picture in the artifact store."""
+
+    index: int
+    """1 to 4."""
+    path: str
+    """Relative to the artifact store's root."""
+    file_name: str
+    content_type: str
+    size_bytes: int
+    sha256: str
+    width: int
+    height: int
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttemptResult:
+    """The end of an attempt. The worker keeps it until the scheduler acknowledges its settlement."""
+
+    job_id: str
+    attempt_id: str
+    token: str
+    incarnation: str
+    """UUID of the worker's process start."""
+    outcome: Outcome
+    times: StageTimes
+    load_ms: int = 0
+    """Time this attempt waited for its model to load; billed to nobody."""
+    images: tuple[ImageFile, ...] = ()
+    latents_path: str | None = None
+    """The grid latents, from which variations start."""
+    receipt: Mapping[str, object] = field(default_factory=dict)
+    """What is needed to make the same bits again; JSON values only."""
+    blame: Blame = Blame.NONE
+    failure_reason: str | None = None
+    """Stable, upper case: MODEL_MISSING, MODEL_UNUSABLE, OUT_OF_MEMORY, ENGINE_ERROR,
+    ARTIFACTS_UNAVAILABLE, SOURCE_MISSING."""
+    failure_sentence: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActiveRun:
+    """The run a worker has in hand."""
+
+    job_id: str
+    attempt_id: str
+    token: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuTime:
+    """Wall time of the GPU thread since the worker's process started, by use: a closed account.
+
+    Time of an attempt is open until the scheduler has acknowledged or forgotten its result, since only
+    then is it known whether it was of use. So all but `open_ms` only grow, and together they are the wall
+    time.
+    """
+
+    fast_ms: int = 0
+    relax_ms: int = 0
+    load_ms: int = 0
+    wasted_ms: int = 0
+    """Of failed and of forgotten attempts."""
+    idle_ms: int = 0
+    open_ms: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerReport:
+    """What a worker is and has, asked by each new scheduler and sent with each heartbeat."""
+
+    worker_id: str
+    incarnation: str
+    release: str
+    epoch: int
+    """The newest epoch it has seen."""
+    device: str
+    """Device type: the GPU model, or the CPU's instruction set and thread count."""
+    speed_permille: int
+    """Speed against the reference class: 1000 is 1."""
+    memory_bytes: int
+    memory_used_bytes: int
+    warm_models: tuple[str, ...]
+    active: ActiveRun | None
+    unacknowledged: tuple[AttemptResult, ...]
+    gpu_time: GpuTime
+    healthy: bool = True
+    sentence: str = ""
+    """Why it is not healthy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heartbeat:
+    """The answer of a long poll: at once when an attempt ended or the models changed, else after a while."""
+
+    report: WorkerReport
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far an attempt is, for whoever watches. Only the newest matters."""
+
+    attempt_id: str
+    step: int
+    steps: int
+    preview: bytes = b""
+    """The grid so far as one picture; empty when no preview is due."""
+    preview_content_type: str = ""
+
+
+class StaleEpoch(Exception):
+    """The caller's epoch is older than one this worker has seen: another scheduler leads, stop acting."""
+
+
+class WorkerBusy(Exception):
+    """The worker has another attempt in hand: ask it for a report and look again."""
