@@ -1,0 +1,175 @@
+"""The arithmetic of the ledger, without a database: which lot is taken from, and what is written for it.
+
+Lots and entries are plain values. What is decided here is stored by `journal`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from enum import StrEnum
+from uuid import UUID
+
+_NEVER = datetime.max.replace(tzinfo=UTC)
+
+GPU_MS = "gpu_ms"
+"""The unit of time entries. The unit of money entries is their currency."""
+
+ISSUED = "issued"
+PLATFORM = "platform"
+CONSUMED = "consumed"
+CONSUMED_RELAX = "consumed_relax"
+REVOKED = "revoked"
+ABSORBED = "absorbed"
+REVENUE = "revenue"
+
+
+def lot_account(lot_id: int) -> str:
+    """Return the journal's name of a lot."""
+    return f"lot/{lot_id}"
+
+
+def metered_account(account_id: str) -> str:
+    """Return the journal's name of what an account owes beyond its lots."""
+    return f"metered/{account_id}"
+
+
+class Source(StrEnum):
+    """Where a lot's time came from."""
+
+    PLAN = "plan"
+    PRORATION = "proration"
+    PROMO = "promo"
+    REFUND = "refund"
+    ADMIN = "admin"
+    PURCHASE = "purchase"
+
+
+# What is lost soonest if unused burns first, and what was paid for by itself burns last. A change of plan and
+# a refund replace plan time, so they burn with it.
+PRIORITY: Mapping[Source, int] = {
+    Source.PROMO: 10,
+    Source.PLAN: 20,
+    Source.PRORATION: 20,
+    Source.REFUND: 20,
+    Source.ADMIN: 30,
+    Source.PURCHASE: 40,
+}
+
+
+class Kind(StrEnum):
+    """What an entry does to its amount: moves it, sets it aside, or ends what was set aside."""
+
+    POST = "post"
+    PENDING = "pending"
+    POST_PENDING = "post_pending"
+    VOID_PENDING = "void_pending"
+
+
+class Code(StrEnum):
+    """Why an entry was made."""
+
+    PERIOD = "period"
+    PLAN_CHANGE = "plan_change"
+    ADMIN = "admin"
+    HOLD = "hold"
+    SETTLE = "settle"
+    OVERRUN = "overrun"
+    METERED_TIME = "metered_time"
+    RELAX = "relax"
+    ABSORBED = "absorbed"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """One row of the journal: `amount` of `unit` from `debit` to `credit`."""
+
+    kind: Kind
+    code: Code
+    account_id: str
+    debit: str
+    credit: str
+    amount: int
+    at: datetime
+    unit: str = GPU_MS
+    job_id: UUID | None = None
+    attempt_id: UUID | None = None
+    leg: int = 0
+    lot_id: int | None = None
+    pending_id: int | None = None
+    audit_id: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lot:
+    """Time granted to an account for one span, and what has become of it."""
+
+    lot_id: int
+    account_id: str
+    source: Source
+    priority: int
+    effective_at: datetime
+    expires_at: datetime | None
+    granted_ms: int
+    used_ms: int
+    held_ms: int
+    expired_ms: int
+    revoked_ms: int
+
+    @property
+    def available_ms(self) -> int:
+        """What can still be taken, while the lot lives."""
+        return self.granted_ms - self.used_ms - self.held_ms - self.expired_ms - self.revoked_ms
+
+    def lives(self, at: datetime) -> bool:
+        """Whether the lot may be taken from by a job dispatched at `at`."""
+        return self.effective_at <= at and (self.expires_at is None or at < self.expires_at)
+
+    def plus(self, *, used_ms: int = 0, held_ms: int = 0, revoked_ms: int = 0) -> Lot:
+        """Return the lot after a movement; amounts may be negative."""
+        return replace(
+            self,
+            used_ms=self.used_ms + used_ms,
+            held_ms=self.held_ms + held_ms,
+            revoked_ms=self.revoked_ms + revoked_ms,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """An amount of one lot."""
+
+    lot_id: int
+    ms: int
+
+
+def burn_order(lots: Iterable[Lot], at: datetime) -> list[Lot]:
+    """Return the lots that live at `at` in the order they are used up.
+
+    By priority, then by earlier expiry (never is last), then by creation.
+    """
+    return sorted(
+        (lot for lot in lots if lot.lives(at)),
+        key=lambda lot: (lot.priority, lot.expires_at or _NEVER, lot.lot_id),
+    )
+
+
+def available_ms(lots: Iterable[Lot], at: datetime) -> int:
+    """Return what a job dispatched at `at` could take from all of `lots`."""
+    return sum(lot.available_ms for lot in lots if lot.lives(at))
+
+
+def taken(lots: Sequence[Lot], amount_ms: int) -> list[Part]:
+    """Return how much of each lot, in the order given, makes up `amount_ms`; less where they have less."""
+    amounts = filled([lot.available_ms for lot in lots], amount_ms)
+    return [Part(lot_id=lot.lot_id, ms=ms) for lot, ms in zip(lots, amounts, strict=True) if ms]
+
+
+def filled(capacities: Sequence[int], amount: int) -> list[int]:
+    """Return how much of `amount` each capacity takes when they are filled in order."""
+    amounts = []
+    for capacity in capacities:
+        amounts.append(min(capacity, amount))
+        amount -= amounts[-1]
+    return amounts

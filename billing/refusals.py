@@ -1,0 +1,189 @@
+"""Every refusal of the ledger: a stable reason, its numbers, and a sentence a person can act on."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import ClassVar
+
+
+class Refusal(Exception):
+    """Something expected was asked that the ledger will not do. Nothing was changed."""
+
+    reason: ClassVar[str]
+    """Stable, for programs."""
+
+    def metadata(self) -> dict[str, str]:
+        """Return the numbers a program can act on, as text."""
+        return {}
+
+
+class FastTimeExhausted(Refusal):
+    """The account has not enough fast time left and has not agreed to overage."""
+
+    reason = "FAST_TIME_EXHAUSTED"
+
+    def __init__(self, *, remaining_ms: int, renews_at: datetime) -> None:
+        self.remaining_ms = remaining_ms
+        self.renews_at = renews_at
+        super().__init__(
+            f"Not enough fast time: {_minutes(remaining_ms)} left, renewed at {_moment(renews_at)}. "
+            "Relax jobs are free; or allow overage to go on in fast."
+        )
+
+    def metadata(self) -> dict[str, str]:
+        """Return `remaining_ms` and `renews_at` (ISO 8601)."""
+        return {"remaining_ms": str(self.remaining_ms), "renews_at": self.renews_at.isoformat()}
+
+
+class SpendCapReached(Refusal):
+    """The account agreed to overage, and this job could take it above the cap it set."""
+
+    reason = "FAST_TIME_EXHAUSTED"
+
+    def __init__(
+        self,
+        *,
+        remaining_ms: int,
+        renews_at: datetime,
+        spend_cap_micros: int,
+        committed_micros: int,
+        currency: str,
+    ) -> None:
+        self.remaining_ms = remaining_ms
+        self.renews_at = renews_at
+        self.spend_cap_micros = spend_cap_micros
+        self.committed_micros = committed_micros
+        self.currency = currency
+        super().__init__(
+            f"This job could exceed your spend cap: {_money(committed_micros, currency)} of "
+            f"{_money(spend_cap_micros, currency)} are charged or held, with {_minutes(remaining_ms)} "
+            f"of fast time left, renewed at {_moment(renews_at)}. Relax jobs are free; or raise the cap."
+        )
+
+    def metadata(self) -> dict[str, str]:
+        """Return what FastTimeExhausted does, the cap, what is charged or held of it, and the currency."""
+        return {
+            "remaining_ms": str(self.remaining_ms),
+            "renews_at": self.renews_at.isoformat(),
+            "spend_cap_micros": str(self.spend_cap_micros),
+            "committed_micros": str(self.committed_micros),
+            "currency": self.currency,
+        }
+
+
+class PlanLacksPrivate(Refusal):
+    """Private mode was asked for on a plan that does not include it."""
+
+    reason = "PLAN_LACKS_PRIVATE"
+
+    def __init__(self, *, plan: str) -> None:
+        self.plan = plan
+        super().__init__(
+            f"The plan {plan} has no private mode. Submit it as public, or change to a plan that has it."
+        )
+
+    def metadata(self) -> dict[str, str]:
+        """Return `plan`."""
+        return {"plan": self.plan}
+
+
+class EtagMismatch(Refusal):
+    """The plan was changed since the caller read it."""
+
+    reason = "ETAG_MISMATCH"
+
+    def __init__(self, *, given: str, current: str) -> None:
+        self.given = given
+        self.current = current
+        super().__init__("The plan was changed since you read it. Read it again and repeat the change.")
+
+    def metadata(self) -> dict[str, str]:
+        """Return the etag that was given and the one that holds."""
+        return {"given": self.given, "current": self.current}
+
+
+class RequestIdReused(Refusal):
+    """A request id came a second time with other content."""
+
+    reason = "REQUEST_ID_REUSED"
+
+    def __init__(self, *, request_id: str) -> None:
+        self.request_id = request_id
+        super().__init__(
+            f"The request id {request_id} was already used for other content. Use a new id for a new request."
+        )
+
+    def metadata(self) -> dict[str, str]:
+        """Return `request_id`."""
+        return {"request_id": self.request_id}
+
+
+class UnknownPlan(Refusal):
+    """There is no plan of that name."""
+
+    reason = "UNKNOWN_PLAN"
+
+    def __init__(self, *, plan: str) -> None:
+        self.plan = plan
+        super().__init__(f"There is no plan {plan}. List the plans to see their names.")
+
+    def metadata(self) -> dict[str, str]:
+        """Return `plan`."""
+        return {"plan": self.plan}
+
+
+class UnknownAccount(Refusal):
+    """There is no account of that id."""
+
+    reason = "UNKNOWN_ACCOUNT"
+
+    def __init__(self, *, account_id: str) -> None:
+        self.account_id = account_id
+        super().__init__(f"There is no account {account_id}. Check its id.")
+
+    def metadata(self) -> dict[str, str]:
+        """Return `account`."""
+        return {"account": self.account_id}
+
+
+class AccountExists(Refusal):
+    """An account of that id is there already."""
+
+    reason = "ACCOUNT_EXISTS"
+
+    def __init__(self, *, account_id: str) -> None:
+        self.account_id = account_id
+        super().__init__(f"There is already an account {account_id}. Choose another id.")
+
+    def metadata(self) -> dict[str, str]:
+        """Return `account`."""
+        return {"account": self.account_id}
+
+
+class AdjustmentTooLarge(Refusal):
+    """An adjustment would take more than the account's unused time."""
+
+    reason = "ADJUSTMENT_TOO_LARGE"
+
+    def __init__(self, *, available_ms: int, amount_ms: int) -> None:
+        self.available_ms = available_ms
+        self.amount_ms = amount_ms
+        super().__init__(
+            f"Cannot take {-amount_ms} ms: only {available_ms} ms of the account are neither used nor held."
+        )
+
+    def metadata(self) -> dict[str, str]:
+        """Return `available_ms` and `amount_ms`."""
+        return {"available_ms": str(self.available_ms), "amount_ms": str(self.amount_ms)}
+
+
+def _minutes(ms: int) -> str:
+    return f"{ms / 60_000:.1f} GPU-minutes"
+
+
+def _moment(at: datetime) -> str:
+    return f"{at.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+
+
+def _money(micros: int, currency: str) -> str:
+    return f"{micros / 1_000_000:.2f} {currency}"
