@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Installs everything the tests need into .venv and runs the whole suite, lint, types and import contracts included.
+# --long adds the big matrices; every other argument goes to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+unset PYTHONPATH
+
+selection=(-m "not long")
+arguments=()
+for argument in "$@"; do
+    if [[ $argument == --long ]]; then
+        selection=()
+    else
+        arguments+=("$argument")
+    fi
+done
+
+deploy/environment.sh server,worker,dev
+# The long form, because bash 3.2, which macOS ships, takes an empty array for an unset variable.
+exec .venv/bin/python -m pytest ${selection[@]+"${selection[@]}"} ${arguments[@]+"${arguments[@]}"}
