@@ -1,0 +1,155 @@
+"""What the board remembers of an account: its caps, its use, and its turn and waiting jobs in each tier."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator
+
+from scheduler.policy.events import FairShare
+from scheduler.policy.ids import AccountId, JobId, Tier
+from scheduler.policy.job import Fit, Job
+from scheduler.policy.limits import Limits
+from scheduler.policy.usage import ShareChange
+
+
+def _age(job: Job) -> tuple[int, JobId]:
+    return job.arrival, job.job_id
+
+
+class Lane:
+    """The waiting jobs of one account, tier and fit, oldest first.
+
+    A sorted list, not a heap: jobs leave from the middle and come back to their old places, and an account's
+    accepted jobs are few, so that moving the rest of the list is cheaper than any structure that avoids it.
+    """
+
+    __slots__ = ("head_job_id", "head_since_ms", "jobs")
+
+    def __init__(self) -> None:
+        self.jobs: list[Job] = []
+        self.head_job_id: JobId | None = None
+        """The job whose time at the head is counted; None while the account is not eligible."""
+        self.head_since_ms = 0
+
+    def add(self, job: Job) -> None:
+        if not self.jobs or _age(self.jobs[-1]) < _age(job):
+            self.jobs.append(job)
+        else:
+            insort(self.jobs, job, key=_age)
+
+    def remove(self, job: Job) -> None:
+        index = bisect_left(self.jobs, _age(job), key=_age)
+        assert self.jobs[index].job_id == job.job_id
+        del self.jobs[index]
+
+
+class Turn:
+    """An account's tags in one tier, and the lanes of its jobs that wait there.
+
+    The tag is set exactly while the account is eligible: something waits, and it is below its caps.
+    """
+
+    __slots__ = ("finish_tag", "lanes", "ranked_by", "restored_tag", "tag", "waiting")
+
+    def __init__(self) -> None:
+        self.finish_tag = 0
+        self.tag: int | None = None
+        self.restored_tag: int | None = None
+        """A stored tag, until the account proves eligible or recovery ends."""
+        self.lanes: dict[Fit, Lane] = {}
+        self.waiting = 0
+        self.ranked_by: tuple[int, float] | None = None
+        """Tag and use that its lanes are in the order by; None: they are in none, or it is not known."""
+
+    def add(self, job: Job) -> None:
+        lane = self.lanes.get(job.fit)
+        if lane is None:
+            lane = self.lanes[job.fit] = Lane()
+        lane.add(job)
+        self.waiting += 1
+
+    def remove(self, job: Job) -> None:
+        """Take a job out. Its lane stays, even if empty: the queue that ranks it takes it away."""
+        self.lanes[job.fit].remove(job)
+        self.waiting -= 1
+
+    def jobs(self) -> Iterator[Job]:
+        """Return its waiting jobs, the oldest of all lanes first."""
+        yield from sorted((job for lane in self.lanes.values() for job in lane.jobs), key=_age)
+
+
+class Account:
+    """An account with jobs on the board, or that had some."""
+
+    __slots__ = ("account_id", "fast", "limits", "relax", "relax_running", "running", "usage", "weight_milli")
+
+    def __init__(self, account_id: AccountId, limits: Limits, weight_milli: int) -> None:
+        self.account_id = account_id
+        self.limits = limits
+        self.weight_milli = weight_milli
+        self.running = 0
+        """Attempts of any tier."""
+        self.relax_running = 0
+        self.usage = 0.0
+        """GPU-milliseconds of both tiers, scaled forward to the decay origin."""
+        self.fast = Turn()
+        self.relax = Turn()
+
+    def turn(self, tier: Tier) -> Turn:
+        return self.fast if tier is Tier.FAST else self.relax
+
+    def share(self, tier: Tier) -> FairShare:
+        turn = self.turn(tier)
+        tag = turn.restored_tag if turn.tag is None else turn.tag
+        return FairShare(finish_tag=turn.finish_tag, tag=tag, usage=self.usage if tier is Tier.RELAX else 0.0)
+
+    def free(self, tier: Tier) -> int:
+        """Return how many more attempts of `tier` its caps let start."""
+        return self.limits.free(tier, running=self.running, relax_running=self.relax_running)
+
+    def correct(self, tier: Tier, change: ShareChange) -> None:
+        """Replace the charge of an attempt by what it cost."""
+        turn = self.turn(tier)
+        turn.finish_tag += change.tag_delta
+        if turn.tag is not None:
+            turn.tag += change.tag_delta
+        if turn.restored_tag is not None:
+            turn.restored_tag += change.tag_delta
+        # A reset may have come between the charge and its correction.
+        self.usage = max(0.0, self.usage + change.usage_delta)
+
+    def count(self, tier: Tier, change: int) -> None:
+        """Count attempts that started or ended."""
+        self.running += change
+        if tier is Tier.RELAX:
+            self.relax_running += change
+        assert self.running >= self.relax_running >= 0
+
+
+class AccountMemento:
+    """What an account was before a plan was tried on it."""
+
+    __slots__ = ("_account", "_counts", "_turns")
+
+    def __init__(self, account: Account) -> None:
+        self._account = account
+        self._counts = (account.running, account.relax_running, account.usage)
+        self._turns = tuple(
+            (
+                turn,
+                turn.finish_tag,
+                turn.tag,
+                [(fit, lane.head_job_id, lane.head_since_ms) for fit, lane in turn.lanes.items()],
+            )
+            for turn in (account.fast, account.relax)
+        )
+
+    def restore(self) -> None:
+        """Set it back. The jobs that were taken from its lanes must be in them again."""
+        account = self._account
+        account.running, account.relax_running, account.usage = self._counts
+        for turn, finish_tag, tag, lanes in self._turns:
+            turn.finish_tag, turn.tag, turn.ranked_by = finish_tag, tag, None
+            for fit, head_job_id, head_since_ms in lanes:
+                lane = turn.lanes[fit]
+                lane.head_job_id, lane.head_since_ms = head_job_id, head_since_ms

@@ -1,0 +1,308 @@
+"""Facts that the board is told. Each happened, and is in the database before it is here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from scheduler.policy.decisions import Charge
+from scheduler.policy.ids import AccountId, AttemptId, JobId, Tier, WorkerId
+from scheduler.policy.job import Job
+from scheduler.policy.limits import Limits
+from scheduler.policy.worker import Worker
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FairShare:
+    """The fair queue's memory of an account in one tier."""
+
+    finish_tag: int
+    """Finish tag of the account's last started job."""
+    tag: int | None
+    """Start tag of its next job; None while it is not eligible: nothing waits, or it is at its caps."""
+    usage: float
+    """GPU-milliseconds, scaled forward to the decay origin. All of an account's use, fast included, is in its
+    relax share; in its fast share it is 0."""
+
+
+class RefusedBecause(StrEnum):
+    """Why the transaction that should have started a job did not."""
+
+    GONE = "gone"
+    """The row is no longer waiting."""
+    FUNDS = "funds"
+    """Fast time is used up, without consent to overage."""
+
+
+class Outcome(StrEnum):
+    """How an attempt ended. The board treats all alike; the journal of events tells them apart."""
+
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CellRestored:
+    """First of a recovery, once for each tier. Usage of both tiers decays from the relax tier's origin."""
+
+    at_ms: int
+    tier: Tier
+    virtual_time: int
+    decay_origin_ms: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AccountRestored:
+    """An account is known: at recovery or when its first job comes, and before any of its jobs."""
+
+    at_ms: int
+    account_id: AccountId
+    limits: Limits
+    weight_milli: int
+    shares: Mapping[Tier, FairShare]
+    """As stored; a tier without a row is an account that never ran in it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecoveryEnded:
+    """All rows are on the board: stored tags of accounts that proved not eligible are dropped."""
+
+    at_ms: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LimitsChanged:
+    """The account's plan changed. A new weight applies from its next tag on."""
+
+    at_ms: int
+    account_id: AccountId
+    limits: Limits
+    weight_milli: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FundsChanged:
+    """The account may have funds again: renewal, a grant, consent."""
+
+    at_ms: int
+    account_id: AccountId
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UsageReset:
+    """The account's subscription renewed: its use is forgotten."""
+
+    at_ms: int
+    account_id: AccountId
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobSubmitted:
+    """A job waits. A job that is on the board already stays as it is: door and sweep may both report it."""
+
+    at_ms: int
+    job: Job
+    losses: int = 0
+    accepted_ms: int | None = None
+    """When its row was committed, if not at `at_ms`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CancelWanted:
+    """The owner wants a job no more. A waiting one's row is cancelled; a running one is to be stopped."""
+
+    at_ms: int
+    job_id: JobId
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TierChanged:
+    """A waiting job was moved to `tier`. It keeps its arrival."""
+
+    at_ms: int
+    job_id: JobId
+    tier: Tier
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StartRefused:
+    """A decided start was not committed."""
+
+    at_ms: int
+    job_id: JobId
+    reason: RefusedBecause
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttemptStarted:
+    """A decided start was committed, with exactly this charge."""
+
+    at_ms: int
+    job_id: JobId
+    attempt_id: AttemptId
+    worker_id: WorkerId
+    charge: Charge
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttemptRestored:
+    """At recovery: an attempt was running, and its charge is in the account's restored shares already.
+
+    The three numbers are those of its charge. Its worker may join before or after.
+    """
+
+    at_ms: int
+    job: Job
+    losses: int
+    accepted_ms: int
+    """When its job's row was committed."""
+    attempt_id: AttemptId
+    worker_id: WorkerId
+    predicted_ms: int
+    weight_milli: int
+    charged_at_ms: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttemptFinished:
+    """An attempt was settled and its job has ended."""
+
+    at_ms: int
+    attempt_id: AttemptId
+    outcome: Outcome
+    gpu_ms: int
+    """What its account is remembered for: measured time, or 0 where the time was wasted by us."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttemptLost:
+    """An attempt was voided through our fault. Its job waits again at its old place, and nothing is charged.
+
+    If its owner wanted it cancelled, the same transaction has cancelled it, and it leaves the board.
+    """
+
+    at_ms: int
+    attempt_id: AttemptId
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StopAsked:
+    """The worker was told to stop the attempt. It holds its GPU until it answers."""
+
+    at_ms: int
+    attempt_id: AttemptId
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobGivenUp:
+    """A decided give-up was committed: the job has failed."""
+
+    at_ms: int
+    job_id: JobId
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerJoined:
+    """A worker is there and takes jobs. If it was known, this replaces what was known, draining included."""
+
+    at_ms: int
+    worker: Worker
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerLost:
+    """A worker is gone. What became of its attempt is said by an event of its own."""
+
+    at_ms: int
+    worker_id: WorkerId
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerDraining:
+    """A worker finishes what it has and takes nothing new."""
+
+    at_ms: int
+    worker_id: WorkerId
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerResumed:
+    """A draining worker takes jobs again."""
+
+    at_ms: int
+    worker_id: WorkerId
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelLoaded:
+    """A model is in the worker's GPU memory."""
+
+    at_ms: int
+    worker_id: WorkerId
+    model: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelEvicted:
+    """A model is no longer in the worker's GPU memory."""
+
+    at_ms: int
+    worker_id: WorkerId
+    model: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TierPaused:
+    """Operators let nothing of a tier start. What runs goes on."""
+
+    at_ms: int
+    tier: Tier
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TierResumed:
+    """A paused tier starts jobs again."""
+
+    at_ms: int
+    tier: Tier
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TagsStored:
+    """A tag that the board had set by itself is in the database, as `tag`."""
+
+    at_ms: int
+    account_id: AccountId
+    tier: Tier
+    tag: int | None
+
+
+Event = (
+    CellRestored
+    | AccountRestored
+    | RecoveryEnded
+    | LimitsChanged
+    | FundsChanged
+    | UsageReset
+    | JobSubmitted
+    | CancelWanted
+    | TierChanged
+    | StartRefused
+    | AttemptStarted
+    | AttemptRestored
+    | AttemptFinished
+    | AttemptLost
+    | StopAsked
+    | JobGivenUp
+    | WorkerJoined
+    | WorkerLost
+    | WorkerDraining
+    | WorkerResumed
+    | ModelLoaded
+    | ModelEvicted
+    | TierPaused
+    | TierResumed
+    | TagsStored
+)

@@ -1,0 +1,58 @@
+"""Every number of the policy, with its reason beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parameters:
+    """Costs and spans of service are GPU-milliseconds, waits are milliseconds."""
+
+    memory_span_ms: int = 600_000
+    """P, what past use can cost: a job of the heaviest account comes as if this much service later, so it
+    waits about ten minutes' worth of others' service. Less, and heavy use is hardly felt; more, and the
+    bound on the wait of a heavy account (P times the weights of the others over the GPUs) is no promise."""
+
+    memory_unit_ms: int = 600_000
+    """u_1, where memory begins to count: ten GPU-minutes are a trial, not a habit."""
+
+    memory_full_ms: int = 54_000_000
+    """U_ref, use per unit of weight that is remembered in full: a Standard plan's month, 15 GPU-hours."""
+
+    half_life_ms: int = 7 * 24 * 3_600_000
+    """H, after which use counts half: long enough that one weekend is remembered on Monday, short enough that
+    a month is not."""
+
+    aging_ms: int = 30 * 60_000
+    """D: without it, an endless stream of brand-new accounts could hold back an old one for ever."""
+
+    aged_one_in: int = 4
+    """At most one start in this many is taken for its age, so that overload, where everything is old, does
+    not turn the fair order into order of arrival."""
+
+    affinity_ms: int = 60_000
+    """theta: to save the loading of a model, a job may be passed over by one that is this much behind it. It
+    is one picture's worth: about what the loading costs."""
+
+    fast_usage_factor: float = 1.0
+    """How much of its fast GPU time an account is remembered for in relax: all use is use."""
+
+    max_predicted_ms: int = 600_000
+    """c_max, the largest cost that is admitted: every bound on a wait has one job's cost in it."""
+
+    max_losses: int = 3
+    """A job that lost this many workers is more likely the cause than the victim."""
+
+    def __post_init__(self) -> None:
+        """Refuse, as a bug of the caller, numbers the formulas have no meaning for."""
+        assert self.memory_span_ms >= 0
+        assert self.memory_unit_ms > 0
+        assert self.memory_full_ms > 0
+        assert self.half_life_ms > 0
+        assert self.aging_ms >= 0
+        assert self.aged_one_in >= 2
+        assert self.affinity_ms >= 0
+        assert self.fast_usage_factor >= 0
+        assert self.max_predicted_ms > 0
+        assert self.max_losses > 0

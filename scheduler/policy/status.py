@@ -1,0 +1,109 @@
+"""Why a waiting job has not started: the gate that holds it, or its place in the order of its tier."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from scheduler.policy.account import Account
+from scheduler.policy.fair_queue import FairQueue
+from scheduler.policy.ids import JobId, Tier
+from scheduler.policy.placement import Fleet
+
+
+class QueueReason(StrEnum):
+    """What a waiting job waits for. If several gates hold it, the first of these that others must open."""
+
+    TIER_PAUSED = "tier_paused"
+    FUNDS = "funds"
+    NO_WORKER = "no_worker"
+    CONCURRENCY_LIMIT = "concurrency_limit"
+    WAITING_FOR_GPU = "waiting_for_gpu"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobStatus:
+    """Where a waiting job stands."""
+
+    reason: QueueReason
+    position: int
+    """In its tier's order among the jobs that could start; 1 is next, 0: a gate holds it, not the order."""
+    sentence: str
+
+
+CONCURRENCY_LIMIT = JobStatus(
+    reason=QueueReason.CONCURRENCY_LIMIT,
+    position=0,
+    sentence=(
+        "Your job will start shortly. You have reached the maximum number of concurrent jobs; "
+        "this one starts as soon as another finishes."
+    ),
+)
+
+FUNDS = JobStatus(
+    reason=QueueReason.FUNDS,
+    position=0,
+    sentence=(
+        "Your fast time is used up. Your job starts when it renews or when you agree to overage; "
+        "relax is free."
+    ),
+)
+
+
+def tier_paused(tier: Tier) -> JobStatus:
+    """Return the status of every job of a tier that operators have paused."""
+    return JobStatus(
+        reason=QueueReason.TIER_PAUSED,
+        position=0,
+        sentence=f"The {tier} tier is paused by an operator. Your job keeps its place.",
+    )
+
+
+def no_worker(lack: str) -> JobStatus:
+    """Return the status of a job that no worker can take at the moment."""
+    return JobStatus(
+        reason=QueueReason.NO_WORKER,
+        position=0,
+        sentence=f"{lack} Your job keeps its place until such a worker is there.",
+    )
+
+
+def waiting_for_gpu(tier: Tier, position: int) -> JobStatus:
+    """Return the status of a job that only others in its tier are before."""
+    return JobStatus(
+        reason=QueueReason.WAITING_FOR_GPU,
+        position=position,
+        sentence=(
+            f"Your job is next in the {tier} queue."
+            if position == 1
+            else f"Your job is number {position} in the {tier} queue."
+        ),
+    )
+
+
+def positions(queue: FairQueue, accounts: Iterable[Account], fleet: Fleet, now_ms: int) -> dict[JobId, int]:
+    """Return the places of the jobs of one tier that could start: those no gate holds.
+
+    The second job of an account stands where the start of the first will have moved its tag to. Jobs beyond
+    an account's caps have no place, as they wait for a job of their own account.
+    """
+    able = {fit: fleet.lacks(fit, draining_count=False) is None for fit in queue.fits()}
+    order: list[tuple[int, float, int, JobId]] = []
+    for account in accounts:
+        turn = account.turn(queue.tier)
+        if turn.tag is None:
+            continue
+        tag = turn.tag
+        step = queue.steps(account, now_ms)
+        used = queue.usage_per_weight(account)
+        free = account.free(queue.tier)
+        for job in turn.jobs():
+            if free == 0:
+                break
+            if able[job.fit]:
+                order.append((tag, used, job.arrival, job.job_id))
+                tag += step(job)
+                free -= 1
+    order.sort()
+    return {job_id: place for place, (*_, job_id) in enumerate(order, start=1)}

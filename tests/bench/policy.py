@@ -1,0 +1,191 @@
+"""How many decisions a second the policy core makes, and what a waiting job costs it.
+
+    python tests/bench/policy.py [--million] [--seed N]
+
+Each row fills a board with waiting jobs (ten of each account; two models in four sizes, of which an account
+mostly uses one), starts every GPU, then goes through cycles as the loop does: some attempts end, their
+accounts send a job each, one `decide`, and every `Start` is applied. Times are of one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import random
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from scheduler.policy.board import Board
+from scheduler.policy.decisions import Start
+from scheduler.policy.events import (
+    AccountRestored,
+    AttemptFinished,
+    AttemptStarted,
+    FairShare,
+    JobSubmitted,
+    Outcome,
+    WorkerJoined,
+)
+from scheduler.policy.ids import AccountId, AttemptId, JobId, Tier, WorkerId
+from scheduler.policy.job import Job
+from scheduler.policy.limits import Limits
+from scheduler.policy.parameters import Parameters
+from scheduler.policy.worker import Worker
+
+_MODELS = ("small", "large")
+_GIB = 2**30
+_LIMITS = Limits(running=3, relax_running=2, accepted=10)
+
+
+@dataclass
+class _Fleet:
+    """A board with every GPU busy, and the jobs that go through it."""
+
+    board: Board
+    random: random.Random
+    now_ms: int = 0
+    jobs: int = 0
+    attempts: int = 0
+    running: list[tuple[AttemptId, AccountId]] = field(default_factory=list)
+    habits: dict[AccountId, tuple[str, int]] = field(default_factory=dict)
+
+    def submit(self, account_id: AccountId) -> None:
+        self.jobs += 1
+        anything = (self.random.choice(_MODELS), self.random.choice((4, 6, 8, 12)))
+        habit = self.habits.setdefault(account_id, anything)
+        model, gib = habit if self.random.random() < 0.8 else anything
+        # A fresh string of a UUID's length, as a job id from a row is.
+        job = Job(
+            job_id=JobId(f"{self.jobs:036d}"),
+            account_id=account_id,
+            tier=Tier.FAST if self.random.random() < 0.1 else Tier.RELAX,
+            arrival=self.jobs,
+            predicted_ms=self.random.randint(10_000, 60_000),
+            model=model,
+            memory_bytes=gib * _GIB,
+        )
+        self.board.apply(JobSubmitted(at_ms=self.now_ms, job=job))
+
+    def fill(self) -> int:
+        """Decide once and start what was decided."""
+        starts = [one for one in self.board.decide(self.now_ms) if isinstance(one, Start)]
+        for start in starts:
+            self.attempts += 1
+            attempt_id = AttemptId(f"{self.attempts:036d}")
+            self.board.apply(
+                AttemptStarted(
+                    at_ms=self.now_ms,
+                    job_id=start.job_id,
+                    attempt_id=attempt_id,
+                    worker_id=start.worker_id,
+                    charge=start.charge,
+                )
+            )
+            self.running.append((attempt_id, start.account_id))
+        return len(starts)
+
+    def finish(self) -> AccountId:
+        """End an attempt at random and return whose it was."""
+        index = self.random.randrange(len(self.running))
+        self.running[index], self.running[-1] = self.running[-1], self.running[index]
+        attempt_id, account_id = self.running.pop()
+        gpu_ms = self.random.randint(10_000, 60_000)
+        self.board.apply(
+            AttemptFinished(
+                at_ms=self.now_ms, attempt_id=attempt_id, outcome=Outcome.SUCCEEDED, gpu_ms=gpu_ms
+            )
+        )
+        return account_id
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def _row(waiting: int, seed: int) -> str:
+    gpus = min(10_000, waiting // 10)
+    fleet = _Fleet(Board(Parameters()), random.Random(seed))
+    accounts = [AccountId(f"account-{number}") for number in range(waiting // 10)]
+    for account_id in accounts:
+        share = FairShare(finish_tag=0, tag=None, usage=fleet.random.uniform(0, 60_000_000))
+        fleet.board.apply(
+            AccountRestored(
+                at_ms=0,
+                account_id=account_id,
+                limits=_LIMITS,
+                weight_milli=1000,
+                shares={Tier.RELAX: share},
+            )
+        )
+    gc.collect()
+    before = _resident_bytes()
+    begin = time.perf_counter()
+    for account_id in accounts:
+        for _ in range(10):
+            fleet.submit(account_id)
+    load_s = time.perf_counter() - begin
+    gc.collect()
+    memory = (_resident_bytes() - before) / waiting
+    for number in range(gpus):
+        fleet.board.apply(
+            WorkerJoined(
+                at_ms=0,
+                worker=Worker(
+                    worker_id=WorkerId(f"node-{number // 8}/gpu-{number % 8}"),
+                    memory_bytes=fleet.random.choice((8, 16)) * _GIB,
+                    speed_permille=1000,
+                    warm_models=frozenset({_MODELS[number % 2]}),
+                ),
+            )
+        )
+    fleet.fill()
+
+    decisions = 0
+    decide_s = 0.0
+    cycle_begin = time.perf_counter()
+    for _ in range(200):
+        fleet.now_ms += 500
+        for _ in range(100):
+            fleet.submit(fleet.finish())
+        begin = time.perf_counter()
+        decisions += fleet.fill()
+        decide_s += time.perf_counter() - begin
+    cycle_s = time.perf_counter() - cycle_begin
+
+    singles = []
+    for _ in range(3000):
+        fleet.now_ms += 5
+        fleet.submit(fleet.finish())
+        begin = time.perf_counter()
+        fleet.board.decide(fleet.now_ms)
+        singles.append(time.perf_counter() - begin)
+        fleet.fill()
+    singles.sort()
+    begin = time.perf_counter()
+    fleet.board.status(JobId(f"{fleet.jobs:036d}"))
+    status_s = time.perf_counter() - begin
+    p99_us = singles[len(singles) * 99 // 100] * 1e6
+    return (
+        f"{waiting:>9,} {len(accounts):>9,} {gpus:>7,} {decisions / decide_s:>12,.0f}"
+        f" {decisions / cycle_s:>12,.0f} {p99_us:>10,.0f} {memory:>9,.0f} {load_s:>7.2f}"
+        f" {status_s * 1e3:>10,.1f}"
+    )
+
+
+def main() -> None:
+    """Print one row for each number of waiting jobs."""
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--million", action="store_true", help="also with 1,000,000 waiting jobs")
+    arguments.add_argument("--seed", type=int, default=1)
+    chosen = arguments.parse_args()
+    print(
+        f"{'waiting':>9} {'accounts':>9} {'GPUs':>7} {'decisions/s':>12} {'whole cycle':>12}"
+        f" {'p99 one us':>10} {'bytes/job':>9} {'load s':>7} {'places ms':>10}"
+    )
+    for waiting in (10_000, 100_000, *((1_000_000,) if chosen.million else ())):
+        print(_row(waiting, chosen.seed), flush=True)
+
+
+if __name__ == "__main__":
+    main()
