@@ -1,0 +1,14 @@
+"""Draws with diffusers: the only package that imports torch.
+
+Importing it sets how quiet the libraries are, which they read once, when they are imported themselves. What
+they would print is either progress nobody sees or advice on packages we do without.
+"""
+
+import os
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+# cuBLAS gives the same bits twice only with a fixed workspace, which it reads when CUDA starts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -1,0 +1,150 @@
+"""A run: an attempt's life inside a worker, as the worker and an engine see it together.
+
+The worker asks an `Engine` to render and gives it two things to hold on to: a `RunControl`, through which
+the engine offers a step boundary after each denoising step, and the engine's own `StageClock`, which the
+worker reads also where the run ends by an exception. No torch here: engines bring their own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from gpu_worker.contract import Blame, RenderSpec, StageTimes
+
+_NS_PER_MS = 1_000_000
+
+
+class RunStopped(Exception):
+    """Raised at a step boundary, or between two pieces of work: the run was asked to stop."""
+
+
+class EngineFailure(Exception):
+    """An engine cannot go on, for a reason it knows."""
+
+    def __init__(self, *, reason: str, sentence: str, blame: Blame = Blame.PLATFORM) -> None:
+        super().__init__(reason, sentence, blame)
+        self.reason = reason
+        self.sentence = sentence
+        self.blame = blame
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.sentence}"
+
+
+class Stage(StrEnum):
+    """What the device does for a run. Every instant of a run belongs to one stage."""
+
+    ENCODE = "encode"
+    DENOISE = "denoise"
+    DECODE = "decode"
+
+
+class StageClock(Protocol):
+    """Device time of one run by stage."""
+
+    def enter(self, stage: Stage) -> None:
+        """Give the time from now on to `stage`, and end the stage before."""
+
+    def times(self) -> StageTimes:
+        """End the stage in hand, wait for the device, and return the sums. Called once, at any ending."""
+
+
+class RunControl(Protocol):
+    """What an engine must tell and ask while it renders. Called on the device thread."""
+
+    def check(self) -> None:
+        """Raise RunStopped if the run was asked to stop. For before each piece of work that is not a step."""
+
+    def boundary(self, step: int, steps: int, preview: Callable[[], bytes]) -> None:
+        """Say that `step` of `steps` is done; raise RunStopped if the run was asked to stop.
+
+        `preview` makes the grid so far as a PNG. It is called only when somebody watches and one is due.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class RenderedImage:
+    """One picture. Files are made of it while the device is free for the next run."""
+
+    pixels: bytes
+    """Red, green and blue of each pixel, row by row from the top."""
+    width: int
+    height: int
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rendering:
+    """What a completed render gives back."""
+
+    images: tuple[RenderedImage, ...]
+    latents: bytes
+    """The grid latents as safetensors, from which variations start."""
+    receipt: Mapping[str, object]
+    """What is needed to make the same bits again; JSON values only."""
+
+
+class Engine(Protocol):
+    """Draws pictures on one device. `load` and `render` are called on one thread, never at once."""
+
+    @property
+    def device_type(self) -> str:
+        """The GPU model, or the CPU's instruction set and thread count: equal types draw equal bits."""
+
+    @property
+    def memory_bytes(self) -> int:
+        """What models and runs may use."""
+
+    def memory_used_bytes(self) -> int: ...
+
+    def warm_models(self) -> tuple[str, ...]:
+        """Names of the models in memory. Called from any thread."""
+
+    def load(self, model: str) -> None:
+        """Bring a model into memory; at once if it is there. Raises EngineFailure."""
+
+    def stage_clock(self) -> StageClock:
+        """Return a new clock for one run on this engine's device."""
+
+    def render(
+        self, spec: RenderSpec, source_latents: bytes | None, control: RunControl, clock: StageClock
+    ) -> Rendering:
+        """Draw `spec` with a loaded model.
+
+        `source_latents` is the grid that a variation starts from, as an earlier render gave it back.
+        Raises RunStopped where `control` does, and EngineFailure.
+        """
+
+
+class WallStageClock:
+    """A stage clock for devices that work while the caller waits: the machine's monotonic clock."""
+
+    def __init__(self, now_ns: Callable[[], int] = time.monotonic_ns) -> None:
+        self._now_ns = now_ns
+        self._spent_ns = dict.fromkeys(Stage, 0)
+        self._stage: Stage | None = None
+        self._since_ns = 0
+
+    def enter(self, stage: Stage) -> None:
+        now_ns = self._now_ns()
+        if self._stage is not None:
+            self._spent_ns[self._stage] += now_ns - self._since_ns
+        self._stage, self._since_ns = stage, now_ns
+
+    def times(self) -> StageTimes:
+        if self._stage is not None:
+            self.enter(self._stage)
+        return stage_times({stage: spent / _NS_PER_MS for stage, spent in self._spent_ns.items()})
+
+
+def stage_times(spent_ms: Mapping[Stage, float]) -> StageTimes:
+    """Return stage sums in whole milliseconds, each rounded to the nearest."""
+    return StageTimes(
+        encode_ms=round(spent_ms[Stage.ENCODE]),
+        denoise_ms=round(spent_ms[Stage.DENOISE]),
+        decode_ms=round(spent_ms[Stage.DECODE]),
+    )

@@ -1,0 +1,44 @@
+"""What a worker process is told when it starts: one frozen, picklable value.
+
+Standard library only, so that whoever starts workers can build it without torch.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSettings:
+    """Settings of one worker. Paths are as seen from the worker's own machine."""
+
+    worker_id: str
+    """The stable name of its slot: `node-a/gpu-0`."""
+    release: str
+    artifacts_url: str
+    """Where pictures go: a folder or any URL that fsspec opens. Shared by all workers and front doors."""
+    cache_dir: Path
+    """For what can be made again: the stand-in model's weights."""
+    models_path: Path | None = None
+    """A models.toml; None for the one that comes with the package."""
+    engine: Literal["diffusers", "timed"] = "diffusers"
+    """`timed` draws nothing and takes `timed_step_ms` for each step: for measuring all but the engine."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """`auto` takes the GPU if there is one."""
+    threads: int = 1
+    """CPU threads of the engine; part of the device type on a CPU."""
+    timed_step_ms: int = 0
+    preview_interval_ms: int = 250
+    """Least time between two previews of one attempt."""
+    speed_permille: int = 1000
+    """Speed against the reference class: 1000 is 1."""
+    memory_bytes: int | None = None
+    """What models and runs may use; None for all of the device's memory."""
+
+
+def machine_memory_bytes() -> int:
+    """Return all the memory of this machine: what a worker without a GPU may use if nobody says less."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,98 @@
+"""An engine that draws nothing and takes a set time for each step.
+
+For whatever is about everything around an engine: scheduling over real workers, cancellation, watching,
+and the cost of the path itself at 0 ms a step. It gives back valid pictures, of one colour each.
+"""
+
+from __future__ import annotations
+
+import io
+import time
+
+from PIL import Image
+
+from gpu_worker.contract import RenderSpec
+from gpu_worker.image_seeds import image_seed
+from gpu_worker.models import Models
+from gpu_worker.run import (
+    EngineFailure,
+    RenderedImage,
+    Rendering,
+    RunControl,
+    Stage,
+    StageClock,
+    WallStageClock,
+)
+from gpu_worker.settings import WorkerSettings, machine_memory_bytes
+
+# An empty safetensors file: the length of its header, and the header.
+_NO_LATENTS = (2).to_bytes(8, "little") + b"{}"
+
+
+class TimedEngine:
+    """Knows the models by name only; a model is warm once it was asked for."""
+
+    def __init__(self, models: Models, settings: WorkerSettings) -> None:
+        self._models = models
+        self._step_ms = settings.timed_step_ms
+        self._memory_bytes = settings.memory_bytes or machine_memory_bytes()
+        self._warm: dict[str, int] = {}
+
+    @property
+    def device_type(self) -> str:
+        return f"timed {self._step_ms} ms"
+
+    @property
+    def memory_bytes(self) -> int:
+        return self._memory_bytes
+
+    def memory_used_bytes(self) -> int:
+        return sum(self._warm.values())
+
+    def warm_models(self) -> tuple[str, ...]:
+        return tuple(self._warm)
+
+    def load(self, model: str) -> None:
+        entry = self._models.entries.get(model)
+        if entry is None:
+            raise EngineFailure(reason="MODEL_MISSING", sentence=f"This worker has no model {model}.")
+        self._warm = {**self._warm, model: entry.memory_bytes}
+
+    def stage_clock(self) -> WallStageClock:
+        return WallStageClock()
+
+    def render(
+        self, spec: RenderSpec, source_latents: bytes | None, control: RunControl, clock: StageClock
+    ) -> Rendering:
+        clock.enter(Stage.DENOISE)
+        for step in range(1, spec.steps + 1):
+            if self._step_ms:
+                time.sleep(self._step_ms / 1000)
+            control.boundary(step, spec.steps, lambda: _one_colour_png(spec.width, spec.height, spec.seed))
+        clock.enter(Stage.DECODE)
+        seeds = [image_seed(spec.seed, index) for index in range(1, spec.images + 1)]
+        return Rendering(
+            images=tuple(
+                RenderedImage(
+                    pixels=_colour(seed) * (spec.width * spec.height),
+                    width=spec.width,
+                    height=spec.height,
+                    seed=seed,
+                )
+                for seed in seeds
+            ),
+            latents=_NO_LATENTS,
+            receipt={"engine": "timed", "model": spec.model, "steps": spec.steps, "device": self.device_type},
+        )
+
+
+def _one_colour_png(width: int, height: int, seed: int) -> bytes:
+    picture = Image.new("P", (width, height))
+    picture.putpalette(_colour(seed))
+    file = io.BytesIO()
+    picture.save(file, "PNG", compress_level=1)
+    return file.getvalue()
+
+
+def _colour(seed: int) -> bytes:
+    return seed.to_bytes(8, "big")[-3:]

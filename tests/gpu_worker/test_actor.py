@@ -1,0 +1,130 @@
+"""The actor over a real Ray: reachable, watched by streaming, killed and back."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.exceptions import ActorDiedError, ActorUnavailableError
+from worker_builders import a_request, some_settings
+
+from gpu_worker.actor import GpuWorker
+from gpu_worker.contract import Outcome, StaleEpoch, WorkerBusy, WorkerReport
+
+pytestmark = pytest.mark.ray
+
+_LONG_MS = 60_000
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    # A short path: a Unix socket's name ends at 107 bytes.
+    with tempfile.TemporaryDirectory(prefix="dr-") as folder:
+        ray.init(
+            address="local",
+            num_gpus=4,
+            include_dashboard=False,
+            namespace="test",
+            log_to_driver=False,
+            _temp_dir=folder,
+        )
+        yield
+        ray.shutdown()
+
+
+@pytest.fixture
+def make_actor(cluster: None, tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    actors: list[Any] = []
+
+    def make(**changes: Any) -> Any:
+        settings = some_settings(tmp_path, **changes)
+        actor = GpuWorker.options(  # type: ignore[attr-defined]
+            name=f"{settings.worker_id}-{len(actors)}", lifetime="detached", num_gpus=1, max_restarts=-1
+        ).remote(settings)
+        actors.append(actor)
+        return actor
+
+    yield make
+    for actor in actors:
+        ray.kill(actor)
+
+
+async def ended(actor: Any) -> WorkerReport:
+    report: WorkerReport = await actor.report.remote(1)
+    while report.active is not None:
+        report = (await actor.heartbeat.remote(1, _LONG_MS)).report
+    return report
+
+
+async def test_an_attempt_is_rendered_watched_and_acknowledged(make_actor: Callable[..., Any]) -> None:
+    actor = make_actor(timed_step_ms=20)
+    request = a_request(spec={"steps": 15})
+    await actor.render.remote(request)
+    seen = [await reference async for reference in actor.watch.remote(request.attempt_id, True)]
+    assert [progress.step for progress in seen] == sorted({progress.step for progress in seen})
+    assert seen[-1].step >= 14
+    assert any(progress.preview for progress in seen)
+    (result,) = (await ended(actor)).unacknowledged
+    assert (result.outcome, result.token, len(result.images)) == (Outcome.SUCCEEDED, request.token, 4)
+    await actor.acknowledge.remote(1, request.attempt_id)
+    assert (await actor.report.remote(1)).unacknowledged == ()
+
+
+async def test_a_run_is_stopped_while_a_heartbeat_waits(make_actor: Callable[..., Any]) -> None:
+    actor = make_actor(timed_step_ms=20)
+    request = a_request(spec={"steps": 10_000})
+    await actor.render.remote(request)
+    await actor.heartbeat.remote(1, _LONG_MS)
+    waiting = actor.heartbeat.remote(1, _LONG_MS)
+    await actor.stop.remote(1, request.attempt_id, request.token)
+    (result,) = (await waiting).report.unacknowledged
+    assert (result.outcome, result.images) == (Outcome.CANCELLED, ())
+
+
+async def test_refusals_arrive_as_their_own_class(make_actor: Callable[..., Any]) -> None:
+    actor = make_actor(timed_step_ms=20)
+    await actor.render.remote(a_request(spec={"steps": 10_000}))
+    with pytest.raises(WorkerBusy):
+        await actor.render.remote(a_request())
+    with pytest.raises(StaleEpoch):
+        await actor.report.remote(0)
+
+
+async def test_a_killed_worker_is_back_as_another_incarnation_with_nothing_in_hand(
+    make_actor: Callable[..., Any],
+) -> None:
+    actor = make_actor(timed_step_ms=20)
+    await actor.render.remote(a_request(spec={"steps": 10_000}))
+    before: WorkerReport = await actor.report.remote(1)
+    watch = actor.watch.remote(before.active.attempt_id, False) if before.active else None
+    assert watch is not None
+    assert (await (await anext(watch))).step >= 1
+    os.kill(await actor.pid.remote(), signal.SIGKILL)
+    with pytest.raises((ActorUnavailableError, ActorDiedError)):
+        await actor.heartbeat.remote(1, _LONG_MS)
+    after: WorkerReport = await actor.report.remote(2)
+    assert after.incarnation != before.incarnation
+    assert (after.active, after.unacknowledged, after.worker_id) == (None, (), before.worker_id)
+
+
+@pytest.mark.engine
+async def test_a_real_engine_draws_inside_the_actor(make_actor: Callable[..., Any]) -> None:
+    actor = make_actor(engine="diffusers")
+    request = a_request(spec={"width": 128, "height": 128, "steps": 4})
+    await actor.render.remote(request)
+    (result,) = (await ended(actor)).unacknowledged
+    assert result.outcome is Outcome.SUCCEEDED, result.failure_sentence
+    assert result.receipt["engine"] == "diffusers"
+
+
+def test_calling_the_actor_needs_no_torch() -> None:
+    program = "import sys, gpu_worker.actor; assert not {'torch', 'diffusers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

@@ -1,0 +1,428 @@
+"""The diffusers engine on a real pipeline: what is exact, what is cancelled, what is measured."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+from worker_builders import a_request, a_spec, some_settings
+
+from gpu_worker.contract import Outcome, RenderKind, RenderSpec, SourceImage, StageTimes
+from gpu_worker.engine.diffusers_engine import DiffusersEngine
+from gpu_worker.engine.latents import contact_sheet
+from gpu_worker.engine.step_boundary import has_boundary, with_boundary
+from gpu_worker.image_seeds import image_seed
+from gpu_worker.models import ModelEntry, Models, read_models
+from gpu_worker.run import EngineFailure, Rendering, RunStopped
+from gpu_worker.worker import Worker
+
+pytestmark = [
+    pytest.mark.engine,
+    # diffusers hands torch tensors to numpy in a way that numpy 2 will no longer take.
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+]
+
+_SIDE = 128
+_STEPS = 6
+
+
+class Control:
+    """Counts boundaries; watches and stops as it is told."""
+
+    def __init__(
+        self, *, stop_at: int | None = None, stop_after_decodes: int | None = None, watched: bool = False
+    ) -> None:
+        self.boundaries: list[tuple[int, int]] = []
+        self.previews: list[bytes] = []
+        self._stop_at = stop_at
+        self._checks_left = None if stop_after_decodes is None else stop_after_decodes + 1
+        self._watched = watched
+
+    def check(self) -> None:
+        if self._checks_left is not None and self.boundaries:
+            self._checks_left -= 1
+            if self._checks_left == 0:
+                raise RunStopped
+
+    def boundary(self, step: int, steps: int, preview: Callable[[], bytes]) -> None:
+        if step == self._stop_at:
+            raise RunStopped
+        self.boundaries.append((step, steps))
+        if self._watched:
+            self.previews.append(preview())
+
+
+@pytest.fixture(scope="module")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def engine(cache_dir: Path) -> Iterator[DiffusersEngine]:
+    engine = an_engine(cache_dir)
+    engine.load("stand-in")
+    yield engine
+
+
+def an_engine(cache_dir: Path, models: Models | None = None, **changes: Any) -> DiffusersEngine:
+    settings = some_settings(cache_dir, engine="diffusers", cache_dir=cache_dir, **changes)
+    return DiffusersEngine(models or read_models(None), settings)
+
+
+def models_of(*entries: ModelEntry) -> Models:
+    return Models(default=entries[0], entries={entry.name: entry for entry in entries})
+
+
+def a_small_spec(**changes: Any) -> RenderSpec:
+    return a_spec(**{"width": _SIDE, "height": _SIDE, "steps": _STEPS, **changes})
+
+
+def drawn(
+    engine: DiffusersEngine, spec: RenderSpec, *, control: Control | None = None, source: bytes | None = None
+) -> Rendering:
+    return engine.render(spec, source, control or Control(), engine.stage_clock())
+
+
+def latents(rendering: Rendering) -> torch.Tensor:
+    return safetensors.torch.load(rendering.latents)["latents"]
+
+
+def picture(rendering: Rendering, index: int) -> torch.Tensor:
+    image = rendering.images[index - 1]
+    return (
+        torch.frombuffer(bytearray(image.pixels), dtype=torch.uint8)
+        .view(image.height, image.width, 3)
+        .float()
+    )
+
+
+def distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Root mean square over all colours, of 255."""
+    return float((one - other).square().mean().sqrt())
+
+
+def test_the_same_request_gives_the_same_bits_also_from_weights_built_anew(
+    engine: DiffusersEngine, tmp_path: Path
+) -> None:
+    first = drawn(engine, a_small_spec())
+    assert drawn(engine, a_small_spec()) == first
+    other = an_engine(tmp_path)
+    other.load("stand-in")
+    assert drawn(other, a_small_spec()) == first
+
+
+def test_watching_with_previews_changes_no_bit(engine: DiffusersEngine) -> None:
+    watched = Control(watched=True)
+    assert drawn(engine, a_small_spec(), control=watched) == drawn(engine, a_small_spec())
+    assert len(watched.previews) == _STEPS
+
+
+def test_prompt_and_seed_both_change_every_picture_visibly(engine: DiffusersEngine) -> None:
+    one = drawn(engine, a_small_spec())
+    for other in (drawn(engine, a_small_spec(seed=8)), drawn(engine, a_small_spec(prompt="a red fox"))):
+        assert all(distance(picture(one, i), picture(other, i)) > 10 for i in range(1, 5))
+    assert distance(picture(one, 1), picture(one, 2)) > 10
+
+
+def test_a_picture_is_as_large_as_asked_for(engine: DiffusersEngine) -> None:
+    rendering = drawn(engine, a_small_spec(width=64, height=192, steps=2))
+    assert [(image.width, image.height, len(image.pixels)) for image in rendering.images] == [
+        (64, 192, 64 * 192 * 3)
+    ] * 4
+
+
+def test_every_step_is_a_boundary(engine: DiffusersEngine) -> None:
+    control = Control()
+    drawn(engine, a_small_spec(), control=control)
+    assert control.boundaries == [(step, _STEPS) for step in range(1, _STEPS + 1)]
+
+
+def test_a_run_stopped_at_a_boundary_pays_for_its_steps_and_for_no_decode(engine: DiffusersEngine) -> None:
+    clock = engine.stage_clock()
+    control = Control(stop_at=3)
+    with pytest.raises(RunStopped):
+        engine.render(a_small_spec(), None, control, clock)
+    times = clock.times()
+    assert len(control.boundaries) == 2
+    assert times.denoise_ms > 0
+    assert times.decode_ms == 0
+
+
+def test_a_run_can_be_stopped_between_two_decodes(engine: DiffusersEngine) -> None:
+    whole, part = engine.stage_clock(), engine.stage_clock()
+    engine.render(a_small_spec(steps=2, width=256, height=256), None, Control(), whole)
+    with pytest.raises(RunStopped):
+        engine.render(a_small_spec(steps=2, width=256, height=256), None, Control(stop_after_decodes=1), part)
+    assert 0 < part.times().decode_ms < whole.times().decode_ms
+
+
+def test_a_stopped_run_leaves_nothing_behind_in_the_shared_pipeline(engine: DiffusersEngine) -> None:
+    before = drawn(engine, a_small_spec())
+    with pytest.raises(RunStopped):
+        drawn(engine, a_small_spec(steps=9, seed=1), control=Control(stop_at=4))
+    assert drawn(engine, a_small_spec()) == before
+
+
+def test_each_picture_has_its_own_noise_which_can_be_drawn_alone() -> None:
+    shape = (4, 4, 16, 16)
+    generators = [torch.Generator().manual_seed(image_seed(7, index)) for index in range(1, 5)]
+    grid = diffusers.utils.torch_utils.randn_tensor(shape, generator=generators)
+    for index in range(1, 5):
+        alone = torch.randn(shape[1:], generator=torch.Generator().manual_seed(image_seed(7, index)))
+        assert torch.equal(grid[index - 1], alone)
+
+
+def test_a_picture_drawn_alone_is_the_grids_up_to_what_batching_does_to_floats(
+    engine: DiffusersEngine,
+) -> None:
+    # Batch size picks other kernels, which sum in another order: near, not equal.
+    grid, alone = latents(drawn(engine, a_small_spec())), latents(drawn(engine, a_small_spec(images=1)))
+    assert torch.allclose(alone[0], grid[0], atol=1e-2)
+    assert not torch.allclose(alone[0], grid[1], atol=1e-1)
+
+
+def test_image_seeds_are_as_documented_and_differ_between_neighbouring_jobs() -> None:
+    assert image_seed(7, 1) == 5251435224235300234
+    assert len({image_seed(seed, index) for seed in range(100) for index in range(1, 5)}) == 400
+
+
+def test_a_variation_is_near_its_source_and_not_its_copy(engine: DiffusersEngine) -> None:
+    entry = read_models(None).default
+    spec = a_spec(width=256, height=256, steps=entry.steps)
+    grid = drawn(engine, spec)
+    source = SourceImage(
+        job_id="a", index=2, latents_path="", strength_permille=entry.variation_strength_permille
+    )
+    control = Control()
+    near = drawn(
+        engine,
+        replace(spec, kind=RenderKind.VARIATION, seed=99, source=source),
+        control=control,
+        source=grid.latents,
+    )
+    unrelated = drawn(engine, replace(spec, seed=99))
+    for index in range(1, 5):
+        from_source = distance(picture(near, index), picture(grid, 2))
+        assert 2 < from_source < 0.7 * distance(picture(unrelated, index), picture(grid, 2))
+    assert control.boundaries[-1] == (10, 10)
+
+
+def test_previews_look_like_the_picture(engine: DiffusersEngine) -> None:
+    control = Control(watched=True)
+    rendering = drawn(engine, a_spec(width=256, height=256, steps=20), control=control)
+    with Image.open(io.BytesIO(control.previews[-1])) as sheet:
+        assert sheet.size == (256, 256)
+        tiles = [sheet.crop((x, y, x + 128, y + 128)) for y in (0, 128) for x in (0, 128)]
+    small = [_pixels_of(tile) for tile in tiles]
+    pictures = [_pixels_of(Image.frombytes("RGB", (256, 256), image.pixels)) for image in rendering.images]
+    likeness = torch.corrcoef(torch.stack([*small, *pictures]))[:4, 4:]
+    assert likeness.diagonal().min() > 0.4, likeness
+    assert torch.equal(likeness.argmax(dim=1), torch.arange(4)), likeness
+
+
+def _pixels_of(image: Image.Image) -> torch.Tensor:
+    small = image.resize((32, 32), Image.Resampling.BOX)
+    pixels = torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8).float().view(-1, 3)
+    return (pixels - pixels.mean(dim=0)).flatten()
+
+
+def test_the_contact_sheet_of_one_picture_is_that_picture() -> None:
+    to_rgb = torch.zeros(5, 3)
+    with Image.open(io.BytesIO(contact_sheet(torch.zeros(1, 4, 8, 16), to_rgb))) as sheet:
+        assert sheet.size == (128, 64)
+
+
+_SCHEDULERS = [
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DPMSolverMultistepScheduler",
+    "UniPCMultistepScheduler",
+    "PNDMScheduler",
+    "HeunDiscreteScheduler",
+    "LCMScheduler",
+]
+
+
+@pytest.mark.parametrize("name", _SCHEDULERS)
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_the_boundary_changes_no_bit_of_a_stock_call_under_any_scheduler(
+    engine: DiffusersEngine, name: str, prediction_type: str
+) -> None:
+    pipeline = engine._loaded["stand-in"].text_to_image
+    shared = pipeline.scheduler
+    stock = getattr(diffusers, name).from_config(shared.config, prediction_type=prediction_type)
+    listener = CountingListener()
+
+    def call(scheduler: Any) -> torch.Tensor:
+        pipeline.scheduler = scheduler
+        result: torch.Tensor = pipeline(
+            "fog",
+            num_inference_steps=4,
+            width=64,
+            height=64,
+            generator=torch.Generator().manual_seed(1),
+            output_type="latent",
+        ).images
+        return result
+
+    try:
+        bounded = call(with_boundary(stock, listener))
+        assert torch.equal(bounded, call(stock))
+        assert listener.steps == len(stock.timesteps)
+        assert type(with_boundary(stock, listener)).__name__ == name
+        assert listener.predicted.shape == bounded.shape
+        assert listener.predicted.isfinite().all()
+    finally:
+        pipeline.scheduler = shared
+
+
+class CountingListener:
+    def __init__(self) -> None:
+        self.begun = 0
+        self.steps = 0
+        self.predicted = torch.empty(0)
+
+    def denoising_begins(self) -> None:
+        self.begun += 1
+
+    def step_ended(self, scheduler: Any, predict: Callable[[], torch.Tensor]) -> None:
+        self.steps += 1
+        self.predicted = predict()
+
+
+@pytest.mark.parametrize(
+    "name", ["DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "PNDMScheduler"]
+)
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_the_picture_predicted_at_a_step_is_the_one_the_model_meant(name: str, prediction_type: str) -> None:
+    if (name, prediction_type) == ("PNDMScheduler", "sample"):
+        pytest.xfail("PNDM knows no such prediction")
+    listener = CountingListener()
+    scheduler = with_boundary(getattr(diffusers, name)(prediction_type=prediction_type), listener)
+    scheduler.set_timesteps(10)
+    meant, noise = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    time_step = scheduler.timesteps[0]
+    alpha = scheduler.alphas_cumprod[int(time_step)]
+    sample = alpha.sqrt() * meant + (1 - alpha).sqrt() * noise
+    answer = {
+        "epsilon": noise,
+        "v_prediction": alpha.sqrt() * noise - (1 - alpha).sqrt() * meant,
+        "sample": meant,
+    }
+    scheduler.step(answer[prediction_type], time_step, sample)
+    assert torch.allclose(listener.predicted, meant, atol=1e-3)
+
+
+def test_the_picture_predicted_by_flow_matching_is_the_one_the_model_meant() -> None:
+    listener = CountingListener()
+    scheduler = with_boundary(diffusers.FlowMatchEulerDiscreteScheduler(), listener)
+    scheduler.set_timesteps(10)
+    meant, noise = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    sigma = scheduler.sigmas[0]
+    scheduler.step(noise - meant, scheduler.timesteps[0], (1 - sigma) * meant + sigma * noise)
+    assert torch.allclose(listener.predicted, meant, atol=1e-5)
+    assert listener.begun == 1
+
+
+def test_schedulers_without_a_known_prediction_are_known_as_such() -> None:
+    assert not has_boundary(diffusers.EDMDPMSolverMultistepScheduler())
+    assert has_boundary(diffusers.EulerDiscreteScheduler())
+    assert has_boundary(diffusers.FlowMatchEulerDiscreteScheduler())
+
+
+def test_the_receipt_says_what_is_needed_to_draw_it_again(engine: DiffusersEngine) -> None:
+    receipt = dict(drawn(engine, a_small_spec(seed=5)).receipt)
+    assert json.loads(json.dumps(receipt)) == receipt
+    assert receipt["image_seeds"] == [image_seed(5, index) for index in range(1, 5)]
+    assert receipt["scheduler"] == "EulerDiscreteScheduler"
+    assert len(str(receipt["weights_sha256"])) == 64
+    assert receipt["torch"] == torch.__version__
+
+
+def test_a_model_that_is_not_there_is_missing(cache_dir: Path) -> None:
+    elsewhere = replace(read_models(None).default, name="elsewhere", source=str(cache_dir / "none"))
+    engine = an_engine(cache_dir, models_of(elsewhere))
+    for name in ("elsewhere", "never-heard-of"):
+        with pytest.raises(EngineFailure, match="MODEL_MISSING"):
+            engine.load(name)
+    assert engine.warm_models() == ()
+
+
+@pytest.mark.parametrize("scheduler", ["NoSuchScheduler", "EDMDPMSolverMultistepScheduler"])
+def test_a_model_with_a_scheduler_it_cannot_use_is_unusable(cache_dir: Path, scheduler: str) -> None:
+    entry = replace(read_models(None).default, scheduler=scheduler)
+    with pytest.raises(EngineFailure, match="MODEL_UNUSABLE"):
+        an_engine(cache_dir, models_of(entry)).load("stand-in")
+
+
+def test_the_model_loaded_longest_ago_makes_room(cache_dir: Path) -> None:
+    first = read_models(None).default
+    models = models_of(first, replace(first, name="second"))
+    room_for_one = first.memory_needed(first.default_width, first.default_height)
+    engine = an_engine(cache_dir, models, memory_bytes=room_for_one)
+    engine.load("stand-in")
+    engine.load("second")
+    assert engine.warm_models() == ("second",)
+
+
+async def test_a_workers_account_closes_and_its_stages_are_all_of_a_run(
+    make_worker: Callable[..., Worker], engine: DiffusersEngine, cache_dir: Path
+) -> None:
+    cold = an_engine(cache_dir)
+    began = time.monotonic()
+    worker = make_worker(cold)
+    report = worker.report(1)
+    for tier in ("fast", "relax"):
+        worker.render(a_request(tier=tier, spec={"width": 256, "height": 256, "steps": 8}))
+        while not report.unacknowledged:
+            report = (await worker.heartbeat(1, 60_000)).report
+        (result,) = report.unacknowledged
+        assert result.outcome is Outcome.SUCCEEDED, result.failure_sentence
+        assert (result.load_ms > 0) == (tier == "fast")
+        assert min(result.times.encode_ms, result.times.denoise_ms, result.times.decode_ms) > 0
+        assert result.times != StageTimes()
+        worker.acknowledge(1, result.attempt_id)
+        report = worker.report(1)
+    wall_ms = (time.monotonic() - began) * 1000
+    uses = report.gpu_time
+    assert min(uses.fast_ms, uses.relax_ms, uses.load_ms) > 0
+    assert uses.idle_ms < 0.2 * wall_ms
+    assert sum(vars(uses).values()) == pytest.approx(wall_ms, rel=0.01)
+
+
+def test_two_workers_that_start_together_build_one_stand_in_and_print_nothing(tmp_path: Path) -> None:
+    program = f"""
+        from pathlib import Path
+        from gpu_worker.engine.loading import loaded_model
+        from gpu_worker.models import read_models
+        import torch
+        torch.set_num_threads(1)
+        model = loaded_model(read_models(None).default, torch.device("cpu"), Path({str(tmp_path)!r}))
+        print(model.weights_sha256)
+    """
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        for _ in range(2)
+    ]
+    outputs = [worker.communicate(timeout=60) for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], outputs
+    assert outputs[0] == outputs[1]
+    assert outputs[0][1] == b""
+    assert [path.name for path in tmp_path.iterdir()] == ["stand-in-1"]
