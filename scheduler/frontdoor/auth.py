@@ -1,0 +1,198 @@
+"""Who calls, and what they may call.
+
+A key is `dk_<id>_<secret>` in the metadata `authorization: Bearer …`. Missing, malformed, wrong and revoked
+keys get the same answer. What a key may do is looked up at most once a second, so a revoked key works for
+at most that long.
+"""
+
+from __future__ import annotations
+
+import hmac
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from google.protobuf.descriptor import ServiceDescriptor
+
+from billing.v1 import admin_pb2, billing_pb2
+from scheduler.refusals import AccountBlocked, RateLimited, RoleRequired, Unauthenticated
+from scheduler.store import accounts
+from scheduler.store.accounts import ApiKey, Role
+from scheduler.store.pool import Pool
+from scheduler.v1 import account_pb2, job_pb2
+
+ROLE_NEEDED: Mapping[str, Role] = {
+    "/scheduler.v1.JobService/CreateJob": Role.USER,
+    "/scheduler.v1.JobService/GetJob": Role.USER,
+    "/scheduler.v1.JobService/ListJobs": Role.USER,
+    "/scheduler.v1.JobService/CancelJob": Role.USER,
+    "/scheduler.v1.JobService/WatchJob": Role.USER,
+    "/scheduler.v1.JobService/DownloadImages": Role.USER,
+    "/scheduler.v1.JobService/ListFeed": Role.USER,
+    "/scheduler.v1.AccountService/GetAccount": Role.USER,
+    "/scheduler.v1.AccountService/UpdateAccount": Role.USER,
+    "/billing.v1.BillingService/GetBalance": Role.USER,
+    "/billing.v1.AdminService/CreateAccount": Role.ADMIN,
+    "/billing.v1.AdminService/CreateApiKey": Role.ADMIN,
+    "/billing.v1.AdminService/ListPlans": Role.ADMIN,
+    "/billing.v1.AdminService/UpdatePlan": Role.ADMIN,
+    "/billing.v1.AdminService/AdjustBalance": Role.ADMIN,
+}
+"""The least role that may call each method. Within the methods of a user, whose job it is decides."""
+
+SERVICES: tuple[ServiceDescriptor, ...] = (
+    job_pb2.DESCRIPTOR.services_by_name["JobService"],
+    account_pb2.DESCRIPTOR.services_by_name["AccountService"],
+    billing_pb2.DESCRIPTOR.services_by_name["BillingService"],
+    admin_pb2.DESCRIPTOR.services_by_name["AdminService"],
+)
+
+_OPEN_PREFIXES = ("/grpc.health.v1.", "/grpc.reflection.")
+
+_KEY = re.compile(r"Bearer dk_([0-9a-f]{16})_([0-9a-f]{64})", re.ASCII)
+_KEY_FRESH_S = 1.0
+_MOST_KEPT = 10_000
+# Bursts of so many seconds' worth of requests are let through: a client that starts asks many things at once.
+_BURST_S = 4.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Principal:
+    """Whoever a valid key speaks for."""
+
+    account_id: str
+    key_id: str
+    role: Role
+
+    @property
+    def sees_all(self) -> bool:
+        """Return whether jobs of other accounts, also private ones, are shown."""
+        return self.role.reaches(Role.MODERATOR)
+
+    @property
+    def actor(self) -> str:
+        """Name in audit events."""
+        return f"accounts/{self.account_id}/keys/{self.key_id}"
+
+
+def is_open(path: str) -> bool:
+    """Return whether a method is answered without a key: health and reflection tell nothing of anybody."""
+    return path.startswith(_OPEN_PREFIXES)
+
+
+def every_method_has_a_role() -> None:
+    """Fail at start, not at the first call, if a method was added and nobody said who may call it."""
+    offered = {f"/{service.full_name}/{method.name}" for service in SERVICES for method in service.methods}
+    assert offered == set(ROLE_NEEDED), f"roles and methods differ: {offered ^ set(ROLE_NEEDED)}"
+
+
+class Doorman:
+    """Looks at keys and counts what each asks for. `now_s` is a monotonic clock in seconds."""
+
+    def __init__(
+        self, pool: Pool, *, requests_per_second: float, streams_per_key: int, now_s: Callable[[], float]
+    ) -> None:
+        self._pool = pool
+        self._rate = requests_per_second
+        self._streams_per_key = streams_per_key
+        self._now_s = now_s
+        self._keys: dict[str, tuple[float, ApiKey | None]] = {}
+        self._buckets: dict[str, _Bucket] = {}
+        self._streams: dict[str, int] = {}
+
+    async def admit(self, path: str, metadata: Iterable[tuple[str, str | bytes]]) -> Principal:
+        """Return who calls.
+
+        Raises Unauthenticated, AccountBlocked, RoleRequired or RateLimited, in this order: a stranger
+        learns nothing.
+        """
+        key = await self._valid_key(metadata)
+        if key.blocked:
+            raise AccountBlocked
+        needed = ROLE_NEEDED[path]
+        if not key.role.reaches(needed):
+            raise RoleRequired(role=needed.value)
+        self._take_token(key.key_id)
+        return Principal(account_id=key.account_id, key_id=key.key_id, role=key.role)
+
+    def open_stream(self, key_id: str) -> None:
+        """Count one more open stream of a key; raises RateLimited above the limit."""
+        if self._streams.get(key_id, 0) >= self._streams_per_key:
+            raise RateLimited(
+                sentence=f"This key has {self._streams_per_key} open streams, the most it may: close one.",
+                retry_after_ms=1_000,
+            )
+        self._streams[key_id] = self._streams.get(key_id, 0) + 1
+
+    def close_stream(self, key_id: str) -> None:
+        """Count one open stream of a key less."""
+        self._streams[key_id] -= 1
+        if not self._streams[key_id]:
+            del self._streams[key_id]
+
+    async def _valid_key(self, metadata: Iterable[tuple[str, str | bytes]]) -> ApiKey:
+        given = next((value for name, value in metadata if name == "authorization"), "")
+        match = _KEY.fullmatch(given) if isinstance(given, str) else None
+        if match is None:
+            raise Unauthenticated
+        key_id, secret = match.groups()
+        key = await self._look_up(key_id)
+        if key is None or not hmac.compare_digest(key.secret_hash, accounts.hash_secret(secret)):
+            raise Unauthenticated
+        return key
+
+    async def _look_up(self, key_id: str) -> ApiKey | None:
+        now_s = self._now_s()
+        kept = self._keys.get(key_id)
+        if kept is not None and now_s - kept[0] < _KEY_FRESH_S:
+            return kept[1]
+        async with self._pool.reading() as connection:
+            key = await accounts.find_key(connection, key_id)
+        if len(self._keys) >= _MOST_KEPT:
+            self._keys.clear()  # all of it is a second old at most: nothing worth choosing is lost
+        self._keys[key_id] = (now_s, key)
+        return key
+
+    def _take_token(self, key_id: str) -> None:
+        now_s = self._now_s()
+        bucket = self._buckets.get(key_id)
+        if bucket is None:
+            if len(self._buckets) >= _MOST_KEPT:
+                self._buckets = {k: b for k, b in self._buckets.items() if not b.is_full(now_s)}
+            bucket = self._buckets[key_id] = _Bucket(rate=self._rate, filled_s=now_s)
+        wait_s = bucket.take(now_s)
+        if wait_s > 0:
+            raise RateLimited(
+                sentence=f"This key sends more than {self._rate:g} requests a second: slow down.",
+                retry_after_ms=int(wait_s * 1000) + 1,
+            )
+
+
+@dataclass(kw_only=True)
+class _Bucket:
+    """Tokens that come back at `rate` a second, up to a burst's worth."""
+
+    rate: float
+    filled_s: float
+    tokens: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tokens = self._most
+
+    @property
+    def _most(self) -> float:
+        # With a rate below one in four seconds a single request must still be possible.
+        return max(1.0, self.rate * _BURST_S)
+
+    def take(self, now_s: float) -> float:
+        """Take a token and return 0, or take none and return the seconds until there is one."""
+        self.tokens = min(self._most, self.tokens + (now_s - self.filled_s) * self.rate)
+        self.filled_s = now_s
+        if self.tokens < 1:
+            return (1 - self.tokens) / self.rate
+        self.tokens -= 1
+        return 0.0
+
+    def is_full(self, now_s: float) -> bool:
+        """Return whether forgetting this bucket forgets nothing."""
+        return self.tokens + (now_s - self.filled_s) * self.rate >= self._most

@@ -1,0 +1,184 @@
+"""Fields that many requests share: request ids, resource names, page sizes and tokens.
+
+Each reader notes what is wrong and goes on, so that a request is refused once, with everything that is wrong
+with it.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from google.protobuf.message import Message
+
+from scheduler.refusals import FieldViolation, InvalidRequest
+
+OWN = "-"
+"""Stands for the caller's own account in a resource name."""
+
+_UUID = "[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}"
+_ACCOUNT_ID = "[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
+_IS_UUID = re.compile(_UUID, re.ASCII)
+_IS_ACCOUNT_ID = re.compile(_ACCOUNT_ID, re.ASCII)
+_IS_ACCOUNT = re.compile(f"accounts/({_ACCOUNT_ID}|-)", re.ASCII)
+_IS_JOB = re.compile(f"accounts/({_ACCOUNT_ID}|-)/jobs/({_UUID})", re.ASCII)
+_IS_IMAGE = re.compile(f"accounts/({_ACCOUNT_ID}|-)/jobs/({_UUID})/images/([1-4])", re.ASCII)
+_IS_PLAN = re.compile(r"plans/([a-z0-9-]{1,63})", re.ASCII)
+
+_USUAL_PAGE = 25
+_LONGEST_PAGE = 100
+_LONGEST_REASON = 1_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobName:
+    """A job, and one of its pictures where one is named."""
+
+    account_id: str
+    """`-` for whoever owns it."""
+    job_id: str
+    image: int | None = None
+
+    def is_of(self, account_id: str) -> bool:
+        """Return whether the name says nothing against the job being of this account."""
+        return self.account_id in (OWN, account_id)
+
+
+class Violations:
+    """Everything wrong with one request, in the order it was found."""
+
+    def __init__(self) -> None:
+        self._found: list[FieldViolation] = []
+
+    def add(self, field: str, sentence: str) -> None:
+        """Note one thing."""
+        self._found.append(FieldViolation(field=field, sentence=sentence))
+
+    def refuse(self) -> None:
+        """Raise InvalidRequest if anything was noted."""
+        if self._found:
+            raise InvalidRequest(self._found)
+
+    def request_id(self, text: str) -> str:
+        """Return a request id in its one spelling."""
+        if not _IS_UUID.fullmatch(text):
+            self.add(
+                "request_id",
+                "request_id must be a UUID of your choosing; a request repeated under it counts once.",
+            )
+        return text.lower()
+
+    def account(self, field: str, text: str, *, own: str) -> str:
+        """Return the id in an account's name; `own` where it is empty or `accounts/-`."""
+        if not text:
+            return own
+        match = _IS_ACCOUNT.fullmatch(text)
+        if match is None:
+            self.add(field, f"{field} must be `accounts/{{account}}`, or `accounts/-` for your own.")
+            return own
+        return own if match[1] == OWN else match[1]
+
+    def named_account(self, field: str, text: str) -> str:
+        """Return the id in the name of an account that must be given."""
+        match = _IS_ACCOUNT.fullmatch(text)
+        if match is None or match[1] == OWN:
+            self.add(field, f"{field} must be `accounts/{{account}}`.")
+            return ""
+        return match[1]
+
+    def new_account_id(self, field: str, text: str) -> str:
+        """Return an id that an account may have."""
+        if not _IS_ACCOUNT_ID.fullmatch(text):
+            self.add(
+                field,
+                f"{field} must be 1 to 63 lower-case letters, digits and dashes, with no dash at either end.",
+            )
+        return text
+
+    def plan(self, field: str, text: str) -> str:
+        """Return the name in a plan's resource name."""
+        match = _IS_PLAN.fullmatch(text)
+        if match is None:
+            self.add(field, f"{field} must be `plans/{{plan}}`.")
+            return ""
+        return match[1]
+
+    def job(self, field: str, text: str) -> JobName | None:
+        """Return the job a name means."""
+        match = _IS_JOB.fullmatch(text)
+        if match is None:
+            self.add(field, f"{field} must be `accounts/{{account}}/jobs/{{uuid}}`.")
+            return None
+        return JobName(account_id=match[1], job_id=match[2].lower())
+
+    def image(self, field: str, text: str) -> JobName | None:
+        """Return the picture a name means."""
+        match = _IS_IMAGE.fullmatch(text)
+        if match is None:
+            self.add(field, f"{field} must be `accounts/{{account}}/jobs/{{uuid}}/images/{{1..4}}`.")
+            return None
+        return JobName(account_id=match[1], job_id=match[2].lower(), image=int(match[3]))
+
+    def job_or_image(self, field: str, text: str) -> JobName | None:
+        """Return the job or picture a name means."""
+        if "/images/" in text:
+            return self.image(field, text)
+        return self.job(field, text)
+
+    def reason(self, text: str) -> str:
+        """Return an admin's reason, which is mandatory."""
+        if not text.strip() or len(text) > _LONGEST_REASON:
+            self.add(
+                "reason",
+                f"reason must say in 1 to {_LONGEST_REASON} characters why; it is kept in the audit record.",
+            )
+        return text.strip()
+
+    def page_size(self, asked: int) -> int:
+        """Return how many to show: 25 if nothing was asked, never more than 100."""
+        if asked < 0:
+            self.add("page_size", "page_size must not be negative.")
+        return min(asked, _LONGEST_PAGE) or _USUAL_PAGE
+
+    def page_token(self, token: str, binding: Iterable[object]) -> dict[str, Any] | None:
+        """Return what `page_token` put into a token of the same request; None for the first page."""
+        if not token:
+            return None
+        try:
+            document = json.loads(base64.urlsafe_b64decode(token.encode()))
+            if document["of"] == _bound(binding) and isinstance(document["after"], dict):
+                return dict(document["after"])
+        except (ValueError, TypeError, KeyError):
+            pass  # a token that cannot be read and one of another request get the same answer
+        self.add(
+            "page_token",
+            "page_token is not one that this request's earlier page returned; leave it empty to start again.",
+        )
+        return None
+
+
+def page_token(after: dict[str, Any], binding: Iterable[object]) -> str:
+    """Return an opaque token that continues behind `after`, good only for a request with the same `binding`.
+
+    It is not signed: whoever forges one skips pages of what they may see anyway.
+    """
+    return base64.urlsafe_b64encode(json.dumps({"of": _bound(binding), "after": after}).encode()).decode()
+
+
+def digest(request: Message) -> bytes:
+    """Return SHA-256 of what a request asks for: all its fields but its id and `validate_only`."""
+    content = type(request)()
+    content.CopyFrom(request)
+    for field in ("request_id", "validate_only"):
+        if field in content.DESCRIPTOR.fields_by_name:
+            content.ClearField(field)
+    return hashlib.sha256(content.SerializeToString(deterministic=True)).digest()
+
+
+def _bound(binding: Iterable[object]) -> str:
+    return hashlib.sha256(repr(tuple(binding)).encode()).hexdigest()[:16]

@@ -1,0 +1,294 @@
+"""JobService: what a client may do with jobs, its own ones; moderators see those of all."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import grpc
+from google.protobuf.message import Message
+
+from billing.refusals import FastTimeExhausted, PlanLacksPrivate, Refusal, SpendCapReached
+from gpu_worker.contract import ImageFile
+from gpu_worker.models import Models
+from scheduler import intake
+from scheduler.frontdoor import messages, translate
+from scheduler.frontdoor.artifacts import Artifacts
+from scheduler.frontdoor.auth import Principal
+from scheduler.frontdoor.fields import JobName, Violations, digest, page_token
+from scheduler.frontdoor.gate import caller
+from scheduler.frontdoor.moderation import Moderation
+from scheduler.frontdoor.standings import Standings
+from scheduler.frontdoor.watch import Watches
+from scheduler.intake import Submission
+from scheduler.link import SchedulerLink
+from scheduler.metrics import FrontDoorMetrics, SubmissionOutcome, SubmissionReason
+from scheduler.policy.ids import Tier
+from scheduler.policy.parameters import Parameters
+from scheduler.refusals import (
+    AccountBlocked,
+    Impossible,
+    ModerationRejected,
+    NotFoundOrNotYours,
+    Overloaded,
+    QueueFull,
+    RateLimited,
+    RoleRequired,
+    SourceNotReady,
+    Unauthenticated,
+)
+from scheduler.store import jobs as store
+from scheduler.store.jobs import FeedPlace, JobKind, JobState, StoredJob
+from scheduler.store.pool import Pool
+from scheduler.v1 import job_pb2, job_pb2_grpc
+
+FEED_KINDS: Sequence[JobKind] = tuple(JobKind)
+"""What the feed shows. It is for upscales; while there are none, it shows every kind."""
+
+_Context = grpc.aio.ServicerContext[Any, Any]
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobService(job_pb2_grpc.JobServiceServicer):
+    """The methods of scheduler.v1.JobService. `clock` returns the present time, aware."""
+
+    pool: Pool
+    link: SchedulerLink
+    metrics: FrontDoorMetrics
+    models: Models
+    moderation: Moderation
+    standings: Standings
+    watches: Watches
+    artifacts: Artifacts
+    parameters: Parameters
+    clock: Callable[[], datetime]
+
+    async def CreateJob(self, request: job_pb2.CreateJobRequest, context: _Context) -> job_pb2.Job:  # noqa: N802
+        """Accept a job, or say what it would cost."""
+        principal = caller()
+        submission = await self._submission(request, principal)
+        category = await self.moderation.category(submission.prompt)
+        if category is not None:
+            raise ModerationRejected(category=category.value, field="prompt")
+        if request.validate_only:
+            foreseen = await intake.rehearse(
+                self.pool,
+                self.metrics,
+                account_id=principal.account_id,
+                submission=submission,
+                parameters=self.parameters,
+                at=self.clock(),
+            )
+            return messages.job_not_made(foreseen.job, foreseen.queue_status)
+        accepted = await intake.submit(
+            self.pool,
+            self.link,
+            self.metrics,
+            account_id=principal.account_id,
+            submission=submission,
+            parameters=self.parameters,
+            at=self.clock(),
+        )
+        if accepted.queue_status is None:
+            return await self._message(accepted.job)
+        return messages.job(accepted.job, accepted.queue_status)
+
+    async def GetJob(self, request: job_pb2.GetJobRequest, context: _Context) -> job_pb2.Job:  # noqa: N802
+        """Return one job."""
+        violations = Violations()
+        name = violations.job("name", request.name)
+        violations.refuse()
+        return await self._message(await self._seen(name, caller()))
+
+    async def ListJobs(  # noqa: N802
+        self, request: job_pb2.ListJobsRequest, context: _Context
+    ) -> job_pb2.ListJobsResponse:
+        """Return a page of an account's jobs, newest first."""
+        principal = caller()
+        violations = Violations()
+        account_id = violations.account("parent", request.parent, own=principal.account_id)
+        limit = violations.page_size(request.page_size)
+        for number in request.states:
+            if number not in messages.STATE_OF:
+                violations.add("states", f"states has a value that no job has: {number}.")
+        binding = (account_id, *request.states)
+        after = violations.page_token(request.page_token, binding)
+        violations.refuse()
+        if account_id != principal.account_id and not principal.sees_all:
+            raise NotFoundOrNotYours
+        async with self.pool.reading() as connection:
+            listed = await store.list_jobs(
+                connection,
+                account_id,
+                states=[messages.STATE_OF[number] for number in request.states],
+                before_arrival=None if after is None else int(after["arrival"]),
+                limit=limit + 1,
+            )
+        page = listed[:limit]
+        statuses = await self.standings.of(page)
+        return job_pb2.ListJobsResponse(
+            jobs=[messages.job(job, statuses.get(job.job_id)) for job in page],
+            next_page_token=page_token({"arrival": page[-1].arrival}, binding) if len(listed) > limit else "",
+        )
+
+    async def CancelJob(self, request: job_pb2.CancelJobRequest, context: _Context) -> job_pb2.Job:  # noqa: N802
+        """Cancel a job of the caller's own."""
+        principal = caller()
+        violations = Violations()
+        request_id = violations.request_id(request.request_id)
+        name = violations.job("name", request.name)
+        violations.refuse()
+        assert name is not None, "whatever made it None is a violation"
+        if not name.is_of(principal.account_id):
+            raise NotFoundOrNotYours
+        job = await intake.cancel(
+            self.pool,
+            self.link,
+            account_id=principal.account_id,
+            job_id=name.job_id,
+            request_id=request_id,
+            digest=digest(request),
+            at=self.clock(),
+        )
+        return await self._message(job)
+
+    async def WatchJob(  # noqa: N802
+        self, request: job_pb2.WatchJobRequest, context: _Context
+    ) -> AsyncIterator[job_pb2.WatchJobResponse]:
+        """Stream what happens to a job until it ends."""
+        violations = Violations()
+        name = violations.job("name", request.name)
+        if request.after_sequence < 0:
+            violations.add("after_sequence", "after_sequence must not be negative; 0 is for all events.")
+        violations.refuse()
+        job = await self._seen(name, caller())
+        with self.metrics.watch_streams.track_inprogress():
+            async for response in self.watches.watch(
+                job.job_id, request.after_sequence, previews=request.previews
+            ):
+                yield response
+
+    async def DownloadImages(  # noqa: N802
+        self, request: job_pb2.DownloadImagesRequest, context: _Context
+    ) -> AsyncIterator[job_pb2.DownloadImagesResponse]:
+        """Stream pictures: a header before each, then its bytes."""
+        violations = Violations()
+        name = violations.job_or_image("name", request.name)
+        violations.refuse()
+        assert name is not None, "whatever made it None is a violation"
+        job = await self._seen(name, caller())
+        for image in _pictures(job, name.image):
+            header = job_pb2.FileHeader(image=messages.image(job, image))
+            yield job_pb2.DownloadImagesResponse(header=header)
+            async for chunk in self.artifacts.chunks(image):
+                yield job_pb2.DownloadImagesResponse(chunk=chunk)
+                self.metrics.artifact_sent_bytes.inc(len(chunk))
+
+    async def ListFeed(  # noqa: N802
+        self, request: job_pb2.ListFeedRequest, context: _Context
+    ) -> job_pb2.ListFeedResponse:
+        """Return a page of the public record."""
+        violations = Violations()
+        limit = violations.page_size(request.page_size)
+        after = violations.page_token(request.page_token, ("feed",))
+        violations.refuse()
+        async with self.pool.reading() as connection:
+            listed = await store.feed(
+                connection,
+                kinds=FEED_KINDS,
+                after=None if after is None else _feed_place(after),
+                limit=limit + 1,
+            )
+        page = listed[:limit]
+        return job_pb2.ListFeedResponse(
+            jobs=[messages.job_in_feed(job) for job in page],
+            next_page_token=page_token(_feed_token(page[-1]), ("feed",)) if len(listed) > limit else "",
+        )
+
+    async def _submission(self, request: job_pb2.CreateJobRequest, principal: Principal) -> Submission:
+        match request.WhichOneof("spec"):
+            case "imagine":
+                return translate.imagine(request, self.models)
+            case "variation":
+                name = translate.variation_source(request)
+                source = await self._own(name, principal)
+                assert name.image is not None, "a picture's name has its number"
+                return translate.variation(request, source, name.image, self.models)
+            case "reroll":
+                source = await self._own(translate.reroll_source(request), principal)
+                return translate.reroll(request, source, self.models)
+            case _:
+                return translate.nothing(request)
+
+    async def _message(self, job: StoredJob) -> job_pb2.Job:
+        return messages.job(job, (await self.standings.of([job])).get(job.job_id))
+
+    async def _own(self, name: JobName, principal: Principal) -> StoredJob:
+        """Return a job of the caller's account."""
+        async with self.pool.reading() as connection:
+            job = await store.read_job(connection, name.job_id)
+        if job is None or job.account_id != principal.account_id or not name.is_of(job.account_id):
+            raise NotFoundOrNotYours
+        return job
+
+    async def _seen(self, name: JobName | None, principal: Principal) -> StoredJob:
+        """Return a job that the caller may see."""
+        assert name is not None, "whatever made it None is a violation"
+        async with self.pool.reading() as connection:
+            job = await store.read_job(connection, name.job_id)
+        mine = job is not None and job.account_id == principal.account_id
+        if job is None or not (mine or principal.sees_all):
+            raise NotFoundOrNotYours
+        # `-` means the caller's own account; for those who see all, whoever's it is.
+        if not name.is_of(job.account_id):
+            raise NotFoundOrNotYours
+        return job
+
+
+def submission_refused(metrics: FrontDoorMetrics) -> Callable[[Message, Refusal], None]:
+    """Return what counts a refused CreateJob, under the tier that the request names, or else fast."""
+
+    def count(request: Message, refusal: Refusal) -> None:
+        assert isinstance(request, job_pb2.CreateJobRequest)
+        metrics.job_submitted(
+            tier=translate.TIERS.get(request.tier) or Tier.FAST,
+            outcome=SubmissionOutcome.REJECTED,
+            reason=_REASONS.get(type(refusal), SubmissionReason.INVALID),
+        )
+
+    return count
+
+
+_REASONS: dict[type[Refusal], SubmissionReason] = {
+    FastTimeExhausted: SubmissionReason.QUOTA,
+    SpendCapReached: SubmissionReason.QUOTA,
+    PlanLacksPrivate: SubmissionReason.QUOTA,
+    RateLimited: SubmissionReason.QUOTA,
+    QueueFull: SubmissionReason.QUEUE_FULL,
+    Impossible: SubmissionReason.IMPOSSIBLE,
+    Unauthenticated: SubmissionReason.AUTH,
+    RoleRequired: SubmissionReason.AUTH,
+    AccountBlocked: SubmissionReason.AUTH,
+    Overloaded: SubmissionReason.DRAINING,
+}
+
+
+def _pictures(job: StoredJob, index: int | None) -> Sequence[ImageFile]:
+    """Return one picture of a job, or all; raises SourceNotReady if there is none such."""
+    chosen = [image for image in job.images if index in (None, image.index)]
+    if job.state is not JobState.SUCCEEDED or not chosen:
+        raise SourceNotReady(job_id=job.job_id, state=job.state.value, image=index)
+    return chosen
+
+
+def _feed_token(job: StoredJob) -> dict[str, Any]:
+    assert job.ended_at is not None, "a job in the feed has ended"
+    # Whole microseconds: PostgreSQL's own precision, so that no job is shown twice or skipped.
+    return {"ended_us": (job.ended_at - _EPOCH) // timedelta(microseconds=1), "job": job.job_id}
+
+
+def _feed_place(token: dict[str, Any]) -> FeedPlace:
+    return FeedPlace(ended_at=_EPOCH + timedelta(microseconds=token["ended_us"]), job_id=token["job"])

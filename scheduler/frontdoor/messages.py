@@ -1,0 +1,278 @@
+"""From our values to the messages of the API."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import datetime
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from billing import prices
+from billing.ledger import Balance
+from billing.plans import PlanLimits, PlanVersion
+from billing.prices import ChargeMode, PricingSnapshot
+from billing.v1 import admin_pb2, billing_pb2
+from gpu_worker.contract import ImageFile, Progress
+from scheduler.policy.ids import Tier
+from scheduler.store.accounts import Role, Visibility
+from scheduler.store.jobs import JobEvent, JobKind, JobReceipt, JobState, StoredJob
+from scheduler.updates import QueueReason, QueueStatus
+from scheduler.v1 import job_pb2
+
+_TIER: Mapping[Tier, job_pb2.Tier.ValueType] = {
+    Tier.FAST: job_pb2.TIER_FAST,
+    Tier.RELAX: job_pb2.TIER_RELAX,
+}
+_VISIBILITY: Mapping[Visibility, job_pb2.Visibility.ValueType] = {
+    Visibility.PUBLIC: job_pb2.VISIBILITY_PUBLIC,
+    Visibility.PRIVATE: job_pb2.VISIBILITY_PRIVATE,
+}
+_CHARGE_MODE: Mapping[ChargeMode, job_pb2.ChargeMode.ValueType] = {
+    ChargeMode.FAST: job_pb2.CHARGE_MODE_FAST,
+    ChargeMode.METERED_FAST: job_pb2.CHARGE_MODE_METERED_FAST,
+    ChargeMode.RELAX: job_pb2.CHARGE_MODE_RELAX,
+}
+_KIND: Mapping[JobKind, job_pb2.JobKind.ValueType] = {
+    JobKind.IMAGINE: job_pb2.JOB_KIND_IMAGINE,
+    JobKind.VARIATION: job_pb2.JOB_KIND_VARIATION,
+    JobKind.REROLL: job_pb2.JOB_KIND_REROLL,
+}
+_STATE: Mapping[JobState, job_pb2.JobState.ValueType] = {
+    JobState.QUEUED: job_pb2.JOB_STATE_QUEUED,
+    JobState.RUNNING: job_pb2.JOB_STATE_RUNNING,
+    JobState.SUCCEEDED: job_pb2.JOB_STATE_SUCCEEDED,
+    JobState.FAILED: job_pb2.JOB_STATE_FAILED,
+    JobState.CANCELLED: job_pb2.JOB_STATE_CANCELLED,
+}
+STATE_OF: Mapping[int, JobState] = {number: state for state, number in _STATE.items()}
+_QUEUE_REASON: Mapping[QueueReason, job_pb2.QueueReason.ValueType] = {
+    QueueReason.WAITING_FOR_GPU: job_pb2.QUEUE_REASON_WAITING_FOR_GPU,
+    QueueReason.CONCURRENCY_LIMIT: job_pb2.QUEUE_REASON_CONCURRENCY_LIMIT,
+    QueueReason.FUNDS: job_pb2.QUEUE_REASON_FUNDS,
+    QueueReason.TIER_PAUSED: job_pb2.QUEUE_REASON_TIER_PAUSED,
+    QueueReason.NO_WORKER: job_pb2.QUEUE_REASON_NO_WORKER,
+    QueueReason.SCHEDULER_STARTING: job_pb2.QUEUE_REASON_SCHEDULER_STARTING,
+}
+_ROLE: Mapping[Role, admin_pb2.Role.ValueType] = {
+    Role.USER: admin_pb2.ROLE_USER,
+    Role.MODERATOR: admin_pb2.ROLE_MODERATOR,
+    Role.OPERATOR: admin_pb2.ROLE_OPERATOR,
+    Role.ADMIN: admin_pb2.ROLE_ADMIN,
+}
+ROLE_OF: Mapping[int, Role] = {number: role for role, number in _ROLE.items()}
+
+
+def timestamp(at: datetime | None) -> Timestamp | None:
+    """Return an aware datetime as the API has it; None stays an absent field."""
+    if at is None:
+        return None
+    message = Timestamp()
+    message.FromDatetime(at)
+    return message
+
+
+def tier(value: Tier) -> job_pb2.Tier.ValueType:
+    """Return the API's name of a tier."""
+    return _TIER[value]
+
+
+def visibility(value: Visibility) -> job_pb2.Visibility.ValueType:
+    """Return the API's name of a visibility."""
+    return _VISIBILITY[value]
+
+
+def role(value: Role) -> admin_pb2.Role.ValueType:
+    """Return the API's name of a role."""
+    return _ROLE[value]
+
+
+def job_name(account_id: str, job_id: str) -> str:
+    """Return the resource name of a job."""
+    return f"accounts/{account_id}/jobs/{job_id}"
+
+
+def job(stored: StoredJob, status: QueueStatus | None) -> job_pb2.Job:
+    """Return a job as its owner sees it; `status` only while it waits."""
+    message = _job_without_money(stored)
+    message.charge_mode = _CHARGE_MODE[stored.pricing.charge_mode]
+    message.price.CopyFrom(price(stored.pricing, stored.predicted_ms))
+    message.event_sequence = stored.event_seq
+    message.cancel_requested = stored.cancel_wanted
+    if stored.receipt is not None:
+        message.receipt.CopyFrom(receipt(stored.receipt))
+    if stored.failure_reason is not None:
+        message.failure.reason = stored.failure_reason
+        message.failure.sentence = stored.failure_sentence or ""
+    if status is not None and stored.state is JobState.QUEUED:
+        message.queue_status.CopyFrom(queue_status(status))
+    return message
+
+
+def job_in_feed(stored: StoredJob) -> job_pb2.Job:
+    """Return a finished public job as everybody sees it: what was drawn, and nothing about who paid what."""
+    return _job_without_money(stored)
+
+
+def job_not_made(stored: StoredJob, status: QueueStatus | None) -> job_pb2.Job:
+    """Return a job that was only asked about: it has no name, no seed and no history."""
+    message = job(stored, status)
+    for field in ("name", "uid", "seed", "create_time", "event_sequence"):
+        message.ClearField(field)
+    return message
+
+
+def _job_without_money(stored: StoredJob) -> job_pb2.Job:
+    source = "" if stored.source_job_id is None else job_name(stored.account_id, stored.source_job_id)
+    return job_pb2.Job(
+        name=job_name(stored.account_id, stored.job_id),
+        uid=stored.job_id,
+        kind=_KIND[stored.kind],
+        state=_STATE[stored.state],
+        tier=_TIER[stored.tier],
+        visibility=_VISIBILITY[stored.visibility],
+        prompt=stored.prompt,
+        model=stored.spec.model,
+        width=stored.spec.width,
+        height=stored.spec.height,
+        steps=stored.spec.steps,
+        seed=stored.spec.seed,
+        source_job=source,
+        source_image=stored.source_image or 0,
+        create_time=timestamp(stored.created_at),
+        start_time=timestamp(stored.started_at),
+        end_time=timestamp(stored.ended_at),
+        images=[image(stored, picture) for picture in stored.images],
+        warnings=stored.warnings,
+    )
+
+
+def image(stored: StoredJob, picture: ImageFile) -> job_pb2.Image:
+    """Return one picture of a job."""
+    return job_pb2.Image(
+        name=f"{job_name(stored.account_id, stored.job_id)}/images/{picture.index}",
+        file_name=picture.file_name,
+        content_type=picture.content_type,
+        size_bytes=picture.size_bytes,
+        sha256=picture.sha256,
+        width=picture.width,
+        height=picture.height,
+        seed=picture.seed,
+    )
+
+
+def price(pricing: PricingSnapshot, predicted_ms: int) -> job_pb2.Price:
+    """Return what a job is expected to cost, with a sentence for a person."""
+    message = job_pb2.Price(
+        charge_mode=_CHARGE_MODE[pricing.charge_mode],
+        predicted_gpu_ms=predicted_ms,
+        currency_code=pricing.currency,
+    )
+    if pricing.charge_mode is ChargeMode.RELAX:
+        message.sentence = "Free: relax jobs cost nothing."
+        return message
+    message.billed_gpu_ms = prices.billed_ms(predicted_ms, pricing.multiplier_bp)
+    seconds = f"About {message.billed_gpu_ms / 1000:.0f} s of fast time"
+    if pricing.charge_mode is ChargeMode.FAST:
+        message.sentence = f"{seconds} from your plan {pricing.plan}; what is charged is measured."
+        return message
+    message.amount_micros = prices.price_micros(message.billed_gpu_ms, pricing.overage_micros_per_minute)
+    message.sentence = (
+        f"Your plan's fast time is used up, and you allow overage. {seconds} at "
+        f"{_money(pricing.overage_micros_per_minute, pricing.currency)} a GPU-minute: about "
+        f"{_money(message.amount_micros, pricing.currency)}; what is charged is measured."
+    )
+    return message
+
+
+def receipt(paid: JobReceipt) -> job_pb2.Receipt:
+    """Return what a finished job did cost."""
+    return job_pb2.Receipt(
+        gpu_ms=paid.gpu_ms,
+        billed_gpu_ms=paid.billed_gpu_ms,
+        amount_micros=paid.amount_micros,
+        currency_code=paid.currency_code,
+        balance_before_ms=paid.balance_before_ms,
+        balance_after_ms=paid.balance_after_ms,
+        attempts=paid.attempts,
+        worker=paid.worker,
+        waited_ms=paid.waited_ms,
+        encode_ms=paid.encode_ms,
+        denoise_ms=paid.denoise_ms,
+        decode_ms=paid.decode_ms,
+        reproduction_json=json.dumps(paid.reproduction, sort_keys=True),
+    )
+
+
+def queue_status(status: QueueStatus) -> job_pb2.QueueStatus:
+    """Return why a job waits."""
+    return job_pb2.QueueStatus(
+        reason=_QUEUE_REASON[status.reason], sentence=status.sentence, position=status.position
+    )
+
+
+def state_event(event: JobEvent, stored: StoredJob, status: QueueStatus | None) -> job_pb2.StateEvent:
+    """Return a durable change, with the job as it is now."""
+    return job_pb2.StateEvent(
+        sequence=event.seq,
+        time=timestamp(event.at),
+        state=_STATE[event.state],
+        sentence=event.sentence,
+        job=job(stored, status),
+    )
+
+
+def progress(newest: Progress) -> job_pb2.Progress:
+    """Return how far a running job is."""
+    return job_pb2.Progress(
+        step=newest.step,
+        steps=newest.steps,
+        percent=100 * newest.step // max(1, newest.steps),
+        preview=newest.preview,
+        preview_content_type=newest.preview_content_type,
+    )
+
+
+def balance(of: Balance) -> billing_pb2.Balance:
+    """Return an account's fast time in the present period."""
+    return billing_pb2.Balance(
+        account=f"accounts/{of.account_id}",
+        plan=f"plans/{of.plan}",
+        granted_ms=of.granted_ms,
+        used_ms=of.used_ms,
+        held_ms=of.held_ms,
+        available_ms=of.available_ms,
+        period_start=timestamp(of.period_start),
+        renew_time=timestamp(of.renews_at),
+        overage_allowed=of.overage_allowed,
+        overage_posted_micros=of.overage_posted_micros,
+        overage_held_micros=of.overage_held_micros,
+        spend_cap_micros=of.spend_cap_micros,
+        currency_code=of.currency,
+        relax_used_ms=of.relax_used_ms,
+    )
+
+
+def limits(of: PlanLimits) -> billing_pb2.PlanLimits:
+    """Return how many jobs an account may have."""
+    return billing_pb2.PlanLimits(running=of.running, relax_running=of.relax_running, accepted=of.accepted)
+
+
+def plan(version: PlanVersion) -> admin_pb2.Plan:
+    """Return one version of a plan."""
+    return admin_pb2.Plan(
+        name=f"plans/{version.plan}",
+        version=version.version,
+        quota_ms=version.quota_ms,
+        limits=limits(version.limits),
+        relax_weight_milli=version.relax_weight_milli,
+        private_allowed=version.private_allowed,
+        private_multiplier_bp=version.private_multiplier_bp,
+        overage_micros_per_minute=version.overage_micros_per_minute,
+        currency_code=version.currency,
+        etag=version.etag,
+    )
+
+
+def _money(micros: int, currency: str) -> str:
+    return f"{micros / 1_000_000:.4f} {currency}"

@@ -1,0 +1,202 @@
+"""The gRPC service of one front door: it holds nothing that a restart would lose.
+
+Everything durable is in PostgreSQL, so any number of front doors run side by side, and a client whose front
+door closes goes on at another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from billing.v1 import admin_pb2_grpc, billing_pb2_grpc
+from gpu_worker.models import Models
+from scheduler.frontdoor.accounts import AccountService
+from scheduler.frontdoor.admin import ACTION_OF, AdminService, admin_refused
+from scheduler.frontdoor.artifacts import Artifacts
+from scheduler.frontdoor.auth import SERVICES, Doorman, every_method_has_a_role
+from scheduler.frontdoor.billing import BillingService
+from scheduler.frontdoor.gate import Gate, OnRefusal
+from scheduler.frontdoor.jobs import JobService, submission_refused
+from scheduler.frontdoor.moderation import Moderation
+from scheduler.frontdoor.standings import Standings
+from scheduler.frontdoor.watch import Watches
+from scheduler.link import SchedulerLink
+from scheduler.metrics import FrontDoorMetrics
+from scheduler.policy.parameters import Parameters
+from scheduler.refusals import Overloaded
+from scheduler.settings import FrontDoor as FrontDoorSettings
+from scheduler.settings import Settings
+from scheduler.store.pool import Pool
+from scheduler.v1 import account_pb2_grpc, job_pb2_grpc
+
+_LOOK_AT_DATABASE_EVERY_S = 1.0
+# Calls in progress are given this long when the service stops. None of the unary ones takes a tenth of it.
+_GRACE_S = 5.0
+
+
+class CannotListen(OSError):
+    """The address is taken, or is not one of this machine."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrontDoor:
+    """A running front door."""
+
+    host: str
+    port: int
+    """The one it listens on, also where the settings said 0."""
+    background: asyncio.Task[None]
+    """Ends only by failing: whoever keeps the service up awaits it too."""
+
+    @property
+    def address(self) -> str:
+        """What a client on this machine connects to."""
+        return f"{self.host}:{self.port}"
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+@asynccontextmanager
+async def serve(
+    settings: Settings,
+    pool: Pool,
+    link: SchedulerLink,
+    models: Models,
+    metrics: FrontDoorMetrics,
+    *,
+    clock: Callable[[], datetime] = _now,
+    monotonic_s: Callable[[], float] = time.monotonic,
+) -> AsyncIterator[FrontDoor]:
+    """Answer calls while the context is open; then let those in progress end, and watches resume elsewhere.
+
+    `clock` is the ledger's time, `monotonic_s` that of rate limits and caches. Raises CannotListen.
+    """
+    every_method_has_a_role()
+    doorman = Doorman(
+        pool,
+        requests_per_second=settings.frontdoor.requests_per_second,
+        streams_per_key=settings.frontdoor.streams_per_key,
+        now_s=monotonic_s,
+    )
+    on_refusal: dict[str, OnRefusal] = {
+        "/scheduler.v1.JobService/CreateJob": submission_refused(metrics),
+        **{path: admin_refused(metrics, action) for path, action in ACTION_OF.items()},
+    }
+    standings = Standings(pool, link, clock)
+    watches = Watches(pool, link, standings)
+    server = grpc.aio.server(
+        interceptors=[Gate(doorman, metrics, on_refusal)], options=_options(settings.frontdoor)
+    )
+    job_pb2_grpc.add_JobServiceServicer_to_server(
+        JobService(
+            pool=pool,
+            link=link,
+            metrics=metrics,
+            models=models,
+            moderation=Moderation(pool, monotonic_s),
+            standings=standings,
+            watches=watches,
+            artifacts=Artifacts(settings.artifacts),
+            parameters=Parameters(),
+            clock=clock,
+        ),
+        server,
+    )
+    account_pb2_grpc.add_AccountServiceServicer_to_server(
+        AccountService(pool=pool, link=link, clock=clock), server
+    )
+    billing_pb2_grpc.add_BillingServiceServicer_to_server(BillingService(pool=pool, clock=clock), server)
+    admin_pb2_grpc.add_AdminServiceServicer_to_server(
+        AdminService(pool=pool, link=link, metrics=metrics, clock=clock), server
+    )
+    healths = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(healths, server)
+    reflection.enable_server_reflection(
+        [*(service.full_name for service in SERVICES), health.SERVICE_NAME, reflection.SERVICE_NAME], server
+    )
+    metrics.follow_pool(size=lambda: pool.size, idle=lambda: pool.idle)
+    pool.observe_waits(metrics.db_pool_wait_seconds.observe)
+
+    port = _listen(server, settings.frontdoor)
+    await _tell_health(pool, healths)
+    await server.start()
+    background = asyncio.create_task(_background(standings, pool, healths))
+    try:
+        yield FrontDoor(host=settings.frontdoor.host, port=port, background=background)
+    finally:
+        await healths.enter_graceful_shutdown()
+        watches.close()
+        await server.stop(_GRACE_S)
+        background.cancel()
+        with suppress(asyncio.CancelledError):
+            await background
+
+
+async def _background(standings: Standings, pool: Pool, healths: health.aio.HealthServicer) -> None:
+    async with asyncio.TaskGroup() as group:
+        group.create_task(standings.run())
+        group.create_task(_keep_telling_health(pool, healths))
+
+
+def _options(settings: FrontDoorSettings) -> list[tuple[str, int]]:
+    return [
+        # Two front doors on one port would share its clients without knowing; the second is to fail.
+        ("grpc.so_reuseport", 0),
+        ("grpc.max_receive_message_length", settings.max_message_bytes),
+        ("grpc.max_send_message_length", settings.max_message_bytes),
+        ("grpc.max_metadata_size", 16 * 1024),
+        # Clients ping to keep a quiet watch alive through middleboxes. The defaults answer that with GOAWAY.
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+        ("grpc.http2.max_ping_strikes", 0),
+        # And the server finds clients that vanished, whose streams would count against their keys for ever.
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+    ]
+
+
+def _listen(server: grpc.aio.Server, settings: FrontDoorSettings) -> int:
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    address = f"{host}:{settings.port}"
+    try:
+        if settings.tls_certificate is None or settings.tls_key is None:
+            return server.add_insecure_port(address)
+        client_ca = None if settings.tls_client_ca is None else settings.tls_client_ca.read_bytes()
+        credentials = grpc.ssl_server_credentials(
+            [(settings.tls_key.read_bytes(), settings.tls_certificate.read_bytes())],
+            root_certificates=client_ca,
+            require_client_auth=client_ca is not None,
+        )
+        return server.add_secure_port(address, credentials)
+    except RuntimeError as error:
+        raise CannotListen(
+            f"cannot listen on {address}: is the port taken, or the address another machine's?"
+        ) from error
+
+
+async def _keep_telling_health(pool: Pool, healths: health.aio.HealthServicer) -> None:
+    while True:
+        await asyncio.sleep(_LOOK_AT_DATABASE_EVERY_S)
+        await _tell_health(pool, healths)
+
+
+async def _tell_health(pool: Pool, healths: health.aio.HealthServicer) -> None:
+    try:
+        async with pool.reading() as connection:
+            await connection.execute("SELECT")
+        status = health_pb2.HealthCheckResponse.SERVING
+    except Overloaded:
+        status = health_pb2.HealthCheckResponse.NOT_SERVING
+    for name in ("", *(service.full_name for service in SERVICES)):
+        await healths.set(name, status)

@@ -1,0 +1,90 @@
+"""Why a waiting job waits: the scheduler's word, or, until it has said one, what the account's own jobs say.
+
+All watches of this front door share one question a second.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from typing import TypeAlias
+
+from billing import accounts as ledger_accounts
+from scheduler.intake import expected_status
+from scheduler.link import SchedulerLink
+from scheduler.store import jobs
+from scheduler.store.jobs import JobState, StoredJob
+from scheduler.store.pool import Pool
+from scheduler.updates import QueueReason, QueueStatus
+
+_ASK_EVERY_S = 1.0
+_STARTING_SENTENCE = "The scheduler is starting; the job keeps its place."
+
+Tell: TypeAlias = Callable[[QueueStatus], None]
+
+
+class Standings:
+    """Where waiting jobs stand."""
+
+    def __init__(self, pool: Pool, link: SchedulerLink, clock: Callable[[], datetime]) -> None:
+        self._pool = pool
+        self._link = link
+        self._clock = clock
+        self._listeners: dict[str, list[Tell]] = {}
+        self._wanted = asyncio.Event()
+
+    async def of(self, listed: Sequence[StoredJob]) -> Mapping[str, QueueStatus]:
+        """Return why each of these waits that does. Raises Overloaded."""
+        waiting = [job for job in listed if job.state is JobState.QUEUED]
+        if not waiting:
+            return {}
+        known = dict(await self._link.queue_statuses([job.job_id for job in waiting]))
+        unknown = [job for job in waiting if job.job_id not in known]
+        if unknown:
+            known |= await self._expected(unknown)
+        return known
+
+    async def run(self) -> None:
+        """Tell the listeners what the scheduler says, once a second while there are any, until cancelled."""
+        while True:
+            await self._wanted.wait()
+            for job_id, status in (await self._link.queue_statuses(list(self._listeners))).items():
+                for tell in self._listeners.get(job_id, ()):
+                    tell(status)
+            await asyncio.sleep(_ASK_EVERY_S)
+
+    @contextmanager
+    def listen(self, job_id: str, tell: Tell) -> Iterator[None]:
+        """Have `tell` called with each answer about a waiting job."""
+        self._listeners.setdefault(job_id, []).append(tell)
+        self._wanted.set()
+        try:
+            yield
+        finally:
+            self._listeners[job_id].remove(tell)
+            if not self._listeners[job_id]:
+                del self._listeners[job_id]
+            if not self._listeners:
+                self._wanted.clear()
+
+    async def _expected(self, waiting: Sequence[StoredJob]) -> Mapping[str, QueueStatus]:
+        ready = await self._link.scheduler_ready()
+        async with self._pool.transaction() as connection:
+            terms = await ledger_accounts.terms(
+                connection, {job.account_id for job in waiting}, self._clock()
+            )
+            places = await jobs.live_places(connection, [job.job_id for job in waiting])
+        expected = {
+            job.job_id: expected_status(job.tier, places[job.job_id], terms[job.account_id])
+            for job in waiting
+            if job.job_id in places
+        }
+        if ready:
+            return expected
+        starting = QueueStatus(reason=QueueReason.SCHEDULER_STARTING, sentence=_STARTING_SENTENCE, position=0)
+        return {
+            job_id: status if status.reason is QueueReason.CONCURRENCY_LIMIT else starting
+            for job_id, status in expected.items()
+        }

@@ -1,0 +1,274 @@
+"""A job is durable when `submit` returns: its row, its price and its request id are committed together.
+
+What a client asked for arrives here already translated. One transaction claims the request id, locks the
+account, counts its live jobs against its plan, checks softly that it can pay, and writes the job and its
+first event. Then the scheduler is told; a notice that is lost costs a moment, because the scheduler sweeps
+for rows it was not told of. `cancel` takes the same road back.
+"""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass
+from datetime import datetime
+from typing import assert_never
+
+from billing import accounts as ledger_accounts
+from billing import idempotency, ledger
+from billing.accounts import Terms
+from billing.refusals import FastTimeExhausted, PlanLacksPrivate, SpendCapReached
+from gpu_worker.contract import RenderSpec
+from scheduler.link import SchedulerLink
+from scheduler.metrics import BillingRejection, FrontDoorMetrics, SubmissionOutcome
+from scheduler.policy.ids import Tier
+from scheduler.policy.parameters import Parameters
+from scheduler.refusals import Impossible, JobFinished, NotFoundOrNotYours, QueueFull
+from scheduler.store import jobs
+from scheduler.store.accounts import Visibility
+from scheduler.store.jobs import JobKind, JobReceipt, JobState, LivePlace, NewJob, StoredJob
+from scheduler.store.pool import Connection, Pool
+from scheduler.updates import QueueReason, QueueStatus
+
+CONCURRENCY_SENTENCE = (
+    "Your job will start shortly. You have reached the maximum number of concurrent jobs; "
+    "this one starts as soon as another finishes."
+)
+_ACCEPTED_SENTENCE = "Accepted; its place in the queue follows in a moment."
+
+# Beyond this the place of a job that is only asked about is of no use to anybody, and counting takes time.
+_MOST_COUNTED = 1_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submission:
+    """What a client asked for: checked, and free of the wire."""
+
+    request_id: str
+    digest: bytes
+    """Of the request's content; the same id with another digest is refused."""
+    kind: JobKind
+    prompt: str
+    """As given, parameters included."""
+    spec: RenderSpec
+    seed_fixed: bool
+    tier: Tier | None
+    """None: the account's mode."""
+    visibility: Visibility | None
+    predicted_ms: int
+    source_job_id: str | None
+    source_image: int | None
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accepted:
+    """A job that is in the database, or, of `rehearse`, one that would be."""
+
+    job: StoredJob
+    queue_status: QueueStatus | None
+    """What can be said before the scheduler has looked at it; None once it no longer waits."""
+
+
+async def submit(
+    pool: Pool,
+    link: SchedulerLink,
+    metrics: FrontDoorMetrics,
+    *,
+    account_id: str,
+    submission: Submission,
+    parameters: Parameters,
+    at: datetime,
+) -> Accepted:
+    """Accept a job, or return the one that this request id made before.
+
+    Locks the request id, then the account. Raises Impossible, QueueFull, FastTimeExhausted, SpendCapReached,
+    PlanLacksPrivate, RequestIdReused, NotFoundOrNotYours (the first answer's job is gone) or Overloaded.
+    """
+    async with pool.transaction() as connection:
+        outcome = await idempotency.claim(
+            connection, account_id, "CreateJob", submission.request_id, submission.digest
+        )
+        if outcome is None:
+            accepted = await _accept(connection, metrics, account_id, submission, parameters, at)
+            await idempotency.store(
+                connection, account_id, "CreateJob", submission.request_id, {"job_id": accepted.job.job_id}
+            )
+        else:
+            accepted = await _accepted_before(connection, outcome["job_id"])
+    if outcome is None:
+        link.jobs_changed([accepted.job.job_id])
+    metrics.job_submitted(
+        tier=accepted.job.tier,
+        outcome=SubmissionOutcome.ACCEPTED if outcome is None else SubmissionOutcome.REPLAYED,
+    )
+    return accepted
+
+
+async def rehearse(
+    pool: Pool,
+    metrics: FrontDoorMetrics,
+    *,
+    account_id: str,
+    submission: Submission,
+    parameters: Parameters,
+    at: datetime,
+) -> Accepted:
+    """Return what `submit` would, and write nothing: the whole transaction is done and rolled back.
+
+    The position is the end of the tier's line, counted up to 1,000. Raises what `submit` does, but for the
+    request id's.
+    """
+    async with pool.rehearsal() as connection:
+        accepted = await _accept(connection, metrics, account_id, submission, parameters, at)
+        assert accepted.queue_status is not None, "a job just accepted waits"
+        if accepted.queue_status.reason is QueueReason.CONCURRENCY_LIMIT:
+            return accepted
+        tier = accepted.job.tier
+        place = await jobs.waiting_in_tier(connection, tier, _MOST_COUNTED)  # with the job itself
+    ahead = place - 1
+    number = f"{_MOST_COUNTED:,} or more" if place == _MOST_COUNTED else f"{ahead:,}"
+    sentence = f"{number} {tier} {'job waits' if number == '1' else 'jobs wait'} now."
+    return Accepted(
+        job=accepted.job,
+        queue_status=QueueStatus(reason=QueueReason.WAITING_FOR_GPU, sentence=sentence, position=place),
+    )
+
+
+async def cancel(
+    pool: Pool,
+    link: SchedulerLink,
+    *,
+    account_id: str,
+    job_id: str,
+    request_id: str,
+    digest: bytes,
+    at: datetime,
+) -> StoredJob:
+    """End a waiting job at once, or note on a running one that its owner wants it to end; return it.
+
+    Locks the request id, then the account, then the job. Raises NotFoundOrNotYours, JobFinished,
+    RequestIdReused or Overloaded.
+    """
+    async with pool.transaction() as connection:
+        outcome = await idempotency.claim(connection, account_id, "CancelJob", request_id, digest)
+        if outcome is None:
+            await _cancel(connection, account_id, job_id, at)
+            await idempotency.store(connection, account_id, "CancelJob", request_id, {"job_id": job_id})
+        job = await jobs.read_job(connection, job_id)
+    if job is None:
+        raise NotFoundOrNotYours
+    link.jobs_changed([job_id])
+    return job
+
+
+def expected_status(tier: Tier, place: LivePlace, terms: Terms) -> QueueStatus:
+    """Return what an account's own jobs say about a waiting one, while the scheduler has said nothing."""
+    at_limit = place.ahead >= terms.limits.running
+    at_relax_limit = tier is Tier.RELAX and place.relax_ahead >= terms.limits.relax_running
+    if at_limit or at_relax_limit:
+        return QueueStatus(reason=QueueReason.CONCURRENCY_LIMIT, sentence=CONCURRENCY_SENTENCE, position=0)
+    return QueueStatus(reason=QueueReason.WAITING_FOR_GPU, sentence=_ACCEPTED_SENTENCE, position=0)
+
+
+async def _accept(
+    connection: Connection,
+    metrics: FrontDoorMetrics,
+    account_id: str,
+    submission: Submission,
+    parameters: Parameters,
+    at: datetime,
+) -> Accepted:
+    if submission.predicted_ms > parameters.max_predicted_ms:
+        raise Impossible(
+            missing="gpu_time",
+            sentence=f"This job would take about {submission.predicted_ms // 1000} s of GPU time; at most "
+            f"{parameters.max_predicted_ms // 1000} s are allowed. Make the pictures smaller.",
+        )
+    terms = await ledger_accounts.lock_terms(connection, account_id, at)
+    found = await jobs.settings_and_live_jobs(connection, account_id)
+    assert found is not None, "a key's account has its settings"
+    settings, live = found
+    if live.accepted >= terms.limits.accepted:
+        raise QueueFull(account_id=account_id, depth=live.accepted, limit=terms.limits.accepted)
+    tier = submission.tier or settings.mode
+    visibility = submission.visibility or settings.visibility
+    try:
+        pricing = await ledger.price(
+            connection,
+            terms,
+            tier.value,
+            visibility is Visibility.PRIVATE,
+            submission.predicted_ms,
+            live.waiting_fast_ms,
+            at,
+        )
+    except (FastTimeExhausted, SpendCapReached, PlanLacksPrivate) as refusal:
+        metrics.billing_rejections.labels(terms.plan, BillingRejection(refusal.reason.lower())).inc()
+        raise
+    job = await jobs.insert_job(
+        connection,
+        NewJob(
+            job_id=str(uuid.uuid4()),
+            account_id=account_id,
+            kind=submission.kind,
+            tier=tier,
+            visibility=visibility,
+            prompt=submission.prompt,
+            seed_fixed=submission.seed_fixed,
+            spec=submission.spec,
+            pricing=pricing,
+            predicted_ms=submission.predicted_ms,
+            source_job_id=submission.source_job_id,
+            source_image=submission.source_image,
+            warnings=submission.warnings,
+        ),
+        "Accepted.",
+    )
+    status = expected_status(tier, LivePlace(ahead=live.accepted, relax_ahead=live.relax), terms)
+    return Accepted(job=job, queue_status=status)
+
+
+async def _accepted_before(connection: Connection, job_id: str) -> Accepted:
+    job = await jobs.read_job(connection, job_id)
+    if job is None:
+        raise NotFoundOrNotYours
+    return Accepted(job=job, queue_status=None)
+
+
+async def _cancel(connection: Connection, account_id: str, job_id: str, at: datetime) -> None:
+    # Before the job's row: everybody locks accounts before jobs.
+    terms = await ledger_accounts.lock_terms(connection, account_id, at)
+    job = await jobs.lock_job(connection, job_id)
+    if job is None or job.account_id != account_id:
+        raise NotFoundOrNotYours
+    match job.state:
+        case JobState.QUEUED:
+            balance = await ledger.balance(connection, account_id, at)
+            receipt = _receipt_of_nothing(balance.available_ms, terms.currency, at, job)
+            await jobs.cancel_waiting(
+                connection, job_id, receipt, "Cancelled by its owner before it started."
+            )
+        case JobState.RUNNING:
+            await jobs.want_cancel(connection, job_id)
+        case JobState.SUCCEEDED | JobState.FAILED | JobState.CANCELLED:
+            raise JobFinished(job_id=job_id, state=job.state.value)
+        case _:
+            assert_never(job.state)
+
+
+def _receipt_of_nothing(available_ms: int, currency: str, at: datetime, job: StoredJob) -> JobReceipt:
+    return JobReceipt(
+        gpu_ms=0,
+        billed_gpu_ms=0,
+        amount_micros=0,
+        currency_code=currency,
+        balance_before_ms=available_ms,
+        balance_after_ms=available_ms,
+        attempts=0,
+        worker="",
+        waited_ms=max(0, int((at - job.created_at).total_seconds() * 1000)),
+        encode_ms=0,
+        denoise_ms=0,
+        decode_ms=0,
+        reproduction={},
+    )

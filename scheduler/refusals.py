@@ -1,0 +1,246 @@
+"""Everything the service may refuse: a stable reason, its numbers, and a sentence a person can act on.
+
+A refusal is an expected answer, not a failure of ours; `frontdoor/errors.py` turns each into one status.
+Those about money are the ledger's own (`billing/refusals.py`). No sentence repeats the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from billing.refusals import Refusal
+
+
+@dataclass(frozen=True, kw_only=True)
+class FieldViolation:
+    """One thing wrong with a request."""
+
+    field: str
+    """Path in the request message, as `imagine.prompt`."""
+    sentence: str
+
+
+class InvalidRequest(Refusal):
+    """Fields of the request are wrong; all of them are named at once."""
+
+    reason = "INVALID_PARAMETER"
+
+    def __init__(self, violations: Sequence[FieldViolation]) -> None:
+        assert violations, "a refusal without a violation tells nobody anything"
+        self.violations = tuple(violations)
+        super().__init__(" ".join(violation.sentence for violation in self.violations))
+
+    def metadata(self) -> dict[str, str]:
+        """The number of violations; what they are is in the details."""
+        return {"violations": str(len(self.violations))}
+
+
+class ModerationRejected(Refusal):
+    """The prompt asks for something that is not drawn here."""
+
+    reason = "MODERATION_REJECTED"
+
+    def __init__(self, *, category: str, field: str) -> None:
+        self.category = category
+        self.field = field
+        super().__init__(
+            f"The prompt was rejected by moderation ({category}). Leave out what belongs to that category, "
+            "or ask the people who run this service if you think it is a mistake."
+        )
+
+    def metadata(self) -> dict[str, str]:
+        """The category."""
+        return {"category": self.category}
+
+
+class QueueFull(Refusal):
+    """The account has as many accepted jobs as its plan allows."""
+
+    reason = "QUEUE_FULL"
+    retry_after_ms = 5_000
+    """About the time in which one of ten jobs ends; a client that wants to be quicker watches its jobs."""
+
+    def __init__(self, *, account_id: str, depth: int, limit: int) -> None:
+        self.account_id = account_id
+        self.depth = depth
+        self.limit = limit
+        super().__init__(
+            f"Your queue is full: {depth} jobs are running or waiting and your plan allows {limit}. "
+            "Send this one again when one of them has finished, or cancel one."
+        )
+
+    def metadata(self) -> dict[str, str]:
+        """How many jobs are accepted, and how many may be."""
+        return {"depth": str(self.depth), "limit": str(self.limit)}
+
+
+class NotFoundOrNotYours(Refusal):
+    """There is no such thing, or it belongs to somebody else; who asks must not learn which."""
+
+    reason = "NOT_FOUND_OR_NOT_YOURS"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "There is nothing of that name that this key may see: check the name, and whose key this is."
+        )
+
+    def metadata(self) -> dict[str, str]:
+        """Nothing: both cases must answer with the same bytes."""
+        return {}
+
+
+class SourceNotReady(Refusal):
+    """The job asked for has not succeeded, or has no such picture."""
+
+    reason = "SOURCE_NOT_READY"
+
+    def __init__(self, *, job_id: str, state: str, image: int | None = None) -> None:
+        self.job_id = job_id
+        self.state = state
+        self.image = image
+        sentence = (
+            f"Job {job_id} has no picture {image}."
+            if image is not None and state == "succeeded"
+            else f"Job {job_id} is {state}: only a job that has succeeded has pictures. "
+            + (
+                "Wait until it has finished."
+                if state in ("queued", "running")
+                else "Reroll it, or choose another."
+            )
+        )
+        super().__init__(sentence)
+
+    def metadata(self) -> dict[str, str]:
+        """The job and its state."""
+        return {"job": self.job_id, "state": self.state}
+
+
+class Impossible(Refusal):
+    """No worker could ever run it."""
+
+    reason = "IMPOSSIBLE"
+
+    def __init__(self, *, missing: str, sentence: str) -> None:
+        self.missing = missing
+        super().__init__(sentence)
+
+    def metadata(self) -> dict[str, str]:
+        """What is missing."""
+        return {"missing": self.missing}
+
+
+class JobFinished(Refusal):
+    """The job has ended, so there is nothing left to cancel."""
+
+    reason = "JOB_FINISHED"
+
+    def __init__(self, *, job_id: str, state: str) -> None:
+        self.job_id = job_id
+        self.state = state
+        super().__init__(f"Job {job_id} has already ended ({state}); there is nothing to cancel.")
+
+    def metadata(self) -> dict[str, str]:
+        """The job and how it ended."""
+        return {"job": self.job_id, "state": self.state}
+
+
+class Unauthenticated(Refusal):
+    """No valid key. Missing, malformed, wrong and revoked keys all get these same words."""
+
+    reason = "UNAUTHENTICATED"
+
+    def __init__(self) -> None:
+        super().__init__("Send a valid API key as `authorization: Bearer dk_…`; this call had none.")
+
+    def metadata(self) -> dict[str, str]:
+        """Nothing: whoever guesses keys must not learn how near a guess was."""
+        return {}
+
+
+class RoleRequired(Refusal):
+    """The key's role does not reach."""
+
+    reason = "ROLE_REQUIRED"
+
+    def __init__(self, *, role: str) -> None:
+        self.role = role
+        super().__init__(f"This call needs a key with the role {role}; ask an admin of this service for one.")
+
+    def metadata(self) -> dict[str, str]:
+        """The role it takes."""
+        return {"role": self.role}
+
+
+class AccountBlocked(Refusal):
+    """A moderator has blocked the account."""
+
+    reason = "ACCOUNT_BLOCKED"
+
+    def __init__(self) -> None:
+        super().__init__("This account is blocked; ask the people who run this service why.")
+
+    def metadata(self) -> dict[str, str]:
+        """Nothing."""
+        return {}
+
+
+class RateLimited(Refusal):
+    """Too many requests a second, or too many open streams, with one key."""
+
+    reason = "RATE_LIMITED"
+
+    def __init__(self, *, sentence: str, retry_after_ms: int) -> None:
+        self.retry_after_ms = retry_after_ms
+        super().__init__(sentence)
+
+    def metadata(self) -> dict[str, str]:
+        """When it is worth trying again."""
+        return {"retry_after_ms": str(self.retry_after_ms)}
+
+
+class Overloaded(Refusal):
+    """Something the answer needs is away for the moment. The same request later will do."""
+
+    reason = "OVERLOADED"
+
+    def __init__(self, *, sentence: str, retry_after_ms: int = 1_000) -> None:
+        self.retry_after_ms = retry_after_ms
+        super().__init__(sentence)
+
+    def metadata(self) -> dict[str, str]:
+        """When it is worth trying again."""
+        return {"retry_after_ms": str(self.retry_after_ms)}
+
+
+class PictureMissing(Refusal):
+    """The job's row names a picture that the artifact store does not have."""
+
+    reason = "PICTURE_MISSING"
+
+    def __init__(self, *, file_name: str) -> None:
+        self.file_name = file_name
+        super().__init__(
+            f"{file_name} is not in the artifact store any more. The job and its seed are: draw it again."
+        )
+
+    def metadata(self) -> dict[str, str]:
+        """The file."""
+        return {"file": self.file_name}
+
+
+class SecretShownOnce(Refusal):
+    """This request id made a key before, and its secret was in that answer and nowhere else."""
+
+    reason = "SECRET_SHOWN_ONCE"
+
+    def __init__(self, *, key_id: str) -> None:
+        self.key_id = key_id
+        super().__init__(
+            f"This request id has already made key {key_id}, and only a hash of its secret is stored. "
+            "If the first answer was lost, make another key under a new request id."
+        )
+
+    def metadata(self) -> dict[str, str]:
+        """The key."""
+        return {"key": self.key_id}

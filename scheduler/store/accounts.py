@@ -1,0 +1,157 @@
+"""Accounts and their keys: how an account wants its jobs, whether it is blocked, and who may speak for it.
+
+What an account may do, and what it has, is in its plan (`billing`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+
+from scheduler.policy.ids import Tier
+from scheduler.store.pool import Connection
+
+
+class Visibility(StrEnum):
+    """Who may see a finished job."""
+
+    PUBLIC = "public"
+    PRIVATE = "private"
+
+
+class Role(StrEnum):
+    """What a key may do beyond its own account's jobs; each role includes those before it."""
+
+    USER = "user"
+    MODERATOR = "moderator"
+    OPERATOR = "operator"
+    ADMIN = "admin"
+
+    def reaches(self, needed: Role) -> bool:
+        """Return whether this role includes `needed`."""
+        order = list(Role)
+        return order.index(self) >= order.index(needed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccountSettings:
+    """How an account wants its jobs where they do not say otherwise."""
+
+    account_id: str
+    mode: Tier
+    visibility: Visibility
+    blocked: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ApiKey:
+    """One valid key."""
+
+    key_id: str
+    account_id: str
+    role: Role
+    secret_hash: bytes
+    blocked: bool
+    """Whether its account is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewKey:
+    """A key just made."""
+
+    key_id: str
+    secret: str
+    """`dk_<id>_<secret>`: shown once, never stored."""
+    created_at: datetime
+
+
+def hash_secret(secret: str) -> bytes:
+    """Return what is stored of a key's secret part."""
+    return hashlib.sha256(secret.encode()).digest()
+
+
+async def create_account(connection: Connection, account_id: str) -> None:
+    """Make the scheduler's row of an account that the ledger has: fast mode, public pictures."""
+    await connection.execute("INSERT INTO scheduler.account (account_id) VALUES ($1)", account_id)
+
+
+async def settings(connection: Connection, account_id: str) -> AccountSettings | None:
+    """Return an account's settings, None if there is no such account."""
+    row = await connection.fetchrow(
+        "SELECT account_id, mode, visibility, blocked FROM scheduler.account WHERE account_id = $1",
+        account_id,
+    )
+    if row is None:
+        return None
+    return AccountSettings(
+        account_id=row["account_id"],
+        mode=Tier(row["mode"]),
+        visibility=Visibility(row["visibility"]),
+        blocked=row["blocked"],
+    )
+
+
+async def change_settings(
+    connection: Connection, account_id: str, *, mode: Tier | None = None, visibility: Visibility | None = None
+) -> None:
+    """Change what is given and leave the rest."""
+    await connection.execute(
+        """UPDATE scheduler.account SET mode = coalesce($2, mode), visibility = coalesce($3, visibility)
+           WHERE account_id = $1""",
+        account_id,
+        mode,
+        visibility,
+    )
+
+
+async def accounts_with_live_jobs(connection: Connection) -> list[str]:
+    """Return the accounts that have a job waiting or running."""
+    rows = await connection.fetch(
+        "SELECT DISTINCT account_id FROM scheduler.job WHERE state IN ('queued', 'running')"
+    )
+    return [row["account_id"] for row in rows]
+
+
+async def create_key(connection: Connection, account_id: str, role: Role) -> NewKey:
+    """Make a key of an account; the returned secret exists nowhere else."""
+    key_id, secret = secrets.token_hex(8), secrets.token_hex(32)
+    created_at: datetime = await connection.fetchval(
+        """INSERT INTO scheduler.api_key (key_id, account_id, secret_hash, role) VALUES ($1, $2, $3, $4)
+           RETURNING created_at""",
+        key_id,
+        account_id,
+        hash_secret(secret),
+        role,
+    )
+    return NewKey(key_id=key_id, secret=f"dk_{key_id}_{secret}", created_at=created_at)
+
+
+async def find_key(connection: Connection, key_id: str) -> ApiKey | None:
+    """Return a key that exists and is not revoked."""
+    row = await connection.fetchrow(
+        """SELECT key_id, account_id, role, secret_hash, blocked
+           FROM scheduler.api_key JOIN scheduler.account USING (account_id)
+           WHERE key_id = $1 AND revoked_at IS NULL""",
+        key_id,
+    )
+    if row is None:
+        return None
+    return ApiKey(
+        key_id=row["key_id"],
+        account_id=row["account_id"],
+        role=Role(row["role"]),
+        secret_hash=row["secret_hash"],
+        blocked=row["blocked"],
+    )
+
+
+async def admin_key_exists(connection: Connection) -> bool:
+    """Return whether anybody can administer this database."""
+    return bool(
+        await connection.fetchval(
+            "SELECT EXISTS (SELECT FROM scheduler.api_key WHERE role = 'admin' AND revoked_at IS NULL)"
+        )
+    )

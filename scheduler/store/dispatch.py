@@ -1,0 +1,276 @@
+"""Step 4 of the cycle: what was decided becomes rows, in one transaction, before any worker is called.
+
+Attempts, holds, the fair queue's charges and the tags of accounts that became eligible are written
+together. A start that the database refuses (cancelled meanwhile, no fast time left) ends the batch just
+before it: the charges behind it were computed as if it had happened, so they are decided again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+import asyncpg
+
+from billing import ledger
+from billing.prices import PricingSnapshot
+from scheduler.clock import from_ms
+from scheduler.policy.decisions import Charge
+from scheduler.policy.events import RefusedBecause
+from scheduler.policy.ids import AccountId, JobId, Tier
+from scheduler.policy.parameters import Parameters
+from scheduler.store.leadership import require_leader
+from scheduler.store.shares import TagChange, ends_unheard_of, store_charges, store_tags
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedAttempt:
+    """A start as decided. Its id is chosen before it is written, so a repeated batch is recognised."""
+
+    attempt_id: str
+    token: str
+    job_id: JobId
+    account_id: AccountId
+    tier: Tier
+    worker_id: str
+    incarnation: str
+    charge: Charge
+    decision: Mapping[str, Any]
+    sentence: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartedAttempt:
+    """A start that is a row now."""
+
+    planned: PlannedAttempt
+    event_seq: int
+    spec: Mapping[str, Any]
+    waited_ms: int | None
+    """From acceptance to its first start; None for a later one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefusedStart:
+    """A start that the database did not take."""
+
+    job_id: JobId
+    because: RefusedBecause
+    sentence: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartOutcome:
+    """What became of a batch. Starts in neither list were not tried: they are decided again."""
+
+    started: Sequence[StartedAttempt] = field(default_factory=tuple)
+    refused: Sequence[RefusedStart] = field(default_factory=tuple)
+
+
+class _Changed(Exception):
+    """A job was cancelled between being read and being updated: look again."""
+
+
+async def start_attempts(
+    connection: asyncpg.Connection,
+    *,
+    epoch: int,
+    planned: Sequence[PlannedAttempt],
+    tags: Sequence[TagChange],
+    running: Sequence[str],
+    parameters: Parameters,
+    now_ms: int,
+) -> StartOutcome:
+    """Write a batch of starts. Repeating a batch whose answer was lost returns what it did.
+
+    `running` are the attempts that the board takes for running, at least those of the accounts concerned. Locks the
+    leader row in share mode, then what the ledger locks, the jobs, and the accounts' shares. Raises Deposed.
+    """
+    while True:
+        try:
+            async with connection.transaction():
+                await require_leader(connection, epoch)
+                before = await _outcome_of_before(connection, planned)
+                if before is not None:
+                    return before
+                outcome = await _start(connection, epoch, planned, from_ms(now_ms))
+                started = [one.planned for one in outcome.started]
+                accounts = {tag[0] for tag in tags} | {plan.account_id for plan in started}
+                unheard = await ends_unheard_of(connection, running, accounts, parameters)
+                await store_tags(connection, tags, unheard)
+                await store_charges(
+                    connection, [(plan.account_id, plan.tier, plan.charge) for plan in started], unheard
+                )
+                return outcome
+        except _Changed:
+            continue
+
+
+async def _outcome_of_before(
+    connection: asyncpg.Connection, planned: Sequence[PlannedAttempt]
+) -> StartOutcome | None:
+    """Return the outcome of this batch if it was committed though its answer was lost.
+
+    Which of the others were refused was in the lost answer; they stand in neither list and are decided again.
+    """
+    rows = {
+        row["attempt_id"]: row
+        for row in await connection.fetch(
+            """SELECT attempt_id::text, job.spec, job.event_seq
+               FROM scheduler.attempt JOIN scheduler.job USING (job_id) WHERE attempt_id = ANY($1::uuid[])""",
+            [plan.attempt_id for plan in planned],
+        )
+    }
+    if not rows:
+        return None
+    return StartOutcome(
+        started=[
+            StartedAttempt(
+                planned=plan,
+                event_seq=rows[plan.attempt_id]["event_seq"],
+                spec=json.loads(rows[plan.attempt_id]["spec"]),
+                waited_ms=None,
+            )
+            for plan in planned
+            if plan.attempt_id in rows
+        ]
+    )
+
+
+async def _start(
+    connection: asyncpg.Connection, epoch: int, planned: Sequence[PlannedAttempt], at: datetime
+) -> StartOutcome:
+    if not planned:
+        return StartOutcome()
+    rows = await _job_rows(connection, planned)
+    gone = [plan for plan in planned if plan.job_id not in rows or rows[plan.job_id]["state"] != "queued"]
+    refused = [RefusedStart(job_id=p.job_id, because=RefusedBecause.GONE, sentence="cancelled") for p in gone]
+    prefix = planned[: planned.index(gone[0])] if gone else planned
+
+    prefix, unfunded = await _hold(connection, prefix, rows, at)
+    refused.extend(unfunded)
+    sequences = await _write(connection, epoch, prefix, at)
+    return StartOutcome(
+        started=[
+            StartedAttempt(
+                planned=plan,
+                event_seq=sequences[plan.job_id],
+                spec=json.loads(rows[plan.job_id]["spec"]),
+                waited_ms=rows[plan.job_id]["waited_ms"] if rows[plan.job_id]["losses"] == 0 else None,
+            )
+            for plan in prefix
+        ],
+        refused=refused,
+    )
+
+
+async def _job_rows(
+    connection: asyncpg.Connection, planned: Sequence[PlannedAttempt]
+) -> dict[str, asyncpg.Record]:
+    rows = await connection.fetch(
+        """SELECT job_id::text, state, pricing, spec, losses,
+                  (extract(epoch FROM now() - created_at) * 1000)::bigint AS waited_ms
+           FROM scheduler.job WHERE job_id = ANY($1::uuid[])""",
+        [plan.job_id for plan in planned],
+    )
+    return {row["job_id"]: row for row in rows}
+
+
+async def _hold(
+    connection: asyncpg.Connection,
+    planned: Sequence[PlannedAttempt],
+    rows: Mapping[str, asyncpg.Record],
+    at: datetime,
+) -> tuple[Sequence[PlannedAttempt], list[RefusedStart]]:
+    """Place the holds of fast starts; returns the starts before the first that has no funds, and its refusal."""
+    fast = [plan for plan in planned if plan.tier is Tier.FAST]
+    if not fast:
+        return planned, []
+
+    def requests(plans: Sequence[PlannedAttempt]) -> list[ledger.HoldRequest]:
+        return [
+            ledger.HoldRequest(
+                job_id=plan.job_id,
+                attempt_id=plan.attempt_id,
+                account_id=plan.account_id,
+                predicted_ms=plan.charge.predicted_ms,
+                pricing=PricingSnapshot.from_json(json.loads(rows[plan.job_id]["pricing"])),
+                at=at,
+            )
+            for plan in plans
+        ]
+
+    savepoint = connection.transaction()
+    await savepoint.start()
+    outcomes = await ledger.place_holds(connection, requests(fast))
+    poor = [(p, o.refusal) for p, o in zip(fast, outcomes, strict=True) if isinstance(o, ledger.HoldRefused)]
+    if not poor:
+        await savepoint.commit()
+        return planned, []
+    await savepoint.rollback()
+    first, refusal = poor[0]
+    prefix = planned[: planned.index(first)]
+    await ledger.place_holds(connection, requests([plan for plan in prefix if plan.tier is Tier.FAST]))
+    return prefix, [RefusedStart(job_id=first.job_id, because=RefusedBecause.FUNDS, sentence=str(refusal))]
+
+
+async def _write(
+    connection: asyncpg.Connection, epoch: int, planned: Sequence[PlannedAttempt], at: datetime
+) -> dict[str, int]:
+    """Write attempts, jobs, events and charges; returns the number of each job's event."""
+    if not planned:
+        return {}
+    job_ids = [plan.job_id for plan in planned]
+    updated = await connection.fetch(
+        """UPDATE scheduler.job SET state = 'running', started_at = coalesce(started_at, $2)
+           WHERE job_id = ANY($1::uuid[]) AND state = 'queued' RETURNING job_id""",
+        job_ids,
+        at,
+    )
+    if len(updated) < len(planned):
+        raise _Changed
+    await connection.execute(
+        """INSERT INTO scheduler.attempt (attempt_id, job_id, number, token, epoch, worker_id, incarnation, started_at,
+                                          predicted_ms, charged_at_ms, weight_milli, decision)
+           SELECT attempt_id, job_id, 1 + (SELECT count(*) FROM scheduler.attempt a WHERE a.job_id = new.job_id),
+                  token, $11, worker_id, incarnation, $10, predicted_ms, charged_at_ms, weight_milli, decision
+           FROM unnest($1::uuid[], $2::uuid[], $3::uuid[], $4::text[], $5::text[], $6::integer[], $7::bigint[],
+                       $8::integer[], $9::jsonb[])
+                AS new (attempt_id, job_id, token, worker_id, incarnation, predicted_ms, charged_at_ms,
+                        weight_milli, decision)""",
+        [plan.attempt_id for plan in planned],
+        job_ids,
+        [plan.token for plan in planned],
+        [plan.worker_id for plan in planned],
+        [plan.incarnation for plan in planned],
+        [plan.charge.predicted_ms for plan in planned],
+        [plan.charge.charged_at_ms for plan in planned],
+        [plan.charge.weight_milli for plan in planned],
+        [json.dumps(plan.decision) for plan in planned],
+        at,
+        epoch,
+    )
+    return await record_events(connection, [(plan.job_id, "running", plan.sentence) for plan in planned], at)
+
+
+async def record_events(
+    connection: asyncpg.Connection, events: Sequence[tuple[str, str, str]], at: datetime
+) -> dict[str, int]:
+    """Write (job, state, sentence) events, stamp them on the jobs, and return each job's number."""
+    rows = await connection.fetch(
+        """WITH event AS (
+               INSERT INTO scheduler.job_event (job_id, state, sentence, at)
+               SELECT job_id, state, sentence, $4 FROM unnest($1::uuid[], $2::text[], $3::text[])
+                      AS new (job_id, state, sentence)
+               RETURNING job_id, seq)
+           UPDATE scheduler.job SET event_seq = event.seq FROM event WHERE job.job_id = event.job_id
+           RETURNING job.job_id::text, event.seq""",
+        [job_id for job_id, _, _ in events],
+        [state for _, state, _ in events],
+        [sentence for _, _, sentence in events],
+        at,
+    )
+    return {row["job_id"]: row["seq"] for row in rows}

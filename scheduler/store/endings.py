@@ -1,0 +1,418 @@
+"""The end of an attempt, in one transaction: attempt closed, charge posted or voided, job moved, usage corrected.
+
+An attempt is closed only where its id, its token and the state `running` still match; a result that matches
+no such row came from a worker that was given up, and counts for nothing. Settling the same attempt again
+returns what was done the first time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timedelta
+from enum import StrEnum
+from typing import Any
+
+import asyncpg
+
+from billing import ledger
+from billing.prices import PricingSnapshot
+from gpu_worker.contract import ImageFile, StageTimes
+from scheduler.clock import from_ms
+from scheduler.policy.ids import Tier
+from scheduler.policy.parameters import Parameters
+from scheduler.store.dispatch import record_events
+from scheduler.store.jobs import JobReceipt, images_to_json, receipt_to_json
+from scheduler.store.leadership import require_leader
+from scheduler.store.shares import correction_of, lock_shares
+
+
+class Verdict(StrEnum):
+    """What an attempt came to; the states an attempt's row can end in."""
+
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    LOST = "lost"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttemptEnd:
+    """What is claimed about the end of an attempt."""
+
+    attempt_id: str
+    token: str
+    verdict: Verdict
+    gpu_ms: int | None
+    """Measured; None for a lost one, whose time since dispatch is absorbed."""
+    worker_at_fault: bool = False
+    """The loss counts against the worker's slot."""
+    times: StageTimes = StageTimes()
+    images: tuple[ImageFile, ...] = ()
+    latents_path: str | None = None
+    reproduction: Mapping[str, Any] = field(default_factory=dict)
+    failure_reason: str | None = None
+    sentence: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settled:
+    """What the database says about the attempt now."""
+
+    attempt_id: str
+    job_id: str
+    account_id: str
+    tier: Tier
+    plan: str
+    worker_id: str
+    verdict: Verdict
+    job_state: str
+    event_seq: int
+    gpu_ms: int
+    """Executed and not wasted: what usage was corrected to."""
+    absorbed_ms: int
+    billed_ms: int
+    released_ms: int
+    """Held and given back."""
+    slot_set_aside: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unknown:
+    """No running attempt has this id and token, and none ended with them: the claim counts for nothing."""
+
+    attempt_id: str
+
+
+async def settle_attempts(
+    connection: asyncpg.Connection,
+    *,
+    epoch: int,
+    ends: Sequence[AttemptEnd],
+    parameters: Parameters,
+    now_ms: int,
+) -> list[Settled | Unknown]:
+    """Settle a batch in one transaction; outcomes in the order of `ends`.
+
+    Locks the leader row in share mode, then what the ledger locks, then attempts and jobs. Raises Deposed.
+    """
+    at = from_ms(now_ms)
+    async with connection.transaction():
+        await require_leader(connection, epoch)
+        rows = await _attempt_rows(connection, ends)
+        # A repeat of what was settled before, or a second claim in the same batch, changes nothing.
+        fresh: dict[str, AttemptEnd] = {}
+        for end in ends:
+            row = rows.get(end.attempt_id)
+            if row is not None and row["state"] == "running" and end.attempt_id not in fresh:
+                fresh[end.attempt_id] = end
+        closed = {
+            settled.attempt_id: settled
+            for settled in await _close(connection, list(fresh.values()), rows, parameters, at)
+        }
+    return [
+        closed.get(end.attempt_id) or _settled_before(rows[end.attempt_id])
+        if end.attempt_id in rows
+        else Unknown(attempt_id=end.attempt_id)
+        for end in ends
+    ]
+
+
+async def _attempt_rows(
+    connection: asyncpg.Connection, ends: Sequence[AttemptEnd]
+) -> dict[str, asyncpg.Record]:
+    rows = await connection.fetch(
+        """SELECT attempt.attempt_id::text, attempt.job_id::text, attempt.number, attempt.state, attempt.worker_id,
+                  attempt.started_at, attempt.predicted_ms, attempt.charged_at_ms, attempt.weight_milli,
+                  attempt.gpu_ms, job.account_id, job.tier, job.pricing, job.state AS job_state, job.event_seq,
+                  job.cancel_wanted, job.losses, job.created_at, job.started_at AS job_started_at,
+                  cell.decay_origin_ms
+           FROM unnest($1::uuid[], $2::uuid[]) AS claim (attempt_id, token)
+           JOIN scheduler.attempt USING (attempt_id, token)
+           JOIN scheduler.job USING (job_id)
+           JOIN scheduler.cell ON cell.tier = 'relax'""",
+        [end.attempt_id for end in ends],
+        [end.token for end in ends],
+    )
+    return {row["attempt_id"]: row for row in rows}
+
+
+def _settled_before(row: asyncpg.Record) -> Settled:
+    return Settled(
+        attempt_id=row["attempt_id"],
+        job_id=row["job_id"],
+        account_id=row["account_id"],
+        tier=Tier(row["tier"]),
+        plan=json.loads(row["pricing"])["plan"],
+        worker_id=row["worker_id"],
+        verdict=Verdict(row["state"]),
+        job_state=row["job_state"],
+        event_seq=row["event_seq"],
+        gpu_ms=row["gpu_ms"] or 0,
+        absorbed_ms=0,
+        billed_ms=0,
+        released_ms=0,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Closing:
+    """One attempt's end, judged."""
+
+    end: AttemptEnd
+    row: asyncpg.Record
+    verdict: Verdict
+    job_state: str
+    used_ms: int
+    absorbed_ms: int
+
+    @property
+    def ending(self) -> ledger.Ending:
+        """Whether its hold is posted or voided."""
+        return ledger.Ending.POST if self.verdict in _PAID else ledger.Ending.VOID
+
+
+_PAID = (Verdict.SUCCEEDED, Verdict.CANCELLED)
+
+
+def _judge(end: AttemptEnd, row: asyncpg.Record, at: datetime) -> _Closing:
+    elapsed_ms = max(0, (at - row["started_at"]) // timedelta(milliseconds=1))
+    measured_ms = elapsed_ms if end.gpu_ms is None else end.gpu_ms
+    verdict = end.verdict
+    if verdict is Verdict.CANCELLED and not row["cancel_wanted"]:
+        verdict = Verdict.LOST  # it was stopped by us, not by its owner: not paid for, and done again
+    if verdict in _PAID:
+        return _Closing(
+            end=end, row=row, verdict=verdict, job_state=verdict.value, used_ms=measured_ms, absorbed_ms=0
+        )
+    if verdict is Verdict.FAILED:
+        job_state = "failed"
+    else:
+        # A lost attempt of a job whose owner no longer wants it is not tried again.
+        job_state = "cancelled" if row["cancel_wanted"] else "queued"
+    return _Closing(
+        end=end, row=row, verdict=verdict, job_state=job_state, used_ms=0, absorbed_ms=measured_ms
+    )
+
+
+async def _close(
+    connection: asyncpg.Connection,
+    ends: Sequence[AttemptEnd],
+    rows: Mapping[str, asyncpg.Record],
+    parameters: Parameters,
+    at: datetime,
+) -> list[Settled]:
+    if not ends:
+        return []
+    closings = [_judge(end, rows[end.attempt_id], at) for end in ends]
+    charges = await ledger.settle(
+        connection,
+        [
+            ledger.Settlement(
+                job_id=closing.row["job_id"],
+                attempt_id=closing.end.attempt_id,
+                account_id=closing.row["account_id"],
+                tier=closing.row["tier"],
+                ending=closing.ending,
+                measured_ms=closing.used_ms,
+                absorbed_ms=closing.absorbed_ms,
+                pricing=PricingSnapshot.from_json(json.loads(closing.row["pricing"])),
+                at=at,
+            )
+            for closing in closings
+        ],
+    )
+    await _close_attempts(connection, closings, at)
+    await _move_jobs(connection, closings, charges, at)
+    await _correct_usage(connection, closings, parameters)
+    sequences = await record_events(
+        connection, [(c.row["job_id"], c.job_state, _sentence(c)) for c in closings], at
+    )
+    set_aside = await _count_losses(connection, closings)
+    return [
+        Settled(
+            attempt_id=closing.end.attempt_id,
+            job_id=closing.row["job_id"],
+            account_id=closing.row["account_id"],
+            tier=Tier(closing.row["tier"]),
+            plan=json.loads(closing.row["pricing"])["plan"],
+            worker_id=closing.row["worker_id"],
+            verdict=closing.verdict,
+            job_state=closing.job_state,
+            event_seq=sequences[closing.row["job_id"]],
+            gpu_ms=closing.used_ms,
+            absorbed_ms=closing.absorbed_ms,
+            billed_ms=charge.billed_ms,
+            released_ms=max(0, closing.row["predicted_ms"] - charge.billed_ms),
+            slot_set_aside=closing.row["worker_id"] in set_aside,
+        )
+        for closing, charge in zip(closings, charges, strict=True)
+    ]
+
+
+def _sentence(closing: _Closing) -> str:
+    match closing.job_state:
+        case "queued":
+            return f"{closing.end.sentence or 'The GPU worker was lost.'} The job waits at its old place and costs nothing so far."
+        case "cancelled":
+            return "Cancelled by its owner."
+        case "failed":
+            return closing.end.sentence
+        case _:
+            return "Done."
+
+
+async def _close_attempts(connection: asyncpg.Connection, closings: Sequence[_Closing], at: datetime) -> None:
+    done = await connection.execute(
+        """UPDATE scheduler.attempt SET state = new.state, ended_at = $5, gpu_ms = new.gpu_ms, times = new.times
+           FROM unnest($1::uuid[], $2::text[], $3::integer[], $4::jsonb[]) AS new (attempt_id, state, gpu_ms, times)
+           WHERE attempt.attempt_id = new.attempt_id AND attempt.state = 'running'""",
+        [closing.end.attempt_id for closing in closings],
+        [closing.verdict.value for closing in closings],
+        [closing.used_ms for closing in closings],
+        [json.dumps(asdict(closing.end.times)) for closing in closings],
+        at,
+    )
+    # Only the leader closes attempts, it holds its row, and it read them as running in this transaction.
+    assert done == f"UPDATE {len(closings)}", f"{done}, not {len(closings)}: two settlements of one attempt"
+
+
+async def _move_jobs(
+    connection: asyncpg.Connection,
+    closings: Sequence[_Closing],
+    charges: Sequence[ledger.Settled],
+    at: datetime,
+) -> None:
+    await connection.execute(
+        """UPDATE scheduler.job
+           SET state = new.state, ended_at = CASE WHEN new.state = 'queued' THEN NULL ELSE $8::timestamptz END,
+               images = new.images, latents_path = new.latents_path, receipt = new.receipt,
+               losses = job.losses + new.losses, failure_reason = new.failure_reason,
+               failure_sentence = new.failure_sentence
+           FROM unnest($1::uuid[], $2::text[], $3::jsonb[], $4::text[], $5::jsonb[], $6::smallint[], $7::text[],
+                       $9::text[])
+                AS new (job_id, state, images, latents_path, receipt, losses, failure_reason, failure_sentence)
+           WHERE job.job_id = new.job_id""",
+        [closing.row["job_id"] for closing in closings],
+        [closing.job_state for closing in closings],
+        [_if_state(c, "succeeded", json.dumps(images_to_json(c.end.images))) for c in closings],
+        [_if_state(c, "succeeded", c.end.latents_path) for c in closings],
+        [
+            None if closing.job_state == "queued" else json.dumps(receipt_to_json(_receipt(closing, charge)))
+            for closing, charge in zip(closings, charges, strict=True)
+        ],
+        [int(closing.verdict is Verdict.LOST) for closing in closings],
+        [_if_state(c, "failed", c.end.failure_reason or "ENGINE_ERROR") for c in closings],
+        at,
+        [_if_state(c, "failed", c.end.sentence) for c in closings],
+    )
+
+
+def _if_state(closing: _Closing, state: str, value: str | None) -> str | None:
+    return value if closing.job_state == state else None
+
+
+def _receipt(closing: _Closing, charge: ledger.Settled) -> JobReceipt:
+    waited = closing.row["job_started_at"] - closing.row["created_at"]
+    times = closing.end.times
+    return JobReceipt(
+        gpu_ms=closing.used_ms,
+        billed_gpu_ms=charge.billed_ms,
+        amount_micros=charge.amount_micros,
+        currency_code=charge.currency,
+        balance_before_ms=charge.balance_before_ms,
+        balance_after_ms=charge.balance_after_ms,
+        attempts=closing.row["number"],
+        worker=closing.row["worker_id"],
+        waited_ms=max(0, waited // timedelta(milliseconds=1)),
+        encode_ms=times.encode_ms,
+        denoise_ms=times.denoise_ms,
+        decode_ms=times.decode_ms,
+        reproduction=closing.end.reproduction,
+    )
+
+
+async def _correct_usage(
+    connection: asyncpg.Connection, closings: Sequence[_Closing], parameters: Parameters
+) -> None:
+    tags: defaultdict[tuple[str, str], int] = defaultdict(int)
+    usage: defaultdict[str, float] = defaultdict(float)
+    for closing in closings:
+        row = closing.row
+        change = correction_of(row, closing.used_ms, parameters)
+        tags[row["account_id"], row["tier"]] += change.tag_delta
+        usage[row["account_id"]] += change.usage_delta
+    await lock_shares(connection, list(usage))
+    await connection.execute(
+        """UPDATE scheduler.fair_share SET finish_tag = finish_tag + new.delta, tag = tag + new.delta
+           FROM unnest($1::text[], $2::text[], $3::bigint[]) AS new (account_id, tier, delta)
+           WHERE (fair_share.account_id, fair_share.tier) = (new.account_id, new.tier)""",
+        [account_id for account_id, _ in tags],
+        [tier for _, tier in tags],
+        list(tags.values()),
+    )
+    await connection.execute(
+        """UPDATE scheduler.fair_share SET usage = greatest(0, usage + new.delta)
+           FROM unnest($1::text[], $2::float8[]) AS new (account_id, delta)
+           WHERE fair_share.account_id = new.account_id AND fair_share.tier = 'relax'""",
+        list(usage),
+        list(usage.values()),
+    )
+
+
+# Three different jobs lost in a row are a bad GPU, not three bad jobs.
+_LOSSES_OF_A_BAD_SLOT = 3
+
+
+async def _count_losses(connection: asyncpg.Connection, closings: Sequence[_Closing]) -> set[str]:
+    """Count losses per slot in a row; returns the slots that are to be set aside now."""
+    set_aside: set[str] = set()
+    for closing in closings:
+        row, end = closing.row, closing.end
+        if closing.verdict in _PAID:
+            await connection.execute(
+                "UPDATE scheduler.worker_slot SET losses_in_row = 0, last_lost_job = NULL WHERE worker_id = $1",
+                row["worker_id"],
+            )
+        elif end.worker_at_fault:
+            losses = await connection.fetchval(
+                """INSERT INTO scheduler.worker_slot (worker_id, losses_in_row, last_lost_job) VALUES ($1, 1, $2)
+                   ON CONFLICT (worker_id) DO UPDATE
+                   SET losses_in_row = worker_slot.losses_in_row
+                                       + (worker_slot.last_lost_job IS DISTINCT FROM EXCLUDED.last_lost_job)::int,
+                       last_lost_job = EXCLUDED.last_lost_job
+                   RETURNING losses_in_row""",
+                row["worker_id"],
+                row["job_id"],
+            )
+            if losses >= _LOSSES_OF_A_BAD_SLOT:
+                set_aside.add(row["worker_id"])
+                await connection.execute(
+                    "UPDATE scheduler.worker_slot SET set_aside = true WHERE worker_id = $1", row["worker_id"]
+                )
+    return set_aside
+
+
+async def give_up(
+    connection: asyncpg.Connection, *, epoch: int, job_id: str, sentence: str, now_ms: int
+) -> int | None:
+    """Fail a waiting job that lost too many attempts; returns its event's number, None if it no longer waits.
+
+    Nothing is open in the ledger: each lost attempt was voided. Raises Deposed.
+    """
+    at = from_ms(now_ms)
+    async with connection.transaction():
+        await require_leader(connection, epoch)
+        failed = await connection.fetchval(
+            """UPDATE scheduler.job
+               SET state = 'failed', ended_at = $2, failure_reason = 'WORKERS_LOST', failure_sentence = $3
+               WHERE job_id = $1 AND state = 'queued' RETURNING job_id""",
+            job_id,
+            at,
+            sentence,
+        )
+        if failed is None:
+            return None
+        return (await record_events(connection, [(job_id, "failed", sentence)], at))[job_id]

@@ -1,0 +1,72 @@
+"""A connection of its own for each hot writer, and retries while the database is away.
+
+A pool would run reset statements at every release; the loop and the settlement lanes write all day. What they
+write is keyed (by attempt), so work whose answer was lost is simply done again: it finds what it did.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import asyncpg
+import structlog
+
+T = TypeVar("T")
+
+_log = structlog.get_logger()
+
+# A restarted PostgreSQL is back within seconds, and asking twice a second costs nothing.
+_LONGEST_WAIT_S = 0.5
+
+AWAY = (
+    OSError,
+    asyncpg.InterfaceError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.CannotConnectNowError,
+    asyncpg.AdminShutdownError,
+    asyncpg.CrashShutdownError,
+    asyncpg.TooManyConnectionsError,
+)
+"""What says that the database is away or was, not that the work is wrong."""
+
+_AGAIN = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError)
+
+
+class Lane:
+    """One writer's connection to PostgreSQL, opened at first use and again after it broke."""
+
+    def __init__(self, dsn: str, name: str) -> None:
+        self._dsn = dsn
+        self._name = name
+        self._connection: asyncpg.Connection | None = None
+
+    async def run(self, work: Callable[[asyncpg.Connection], Awaitable[T]]) -> T:
+        """Do `work`, again and again while the database is away. It must be keyed, so that twice is once."""
+        wait_s = 0.02
+        while True:
+            try:
+                return await work(await self._connected())
+            except AWAY as trouble:
+                _log.warning(
+                    "database away", lane=self._name, trouble=type(trouble).__name__, text=str(trouble)
+                )
+                await self.close()
+            except _AGAIN as trouble:
+                _log.info("transaction repeated", lane=self._name, trouble=type(trouble).__name__)
+            await asyncio.sleep(wait_s)
+            wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+
+    async def close(self) -> None:
+        """Drop the connection at once; the next `run` opens another."""
+        if self._connection is not None:
+            self._connection.terminate()
+            self._connection = None
+
+    async def _connected(self) -> asyncpg.Connection:
+        if self._connection is None or self._connection.is_closed():
+            self._connection = await asyncpg.connect(
+                self._dsn, timeout=5, server_settings={"application_name": f"darkroom {self._name}"}
+            )
+        return self._connection

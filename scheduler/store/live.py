@@ -1,0 +1,267 @@
+"""What the board is built from and kept current by: live jobs, running attempts, accounts, cells, slots.
+
+Nothing here decides; a scheduler that starts reads these rows and replays them as events, one that runs reads the rows
+it was told of, and once in a while those that nobody told it of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+import asyncpg
+
+from billing import accounts as billing_accounts
+from scheduler.clock import from_ms
+from scheduler.policy.events import FairShare
+from scheduler.policy.ids import AccountId, JobId, Tier
+from scheduler.policy.limits import Limits
+from scheduler.policy.usage import Rescaling
+from scheduler.store.leadership import require_leader
+
+_JOB_COLUMNS = """job_id::text, account_id, tier, state, arrival, predicted_ms, losses, cancel_wanted, created_at, event_seq,
+                  spec ->> 'model' AS model, (spec ->> 'width')::int AS width, (spec ->> 'height')::int AS height"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiveJob:
+    """A job's row, as far as the order of things needs it."""
+
+    job_id: JobId
+    account_id: AccountId
+    tier: Tier
+    state: str
+    arrival: int
+    predicted_ms: int
+    losses: int
+    cancel_wanted: bool
+    created_at: datetime
+    event_seq: int
+    model: str
+    width: int
+    height: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunningAttempt:
+    """A running attempt's row."""
+
+    attempt_id: str
+    token: str
+    job_id: JobId
+    account_id: AccountId
+    tier: Tier
+    worker_id: str
+    incarnation: str
+    predicted_ms: int
+    charged_at_ms: int
+    weight_milli: int
+    started_at: datetime
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccountStanding:
+    """What an account may have at once and where it stands in the fair queues."""
+
+    account_id: AccountId
+    limits: Limits
+    weight_milli: int
+    period_start: datetime
+    renews_at: datetime
+    usage_expired: bool
+    """Its usage is from before the present period, and is to be forgotten."""
+    shares: Mapping[Tier, FairShare]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """A tier's virtual time, and the origin of its forward decay."""
+
+    tier: Tier
+    virtual_time: int
+    decay_origin_ms: int
+
+
+async def live_jobs(connection: asyncpg.Connection) -> list[LiveJob]:
+    """Return every job that has not ended, in order of arrival."""
+    rows = await connection.fetch(
+        f"SELECT {_JOB_COLUMNS} FROM scheduler.job WHERE state IN ('queued', 'running') ORDER BY arrival"  # noqa: S608
+    )
+    return [_job(row) for row in rows]
+
+
+async def jobs(connection: asyncpg.Connection, job_ids: Sequence[str]) -> list[LiveJob]:
+    """Return these jobs as they are now, in order of arrival."""
+    rows = await connection.fetch(
+        f"SELECT {_JOB_COLUMNS} FROM scheduler.job WHERE job_id = ANY($1::uuid[]) ORDER BY arrival",  # noqa: S608
+        job_ids,
+    )
+    return [_job(row) for row in rows]
+
+
+def _job(row: asyncpg.Record) -> LiveJob:
+    return LiveJob(
+        job_id=JobId(row["job_id"]),
+        account_id=AccountId(row["account_id"]),
+        tier=Tier(row["tier"]),
+        state=row["state"],
+        arrival=row["arrival"],
+        predicted_ms=row["predicted_ms"],
+        losses=row["losses"],
+        cancel_wanted=row["cancel_wanted"],
+        created_at=row["created_at"],
+        event_seq=row["event_seq"],
+        model=row["model"],
+        width=row["width"],
+        height=row["height"],
+    )
+
+
+async def notice(connection: asyncpg.Connection, *, epoch: int, job_ids: Sequence[str]) -> None:
+    """Stamp waiting jobs as being on this scheduler's board; raises Deposed."""
+    async with connection.transaction():
+        await require_leader(connection, epoch)
+        await connection.execute(
+            """UPDATE scheduler.job SET noticed_epoch = $1
+               WHERE job_id = ANY($2::uuid[]) AND state = 'queued' AND noticed_epoch <> $1""",
+            epoch,
+            job_ids,
+        )
+
+
+async def unheeded(connection: asyncpg.Connection, *, epoch: int, most: int) -> list[str]:
+    """Return ids of jobs whose notice was lost: waiting without the stamp, or running with a cancel wish."""
+    rows = await connection.fetch(
+        """(SELECT job_id::text FROM scheduler.job WHERE state = 'queued' AND noticed_epoch <> $1 LIMIT $2)
+           UNION ALL
+           (SELECT job_id::text FROM scheduler.job WHERE state = 'running' AND cancel_wanted LIMIT $2)""",
+        epoch,
+        most,
+    )
+    return [row["job_id"] for row in rows]
+
+
+async def running_attempts(connection: asyncpg.Connection) -> list[RunningAttempt]:
+    """Return every running attempt."""
+    rows = await connection.fetch(
+        """SELECT attempt_id::text, token::text, job_id::text, account_id, tier, worker_id, incarnation,
+                  attempt.predicted_ms, charged_at_ms, weight_milli, attempt.started_at
+           FROM scheduler.attempt JOIN scheduler.job USING (job_id) WHERE attempt.state = 'running'"""
+    )
+    return [
+        RunningAttempt(
+            attempt_id=row["attempt_id"],
+            token=row["token"],
+            job_id=JobId(row["job_id"]),
+            account_id=AccountId(row["account_id"]),
+            tier=Tier(row["tier"]),
+            worker_id=row["worker_id"],
+            incarnation=row["incarnation"],
+            predicted_ms=row["predicted_ms"],
+            charged_at_ms=row["charged_at_ms"],
+            weight_milli=row["weight_milli"],
+            started_at=row["started_at"],
+        )
+        for row in rows
+    ]
+
+
+async def ended_attempts(connection: asyncpg.Connection, claims: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """Return the state of those (attempt id, token) claims that name an attempt which has ended."""
+    rows = await connection.fetch(
+        """SELECT attempt_id::text, state FROM unnest($1::uuid[], $2::uuid[]) AS claim (attempt_id, token)
+           JOIN scheduler.attempt USING (attempt_id, token) WHERE state <> 'running'""",
+        [attempt_id for attempt_id, _ in claims],
+        [token for _, token in claims],
+    )
+    return {row["attempt_id"]: row["state"] for row in rows}
+
+
+async def standings(
+    connection: asyncpg.Connection, account_ids: Sequence[str], now_ms: int
+) -> list[AccountStanding]:
+    """Return what these accounts may have and where they stand."""
+    if not account_ids:
+        return []
+    terms = await billing_accounts.terms(connection, account_ids, from_ms(now_ms))
+    shares: dict[str, dict[Tier, FairShare]] = {account_id: {} for account_id in account_ids}
+    usage_since: dict[str, datetime] = {}
+    for row in await connection.fetch(
+        """SELECT account_id, tier, finish_tag, tag, usage, usage_since
+           FROM scheduler.fair_share WHERE account_id = ANY($1::text[])""",
+        account_ids,
+    ):
+        tier = Tier(row["tier"])
+        shares[row["account_id"]][tier] = FairShare(
+            finish_tag=row["finish_tag"], tag=row["tag"], usage=row["usage"]
+        )
+        if tier is Tier.RELAX:
+            usage_since[row["account_id"]] = row["usage_since"]
+    return [
+        AccountStanding(
+            account_id=AccountId(account_id),
+            limits=Limits(
+                running=term.limits.running,
+                relax_running=term.limits.relax_running,
+                accepted=term.limits.accepted,
+            ),
+            weight_milli=term.relax_weight_milli,
+            period_start=term.period_start,
+            renews_at=term.renews_at,
+            usage_expired=usage_since.get(account_id, term.period_start) < term.period_start,
+            shares=shares[account_id],
+        )
+        for account_id, term in terms.items()
+    ]
+
+
+async def forget_usage(
+    connection: asyncpg.Connection, *, epoch: int, expired: Sequence[AccountStanding]
+) -> None:
+    """Set these accounts' decayed usage to 0: their subscriptions were renewed. Raises Deposed."""
+    async with connection.transaction():
+        await require_leader(connection, epoch)
+        await connection.execute(
+            """UPDATE scheduler.fair_share SET usage = 0, usage_since = new.period_start
+               FROM unnest($1::text[], $2::timestamptz[]) AS new (account_id, period_start)
+               WHERE fair_share.account_id = new.account_id AND tier = 'relax'""",
+            [standing.account_id for standing in expired],
+            [standing.period_start for standing in expired],
+        )
+
+
+async def cells(connection: asyncpg.Connection) -> list[Cell]:
+    """Return both tiers' virtual times."""
+    return [
+        Cell(
+            tier=Tier(row["tier"]),
+            virtual_time=row["virtual_time"],
+            decay_origin_ms=row["decay_origin_ms"],
+        )
+        for row in await connection.fetch("SELECT * FROM scheduler.cell ORDER BY tier")
+    ]
+
+
+async def rescale_usage(
+    connection: asyncpg.Connection, *, epoch: int, before_ms: int, rescaling: Rescaling
+) -> None:
+    """Move the origin of forward decay from `before_ms` and scale every usage with it. Raises Deposed.
+
+    A repeat after a lost answer finds the origin moved and changes nothing.
+    """
+    async with connection.transaction():
+        await require_leader(connection, epoch)
+        moved = await connection.execute(
+            "UPDATE scheduler.cell SET decay_origin_ms = $1 WHERE decay_origin_ms = $2",
+            rescaling.decay_origin_ms,
+            before_ms,
+        )
+        if moved != "UPDATE 0":
+            await connection.execute("UPDATE scheduler.fair_share SET usage = usage * $1", rescaling.factor)
+
+
+async def slots_set_aside(connection: asyncpg.Connection) -> list[str]:
+    """Return the worker slots that lost three different jobs in a row."""
+    rows = await connection.fetch("SELECT worker_id FROM scheduler.worker_slot WHERE set_aside")
+    return [row["worker_id"] for row in rows]

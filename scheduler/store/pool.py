@@ -1,0 +1,125 @@
+"""Connections to PostgreSQL for the front door: borrowed for one transaction, given back clean.
+
+A database that is away becomes one refusal, `Overloaded`, which clients retry by themselves; every other
+error of PostgreSQL is a bug of ours and passes through.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any, TypeAlias, cast
+
+import asyncpg
+
+from scheduler.refusals import Overloaded
+from scheduler.store.lanes import AWAY
+
+Connection: TypeAlias = asyncpg.Connection
+"""One connection, inside the caller's transaction."""
+
+# A caller that waits longer than this for a connection is better served by another front door.
+_ACQUIRE_S = 5.0
+# No statement of the front door takes a tenth of this on a database that is well.
+_STATEMENT_S = 15.0
+
+
+class Pool:
+    """A bounded number of connections to one database."""
+
+    def __init__(self, pool: asyncpg.Pool) -> None:
+        self._pool = pool
+        self._observe_wait: Callable[[float], None] = lambda _: None
+
+    @property
+    def size(self) -> int:
+        """Connections open."""
+        return self._pool.get_size()
+
+    @property
+    def idle(self) -> int:
+        """Connections open and not lent."""
+        return self._pool.get_idle_size()
+
+    def observe_waits(self, observe: Callable[[float], None]) -> None:
+        """Tell `observe` how many seconds each later borrower waited for its connection."""
+        self._observe_wait = observe
+
+    @asynccontextmanager
+    async def reading(self) -> AsyncIterator[Connection]:
+        """Lend a connection for single statements, each its own transaction. Raises Overloaded."""
+        async with self._lent() as connection:
+            yield connection
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Connection]:
+        """Lend a connection in a READ COMMITTED transaction: committed if the block ends, else rolled back.
+
+        Raises Overloaded. If the connection breaks during the commit nobody can tell whether it happened,
+        which is why every request that changes something carries an id.
+        """
+        async with self._lent() as connection, connection.transaction():
+            yield connection
+
+    @asynccontextmanager
+    async def rehearsal(self) -> AsyncIterator[Connection]:
+        """Like `transaction`, but whatever was written is rolled back. Raises Overloaded."""
+        async with self._lent() as connection:
+            transaction = connection.transaction()
+            await transaction.start()
+            try:
+                yield connection
+            finally:
+                await transaction.rollback()
+
+    @asynccontextmanager
+    async def _lent(self) -> AsyncIterator[Connection]:
+        begun = asyncio.get_running_loop().time()
+        with _database_away_is_a_refusal():
+            lent = await self._pool.acquire(timeout=_ACQUIRE_S)
+            try:
+                self._observe_wait(asyncio.get_running_loop().time() - begun)
+                # The pool's proxy has the connection's methods; the ledger's signatures ask for the
+                # connection.
+                yield cast(Connection, lent)
+            finally:
+                await self._pool.release(lent)
+
+    async def close(self) -> None:
+        """Close every connection, waiting for those that are lent."""
+        await self._pool.close()
+
+
+@contextmanager
+def _database_away_is_a_refusal() -> Any:
+    try:
+        yield
+    except (*AWAY, TimeoutError) as trouble:
+        raise Overloaded(
+            sentence="The database does not answer at the moment. Send the same request again."
+        ) from trouble
+
+
+async def open_pool(dsn: str, size: int, *, application: str = "darkroom frontdoor") -> Pool:
+    """Open up to `size` connections; `application` is the name PostgreSQL shows for them.
+
+    Values of type jsonb are text on these connections as on all others, so that the ledger's code meets the
+    same connection everywhere. Raises Overloaded if the database is away.
+    """
+    with _database_away_is_a_refusal():
+        return Pool(
+            await asyncpg.create_pool(
+                dsn,
+                min_size=1,
+                max_size=size,
+                timeout=_ACQUIRE_S,
+                command_timeout=_STATEMENT_S,
+                server_settings={"application_name": application},
+                reset=_nothing_to_reset,
+            )
+        )
+
+
+async def _nothing_to_reset(_: object) -> None:
+    """Spare the reset statements: nothing of ours outlives its transaction in a session."""

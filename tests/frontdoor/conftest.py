@@ -1,0 +1,64 @@
+"""A front door on a real socket and a real database."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import pytest
+
+from gpu_worker.models import read_models
+from scheduler.frontdoor.server import serve
+from scheduler.metrics import FrontDoorMetrics
+from scheduler.settings import FrontDoor as FrontDoorSettings
+from scheduler.settings import Settings
+from scheduler.store.pool import open_pool
+from tests.frontdoor.door import PLANS, Clock, Door, SmallScheduler
+
+
+@pytest.fixture
+def frontdoor_settings() -> FrontDoorSettings:
+    """Settings of the door; a test module may ask for others."""
+    return FrontDoorSettings(port=0, requests_per_second=1_000)
+
+
+@pytest.fixture
+def dsn(database: str) -> str:
+    """Where the door finds its database; a test module may put something in between."""
+    return database
+
+
+@pytest.fixture
+async def door(dsn: str, tmp_path: Path, frontdoor_settings: FrontDoorSettings) -> AsyncIterator[Door]:
+    """A front door that answers."""
+    artifacts = tmp_path / "artifacts"
+    artifacts.mkdir()
+    settings = Settings(data_dir=tmp_path, artifacts_url=f"file://{artifacts}", frontdoor=frontdoor_settings)
+    pool = await open_pool(dsn, 4)
+    scheduler, metrics, clock = SmallScheduler(), FrontDoorMetrics.create(PLANS), Clock()
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(pool.close)
+        service = await stack.enter_async_context(AsyncExitStack())
+        front_door = await service.enter_async_context(
+            serve(
+                settings,
+                pool,
+                scheduler,
+                read_models(None),
+                metrics,
+                clock=lambda: clock.now,
+                monotonic_s=lambda: clock.monotonic_s,
+            )
+        )
+        door = Door(
+            address=front_door.address,
+            pool=pool,
+            scheduler=scheduler,
+            metrics=metrics,
+            artifacts=artifacts,
+            clock=clock,
+            close=service.aclose,
+        )
+        yield door
+        await door.close_channels()
