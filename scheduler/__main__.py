@@ -1,0 +1,192 @@
+"""darkroom's server side: serve, demo, migrate, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+
+from scheduler.logs import configure_logs
+from scheduler.settings import Database, FrontDoor, Ops, RayCluster, Settings, Worker
+
+server = typer.Typer(
+    add_completion=False, no_args_is_help=True, help="Run Darkroom.", pretty_exceptions_enable=False
+)
+_errors = Console(stderr=True, highlight=False)
+
+EXIT_USAGE = 2
+EXIT_TROUBLE = 3
+
+DataDir = Annotated[Path | None, typer.Option(help="Folder of embedded PostgreSQL, pictures and models.")]
+Dsn = Annotated[str | None, typer.Option(help="PostgreSQL to use instead of the embedded one.")]
+
+
+@server.command()
+def serve(
+    data_dir: DataDir = None,
+    dsn: Dsn = None,
+    ray_address: Annotated[str | None, typer.Option(help="Ray cluster to join (`auto`, host:port).")] = None,
+    artifacts_url: Annotated[
+        str | None, typer.Option(help="Where pictures go: a folder or any fsspec address.")
+    ] = None,
+    models_file: Annotated[Path | None, typer.Option(help="models.toml; default: the packaged one.")] = None,
+    gpus: Annotated[int | None, typer.Option(help="Workers of a local Ray.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address the front door listens on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port of the front door; 0 for any.")] = None,
+    ops_port: Annotated[int | None, typer.Option(help="Port of /metrics; 0 for any.")] = None,
+    engine: Annotated[str | None, typer.Option(help="`diffusers`, or `timed` for a stub.")] = None,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+) -> None:
+    """Run the service until it is told to stop; what is not given is embedded."""
+    configure_logs(log_level)
+    settings = _settings(
+        _given(data_dir=data_dir, artifacts_url=artifacts_url, models_file=models_file),
+        database=_given(dsn=dsn),
+        ray=_given(address=ray_address, local_gpus=gpus),
+        frontdoor=_given(host=host, port=port),
+        ops=_given(port=ops_port),
+        worker=_given(engine=engine),
+    )
+    _run(lambda: _serve(settings))
+
+
+@server.command()
+def demo(
+    prompt: Annotated[str | None, typer.Argument(help="What the first picture should show.")] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave it up, and print address and keys.")] = False,
+    images: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("darkroom-images"),
+    data_dir: DataDir = None,
+) -> None:
+    """Start everything on this machine, make four jobs of two accounts, show and explain them, stop."""
+    configure_logs("error")
+    base = Settings().data_dir if data_dir is None else data_dir
+    settings = _settings(
+        {"data_dir": base / "demo" if data_dir is None else base},
+        frontdoor=_given(port=None if keep else 0),
+        ops=_given(port=None if keep else 0),
+    )
+    _run(lambda: _demo(settings, prompt=prompt, images_dir=images, keep=keep))
+
+
+@server.command()
+def migrate(data_dir: DataDir = None, dsn: Dsn = None) -> None:
+    """Bring the database to this release's schema, and say what was done."""
+    from scheduler.store.embedded import embedded_postgresql
+    from scheduler.store.migrate import migrate_database
+
+    settings = _settings(_given(data_dir=data_dir), database=_given(dsn=dsn))
+
+    async def act(address: str) -> None:
+        done = await migrate_database(address)
+        for migration in done:
+            print(f"applied {migration.package}/{migration.name}")
+        if not done:
+            print("nothing to do: the schema is this release's")
+
+    if settings.database.dsn is not None:
+        given = settings.database.dsn
+        _run(lambda: act(given))
+    else:
+        with embedded_postgresql(settings.data_dir / "database") as embedded:
+            _run(lambda: act(embedded))
+
+
+@server.command()
+def stop(
+    ray_address: Annotated[str | None, typer.Option(help="Ray cluster to join (`auto`, host:port).")] = None,
+) -> None:
+    """End the scheduler and the workers on a Ray cluster. Jobs that wait stay in the database."""
+    from scheduler.cluster.ray_session import ray_session, stop_actors
+
+    address = ray_address or Settings().ray.address
+    if address is None:
+        _errors.print("a local service ends with its `darkroom serve`; give --ray-address for a cluster")
+        raise typer.Exit(EXIT_USAGE)
+    cluster = RayCluster(address=address)
+    with ray_session(cluster):
+        for name in stop_actors(cluster.namespace):
+            print(f"stopped {name}")
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+_SECTIONS = {"database": Database, "ray": RayCluster, "frontdoor": FrontDoor, "ops": Ops, "worker": Worker}
+
+
+def _settings(top: dict[str, Any], **sections: dict[str, Any]) -> Settings:
+    """Return the settings with these flags over the environment and the file; exits with all that is wrong."""
+    try:
+        return Settings(**top, **{name: given for name, given in sections.items() if given})  # type: ignore[arg-type]
+    except ValidationError as wrong:
+        for error in wrong.errors():
+            _errors.print(f"{'.'.join(map(str, error['loc'])) or 'settings'}: {error['msg']}", style="red")
+        raise typer.Exit(EXIT_USAGE) from None
+
+
+def _run(make: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Run to the end; expected trouble is one sentence and exit code 3, a bug keeps its traceback."""
+    from scheduler.app import AlreadyServing, NotReady
+
+    try:
+        asyncio.run(make())
+    except (AlreadyServing, NotReady, OSError, RuntimeError) as trouble:
+        _errors.print(f"darkroom: {trouble}", style="red")
+        raise typer.Exit(EXIT_TROUBLE) from trouble
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+async def _serve(settings: Settings) -> None:
+    from scheduler.app import running
+
+    async with running(settings, show_worker_logs=True) as service:
+        stopped = _stop_signal()
+        console = Console(highlight=False)
+        console.print(
+            f"Darkroom takes jobs at {service.address}; metrics at http://{service.ops_address}/metrics"
+        )
+        if service.admin_key is not None:
+            console.print(f"The admin's key, shown once: {service.admin_key}", soft_wrap=True)
+        await stopped.wait()
+
+
+async def _demo(settings: Settings, *, prompt: str | None, images_dir: Path, keep: bool) -> None:
+    from scheduler.app import running
+    from scheduler.demo import run_demo
+
+    console = Console(highlight=False)
+    console.print("Starting PostgreSQL, Ray with two GPU workers, the scheduler and the front door …")
+    async with running(settings, new_admin_key=True) as service:
+        assert service.admin_key is not None
+        await run_demo(
+            address=service.address,
+            admin_key=service.admin_key,
+            images_dir=images_dir,
+            console=console,
+            keep=keep,
+        )
+        if keep:
+            stopped = _stop_signal()
+            console.print("It stays up until you press Ctrl-C.")
+            await stopped.wait()
+
+
+def _stop_signal() -> asyncio.Event:
+    """Return what SIGINT and SIGTERM set. Called once Ray has been started: Ray takes SIGTERM for itself."""
+    stopped = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+    return stopped
+
+
+if __name__ == "__main__":
+    server()

@@ -1,0 +1,545 @@
+"""The asyncio client: every call of the service, made safe to repeat.
+
+Every request that changes something carries a request id, chosen here. A call that the service could not
+take (UNAVAILABLE, and nothing else) is sent again under the same id, after the delay that the service asks
+for; so an answer is one job, however often it had to be asked for. A watch that breaks goes on after the
+last event it saw; a download that breaks starts its unfinished files again, and a picture appears under
+its name only when its SHA-256 is right.
+
+Answers are the protobuf messages of scheduler.v1 and billing.v1. Errors are the classes of `errors`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import random
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self, TypeVar
+
+import grpc
+from google.protobuf.field_mask_pb2 import FieldMask
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from billing.v1.admin_pb2 import (
+    AdjustBalanceRequest,
+    AdminAccount,
+    ApiKey,
+    CreateAccountRequest,
+    CreateApiKeyRequest,
+    EffectiveFrom,
+    ListPlansRequest,
+    Plan,
+    Role,
+    UpdatePlanRequest,
+)
+from billing.v1.admin_pb2_grpc import AdminServiceStub
+from billing.v1.billing_pb2 import Balance, GetBalanceRequest
+from billing.v1.billing_pb2_grpc import BillingServiceStub
+from scheduler.client.download import PartFile
+from scheduler.client.errors import (
+    CannotSave,
+    DarkroomError,
+    JobCancelled,
+    JobFailed,
+    ServiceFailed,
+    raised_for,
+)
+from scheduler.client.names import account_name, image_name, job_name, last_part, plan_name
+from scheduler.v1 import job_pb2
+from scheduler.v1.account_pb2 import Account, GetAccountRequest, UpdateAccountRequest
+from scheduler.v1.account_pb2_grpc import AccountServiceStub
+from scheduler.v1.job_pb2 import (
+    CancelJobRequest,
+    CreateJobRequest,
+    DownloadImagesRequest,
+    GetJobRequest,
+    Imagine,
+    Job,
+    JobState,
+    ListFeedRequest,
+    ListJobsRequest,
+    Receipt,
+    Reroll,
+    Tier,
+    Variation,
+    Visibility,
+    WatchJobRequest,
+    WatchJobResponse,
+)
+from scheduler.v1.job_pb2_grpc import JobServiceStub
+
+ENDED: frozenset[JobState.ValueType] = frozenset(
+    {job_pb2.JOB_STATE_SUCCEEDED, job_pb2.JOB_STATE_FAILED, job_pb2.JOB_STATE_CANCELLED}
+)
+"""States that nothing follows."""
+
+_DEADLINE_S = 15.0
+_CREATE_DEADLINE_S = 60.0  # the front door may first fetch pictures that the prompt names
+
+_CHANNEL_OPTIONS: Sequence[tuple[str, int | str]] = (
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    # Retries are ours: gRPC's own know neither request ids nor where a watch had got to.
+    ("grpc.enable_retries", 0),
+    # The library's growing pauses between connection attempts (up to 2 minutes) would outlive our own.
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+)
+
+Request = TypeVar("Request", contravariant=True)
+Answer = TypeVar("Answer", covariant=True)
+
+
+class _Method(Protocol[Request, Answer]):
+    def __call__(
+        self, request: Request, /, *, timeout: float, metadata: Sequence[tuple[str, str]]
+    ) -> Awaitable[Answer]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tls:
+    """How to talk to a service behind TLS."""
+
+    ca_file: Path | None = None
+    """PEM of the authority to trust; None: the ones that gRPC ships with."""
+    certificate_file: Path | None = None
+    """PEM of the client's own certificate, for services that want one (mTLS)."""
+    private_key_file: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetryPolicy:
+    """How patiently a call is repeated that the service could not take."""
+
+    times: int = 4
+    """Repeats of a single call."""
+    stream_times: int = 20
+    """Repeats of a stream without anything new: about a minute, in which a service can restart."""
+    first_ms: int = 200
+    longest_ms: int = 5_000
+
+    def delay_ms(self, repeat: int, retry_after_ms: int | None, spread: float) -> int:
+        """Return the pause before repeat 1, 2, …: doubling, and never shorter than the service asked for.
+
+        `spread` from 0 to 1 moves it by up to half, so that clients do not come back together.
+        """
+        doubled = min(self.first_ms * 2 ** (repeat - 1), self.longest_ms)
+        return max(int(doubled * (0.5 + spread / 2)), retry_after_ms or 0)
+
+
+class DarkroomClient:
+    """One connection to the service, for one key. Use it as an async context manager, in one event loop.
+
+    Plain text is spoken to loopback only, because the key travels with every call; every other address gets
+    TLS, unless `plain_text` says that something else protects the way.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        key: str,
+        *,
+        tls: Tls | None = None,
+        plain_text: bool = False,
+        retries: RetryPolicy | None = None,
+        pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self.address = address
+        self._retries = retries or RetryPolicy()
+        self._pause = pause
+        self._metadata = (("authorization", f"Bearer {key}"),) if key else ()
+        if tls is None and (plain_text or _is_loopback(address)):
+            self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        else:
+            self._channel = grpc.aio.secure_channel(
+                address, _credentials(tls or Tls()), options=_CHANNEL_OPTIONS
+            )
+        self._jobs = JobServiceStub(self._channel)
+        self._accounts = AccountServiceStub(self._channel)
+        self._billing = BillingServiceStub(self._channel)
+        self._admin = AdminServiceStub(self._channel)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """End the connection and every call on it."""
+        await self._channel.close()
+
+    # Jobs
+
+    async def imagine(
+        self,
+        prompt: str,
+        *,
+        model: str = "",
+        tier: Tier.ValueType = job_pb2.TIER_UNSPECIFIED,
+        visibility: Visibility.ValueType = job_pb2.VISIBILITY_UNSPECIFIED,
+    ) -> JobHandle:
+        """Submit a grid of four pictures made from text; it is durable when this returns."""
+        request = CreateJobRequest(
+            imagine=Imagine(prompt=prompt, model=model), tier=tier, visibility=visibility
+        )
+        return await self._create(request)
+
+    async def vary(
+        self,
+        job: str,
+        image: int,
+        *,
+        tier: Tier.ValueType = job_pb2.TIER_UNSPECIFIED,
+        visibility: Visibility.ValueType = job_pb2.VISIBILITY_UNSPECIFIED,
+    ) -> JobHandle:
+        """Submit a new grid close to picture `image`, 1 to 4, of a finished job."""
+        variation = Variation(source_image=image_name(job, image))
+        return await self._create(CreateJobRequest(variation=variation, tier=tier, visibility=visibility))
+
+    async def reroll(
+        self,
+        job: str,
+        *,
+        tier: Tier.ValueType = job_pb2.TIER_UNSPECIFIED,
+        visibility: Visibility.ValueType = job_pb2.VISIBILITY_UNSPECIFIED,
+    ) -> JobHandle:
+        """Submit the same job again with a new seed, unless its prompt fixes one."""
+        reroll = Reroll(source_job=job_name(job))
+        return await self._create(CreateJobRequest(reroll=reroll, tier=tier, visibility=visibility))
+
+    async def validate(
+        self,
+        prompt: str,
+        *,
+        model: str = "",
+        tier: Tier.ValueType = job_pb2.TIER_UNSPECIFIED,
+        visibility: Visibility.ValueType = job_pb2.VISIBILITY_UNSPECIFIED,
+    ) -> Job:
+        """Return what `imagine` would get, with price and place in the queue, without submitting it."""
+        request = CreateJobRequest(
+            imagine=Imagine(prompt=prompt, model=model), tier=tier, visibility=visibility, validate_only=True
+        )
+        request.request_id = _new_request_id()
+        return await self._call(self._jobs.CreateJob, request, _CREATE_DEADLINE_S)
+
+    async def _create(self, request: CreateJobRequest) -> JobHandle:
+        request.request_id = _new_request_id()
+        return JobHandle(self, await self._call(self._jobs.CreateJob, request, _CREATE_DEADLINE_S))
+
+    async def get(self, job: str) -> Job:
+        """Return one job."""
+        return await self._call(self._jobs.GetJob, GetJobRequest(name=job_name(job)))
+
+    async def handle(self, job: str) -> JobHandle:
+        """Return a handle of a job that was submitted before, perhaps by another client."""
+        return JobHandle(self, await self.get(job))
+
+    async def jobs(
+        self, *, states: Sequence[JobState.ValueType] = (), page_size: int = 50
+    ) -> AsyncIterator[Job]:
+        """Yield the account's jobs, newest first, asking for pages as they are needed."""
+        token = ""
+        while True:
+            request = ListJobsRequest(page_size=page_size, page_token=token, states=states)
+            page = await self._call(self._jobs.ListJobs, request)
+            for job in page.jobs:
+                yield job
+            token = page.next_page_token
+            if not token:
+                return
+
+    async def feed(self, *, page_size: int = 50) -> AsyncIterator[Job]:
+        """Yield finished public jobs of all accounts, newest first, asking for pages as they are needed."""
+        token = ""
+        while True:
+            page = await self._call(
+                self._jobs.ListFeed, ListFeedRequest(page_size=page_size, page_token=token)
+            )
+            for job in page.jobs:
+                yield job
+            token = page.next_page_token
+            if not token:
+                return
+
+    async def cancel(self, job: str) -> Job:
+        """Cancel a waiting job at once, a running one at its next step; return it as it is now."""
+        request = CancelJobRequest(name=job_name(job), request_id=_new_request_id())
+        return await self._call(self._jobs.CancelJob, request)
+
+    async def watch(
+        self, job: str, *, after_sequence: int = 0, previews: bool = False
+    ) -> AsyncGenerator[WatchJobResponse, None]:
+        """Yield what happens to a job until it has ended.
+
+        Every state event comes once and in order, also over broken connections; of queue places and progress
+        only the newest is sent.
+        """
+        name = job_name(job)
+        sequence = after_sequence
+        repeats = 0
+        while True:
+            request = WatchJobRequest(name=name, after_sequence=sequence, previews=previews)
+            call = self._jobs.WatchJob(request, metadata=self._metadata)
+            broken: DarkroomError | None = None
+            try:
+                async for update in call:
+                    repeats = 0
+                    if update.WhichOneof("update") == "event":
+                        sequence = update.event.sequence
+                    yield update
+                    if update.event.state in ENDED:
+                        return
+            except grpc.aio.AioRpcError as failure:
+                broken = raised_for(failure, self.address)
+                if not broken.retried or repeats == self._retries.stream_times:
+                    raise broken from failure
+            finally:
+                call.cancel()
+            if broken is None:
+                # The service ended the stream without an end of the job: either it was asked for events after
+                # the last one, or it is closing down.
+                now = await self.get(name)
+                if now.state in ENDED and now.event_sequence <= sequence:
+                    return
+            repeats += 1
+            await self._wait_before(repeats, broken)
+
+    async def download(self, name: str, folder: Path, *, image: int | None = None) -> list[Path]:
+        """Save all pictures of a job, or picture `image` of it, in `folder`; return their paths.
+
+        A file has its name only once it is complete and its SHA-256 is right; one that was there is replaced.
+        Raises DownloadDamaged if what arrived is not what was announced, CannotSave if the folder is no good.
+        """
+        request = DownloadImagesRequest(name=job_name(name) if image is None else image_name(name, image))
+        saved: dict[str, Path] = {}
+        repeats = 0
+        while True:
+            before = len(saved)
+            try:
+                await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
+                await self._download_rest(request, folder, saved)
+            except OSError as failure:
+                raise CannotSave(f"{folder}: {failure.strerror}.") from failure
+            except grpc.aio.AioRpcError as failure:
+                error = raised_for(failure, self.address)
+                repeats = 1 if len(saved) > before else repeats + 1
+                if not error.retried or repeats > self._retries.times:
+                    raise error from failure
+                await self._wait_before(repeats, error)
+            else:
+                return list(saved.values())
+
+    async def _download_rest(
+        self, request: DownloadImagesRequest, folder: Path, saved: dict[str, Path]
+    ) -> None:
+        """Read one stream; add each file that is complete to `saved`, by its resource name."""
+        call = self._jobs.DownloadImages(request, metadata=self._metadata)
+        part: PartFile | None = None
+        skipping = False
+        try:
+            async for answer in call:
+                if answer.WhichOneof("part") == "header":
+                    if part is not None:
+                        saved[part.image.name] = await part.finish()
+                        part = None
+                    skipping = answer.header.image.name in saved
+                    if not skipping:
+                        part = await PartFile.open(folder, answer.header.image)
+                elif part is not None:
+                    await part.write(answer.chunk)
+                elif not skipping:
+                    raise ServiceFailed(f"{self.address} sent bytes of a picture before saying which")
+            if part is not None:
+                saved[part.image.name] = await part.finish()
+                part = None
+        finally:
+            call.cancel()
+            if part is not None:
+                await part.discard()
+
+    # The account
+
+    async def account(self) -> Account:
+        """Return the key's own account: plan, fast time, mode, limits, jobs."""
+        return await self._call(self._accounts.GetAccount, GetAccountRequest())
+
+    async def update_account(
+        self,
+        *,
+        mode: Tier.ValueType | None = None,
+        visibility: Visibility.ValueType | None = None,
+        overage_allowed: bool | None = None,
+        spend_cap_micros: int | None = None,
+    ) -> Account:
+        """Change what is given of the key's own account, and nothing else; return it."""
+        changes = {
+            "mode": mode,
+            "visibility": visibility,
+            "overage_allowed": overage_allowed,
+            "spend_cap_micros": spend_cap_micros,
+        }
+        given: dict[str, Any] = {path: value for path, value in changes.items() if value is not None}
+        request = UpdateAccountRequest(
+            account=Account(name="accounts/-", **given),
+            update_mask=FieldMask(paths=list(given)),
+            request_id=_new_request_id(),
+        )
+        return await self._call(self._accounts.UpdateAccount, request)
+
+    async def balance(self) -> Balance:
+        """Return the key's own fast time: granted, used, held, left."""
+        return await self._call(self._billing.GetBalance, GetBalanceRequest())
+
+    # What admins do. The reason is kept with the audit event.
+
+    async def create_account(self, *, plan: str, account_id: str = "", reason: str) -> AdminAccount:
+        """Open an account on a plan; without an id it gets a random one."""
+        request = CreateAccountRequest(
+            request_id=_new_request_id(), account_id=account_id, plan=plan_name(plan), reason=reason
+        )
+        return await self._call(self._admin.CreateAccount, request)
+
+    async def create_api_key(self, account: str, *, role: Role.ValueType, reason: str) -> ApiKey:
+        """Make a key of an account. Its secret is in this answer and nowhere else."""
+        request = CreateApiKeyRequest(
+            request_id=_new_request_id(), account=account_name(account), role=role, reason=reason
+        )
+        return await self._call(self._admin.CreateApiKey, request)
+
+    async def plans(self) -> list[Plan]:
+        """Return the newest version of every plan."""
+        return list((await self._call(self._admin.ListPlans, ListPlansRequest())).plans)
+
+    async def update_plan(self, plan: Plan, *, effective_from: EffectiveFrom.ValueType, reason: str) -> Plan:
+        """Make a new version of a plan; `plan` is taken whole, and its etag must be the one that was read."""
+        request = UpdatePlanRequest(
+            request_id=_new_request_id(), plan=plan, effective_from=effective_from, reason=reason
+        )
+        return await self._call(self._admin.UpdatePlan, request)
+
+    async def adjust_balance(
+        self, account: str, *, amount_ms: int, reason: str, expires: datetime | None = None
+    ) -> Balance:
+        """Grant an account GPU milliseconds of fast time, or take unused ones away; return its balance."""
+        request = AdjustBalanceRequest(
+            request_id=_new_request_id(), account=account_name(account), amount_ms=amount_ms, reason=reason
+        )
+        if expires is not None:
+            at = Timestamp()
+            at.FromDatetime(expires)
+            request.expire_time.CopyFrom(at)
+        return await self._call(self._admin.AdjustBalance, request)
+
+    # Calls
+
+    async def _call(
+        self, method: _Method[Request, Answer], request: Request, deadline_s: float = _DEADLINE_S
+    ) -> Answer:
+        repeats = 0
+        while True:
+            try:
+                return await method(request, timeout=deadline_s, metadata=self._metadata)
+            except grpc.aio.AioRpcError as failure:
+                error = raised_for(failure, self.address)
+                if not error.retried or repeats == self._retries.times:
+                    raise error from failure
+            repeats += 1
+            await self._wait_before(repeats, error)
+
+    async def _wait_before(self, repeat: int, error: DarkroomError | None) -> None:
+        asked_ms = error.details.retry_after_ms if error is not None else None
+        # Not for secrets: it only keeps clients from coming back in step.
+        await self._pause(self._retries.delay_ms(repeat, asked_ms, random.random()) / 1000)  # noqa: S311
+
+
+class JobHandle:
+    """A job that was submitted: watch it, wait for it, cancel it, save its pictures."""
+
+    def __init__(self, client: DarkroomClient, job: Job) -> None:
+        self._client = client
+        self.job = job
+        """As last seen."""
+
+    @property
+    def id(self) -> str:
+        """Its UUID."""
+        return self.job.uid or last_part(self.job.name)
+
+    @property
+    def receipt(self) -> Receipt | None:
+        """What it cost, once it has ended."""
+        return self.job.receipt if self.job.HasField("receipt") else None
+
+    async def watch(self, *, previews: bool = False) -> AsyncGenerator[WatchJobResponse, None]:
+        """Yield everything that happens to it until it has ended; `job` follows."""
+        stream = self._client.watch(self.job.name, previews=previews)
+        try:
+            async for update in stream:
+                if update.WhichOneof("update") == "event":
+                    self.job = update.event.job
+                yield update
+        finally:
+            await stream.aclose()
+
+    async def result(self) -> Job:
+        """Wait for its end and return it with its pictures. Raises JobFailed or JobCancelled."""
+        if self.job.state not in ENDED:
+            async for _ in self.watch():
+                pass
+        return succeeded(self.job)
+
+    async def cancel(self) -> Job:
+        """Cancel it; return it as it is now."""
+        self.job = await self._client.cancel(self.job.name)
+        return self.job
+
+    async def save(self, folder: Path) -> list[Path]:
+        """Save its pictures in `folder`; return their paths in order."""
+        return await self._client.download(self.job.name, folder)
+
+
+def succeeded(job: Job) -> Job:
+    """Return the job if it has its pictures; raise JobFailed or JobCancelled if it ended without."""
+    if job.state == job_pb2.JOB_STATE_FAILED:
+        why = job.failure.sentence or job.failure.reason or "The service gave no reason."
+        raise JobFailed(f"Job {job.uid} failed: {why}", job)
+    if job.state == job_pb2.JOB_STATE_CANCELLED:
+        raise JobCancelled(f"Job {job.uid} was cancelled.", job)
+    return job
+
+
+def _new_request_id() -> str:
+    return str(uuid.uuid4())
+
+
+def _is_loopback(address: str) -> bool:
+    if address.startswith("unix:"):
+        return True
+    host = address.rpartition(":")[0].strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _credentials(tls: Tls) -> grpc.ChannelCredentials:
+    def content(path: Path | None) -> bytes | None:
+        return path.read_bytes() if path is not None else None
+
+    return grpc.ssl_channel_credentials(
+        root_certificates=content(tls.ca_file),
+        private_key=content(tls.private_key_file),
+        certificate_chain=content(tls.certificate_file),
+    )

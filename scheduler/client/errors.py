@@ -1,0 +1,406 @@
+"""Everything that can go wrong, one class each: what happened, what it means, what to do.
+
+A refusal of the service carries google.rpc.ErrorInfo with a stable reason; each reason has its class here,
+whose docstring is what it means. `raised_for` turns a failed call into the right one. A reason this
+release does not know becomes a plain `Refusal`, still with the service's own sentence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from pathlib import Path
+from typing import ClassVar
+
+import grpc
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
+from google.rpc.status_pb2 import Status
+from grpc.aio import AioRpcError
+from grpc_status import rpc_status
+
+from scheduler.v1.job_pb2 import Job
+
+
+class ExitCode(IntEnum):
+    """What the command line's exit status means."""
+
+    OK = 0
+    REFUSED = 1
+    USAGE = 2
+    UNAVAILABLE = 3
+    """The service cannot be reached, is overloaded, or failed while answering."""
+    JOB_FAILED = 4
+    """The job ended without pictures."""
+    INTERRUPTED = 130
+
+
+@dataclass(frozen=True, kw_only=True)
+class Violation:
+    """One thing wrong with one field of a request."""
+
+    field: str
+    sentence: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Details:
+    """What the service attached to a refusal."""
+
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    violations: tuple[Violation, ...] = ()
+    retry_after_ms: int | None = None
+
+
+class DarkroomError(Exception):
+    """Darkroom could not do what was asked."""
+
+    exit_code: ClassVar[ExitCode] = ExitCode.REFUSED
+    reason: ClassVar[str]
+    advice: ClassVar[str] = ""
+    """What to do, in a sentence or two."""
+    retried: ClassVar[bool] = False
+    """The client repeats the call by itself, under the same request id."""
+
+    def __init__(self, happened: str, details: Details | None = None) -> None:
+        super().__init__(happened)
+        self.happened = happened
+        self.details = details or Details()
+
+    @property
+    def stable_reason(self) -> str:
+        """For programs; upper case."""
+        return self.reason
+
+    @property
+    def meaning(self) -> str:
+        """What it means, in a sentence."""
+        return " ".join((self.__doc__ or "").split())
+
+    def __str__(self) -> str:
+        violations = self.details.violations
+        said = [f"{each.field}: {each.sentence}" for each in violations]
+        if not violations or any(each.sentence not in self.happened for each in violations):
+            said.insert(0, self.happened)  # otherwise it only repeats them, without their fields
+        return "\n".join(filter(None, [*said, self.meaning, self.advice]))
+
+
+class Refusal(DarkroomError):
+    """The service refused, for a reason that this release of the client does not know."""
+
+    reason = "UNKNOWN"
+    advice = "A newer client may explain it better."
+
+    def __init__(self, happened: str, details: Details | None = None, *, reason: str | None = None) -> None:
+        super().__init__(happened, details)
+        self._reason = reason or self.reason
+
+    @property
+    def stable_reason(self) -> str:
+        """As the service gave it."""
+        return self._reason
+
+
+class QueueFull(Refusal):
+    """The account already has as many accepted jobs, running and waiting, as its plan allows."""
+
+    reason = "QUEUE_FULL"
+    advice = "Wait until one finishes, or cancel one: `darkroom jobs`, `darkroom cancel JOB`."
+
+
+class FastTimeExhausted(Refusal):
+    """The plan's fast time is used up and the account has not agreed to more, or is at its spend cap."""
+
+    reason = "FAST_TIME_EXHAUSTED"
+    advice = (
+        "Relax is free: add --relax. Or agree to pay for more: `darkroom overage on`. "
+        "`darkroom info` says when the plan's time renews."
+    )
+
+
+class PlanLacksPrivate(Refusal):
+    """Private pictures are not part of the account's plan."""
+
+    reason = "PLAN_LACKS_PRIVATE"
+    advice = "Submit it with --public, or ask an admin for a plan with private mode."
+
+
+class FastOnly(Refusal):
+    """What was asked for is offered in fast mode only."""
+
+    reason = "FAST_ONLY"
+    advice = "Add --fast."
+
+
+class SourceNotReady(Refusal):
+    """The job it should start from has not finished, or does not have that picture."""
+
+    reason = "SOURCE_NOT_READY"
+    advice = "`darkroom show JOB` says where the source is; `darkroom watch JOB` waits for it."
+
+
+class PictureUnreadable(Refusal):
+    """An image address could not be fetched, or what it gave is not a picture."""
+
+    reason = "PICTURE_UNREADABLE"
+    advice = "Give a direct link to a .png, .jpg or .webp file that anybody may read."
+
+
+class RoleRequired(Refusal):
+    """This key may not do that."""
+
+    reason = "ROLE_REQUIRED"
+    advice = "Use a key with the role that the service names."
+
+
+class RateLimited(Refusal):
+    """This key sends more requests a second than are allowed."""
+
+    reason = "RATE_LIMITED"
+    advice = "Send fewer, and wait as long as the answer says."
+
+
+class NotFoundOrNotYours(Refusal):
+    """There is no such thing, or it belongs to another account: the service does not say which."""
+
+    reason = "NOT_FOUND_OR_NOT_YOURS"
+    advice = "Check the id and the key: `darkroom jobs` lists your jobs, `darkroom config show` the key."
+
+
+class ModerationRejected(Refusal):
+    """The prompt breaks the service's rules."""
+
+    reason = "MODERATION_REJECTED"
+    advice = "Say it in other words, without what the category names."
+
+
+class InvalidParameter(Refusal):
+    """Something in the request is not valid; everything that is wrong with it is listed."""
+
+    reason = "INVALID_PARAMETER"
+    advice = "Correct what is listed and send it again."
+
+
+class Impossible(Refusal):
+    """No worker of this service could ever run that job."""
+
+    reason = "IMPOSSIBLE"
+    advice = "Ask for a smaller picture or another model."
+
+
+class JobFinished(Refusal):
+    """The job has already ended."""
+
+    reason = "JOB_FINISHED"
+    advice = "`darkroom show JOB` says how it ended."
+
+
+class EtagMismatch(Refusal):
+    """Somebody else changed it after you read it."""
+
+    reason = "ETAG_MISMATCH"
+    advice = "Read it again, look at what changed, and repeat the change."
+
+
+class RequestIdReused(Refusal):
+    """That request id already belongs to a request with other content."""
+
+    reason = "REQUEST_ID_REUSED"
+    advice = "Use a new id (a random UUID) for a new request."
+
+
+class Unauthenticated(Refusal):
+    """The key is missing, wrong or revoked: the service does not say which."""
+
+    reason = "UNAUTHENTICATED"
+    advice = (
+        "Set it: `darkroom config set key -` or DARKROOM_KEY. `darkroom config show` says which one is used."
+    )
+
+
+class AccountBlocked(Refusal):
+    """A moderator has blocked the account."""
+
+    reason = "ACCOUNT_BLOCKED"
+    advice = "Ask the people who run the service."
+
+
+class PictureMissing(Refusal):
+    """The service knows the picture but no longer has its file."""
+
+    reason = "PICTURE_MISSING"
+    advice = (
+        "Draw it again with the seed that `darkroom show JOB` gives, and tell the people who run the service."
+    )
+
+
+class SecretShownOnce(Refusal):
+    """That request already made a key, whose secret was in its first answer and is stored nowhere."""
+
+    reason = "SECRET_SHOWN_ONCE"
+    advice = "If that answer is lost, make another key."
+
+
+class UnknownPlan(Refusal):
+    """The service has no such plan."""
+
+    reason = "UNKNOWN_PLAN"
+    advice = "`darkroom admin plans list` names them."
+
+
+class UnknownAccount(Refusal):
+    """The service has no such account."""
+
+    reason = "UNKNOWN_ACCOUNT"
+    advice = "Check the id, or open the account: `darkroom admin accounts create`."
+
+
+class AccountExists(Refusal):
+    """An account of that id is there already."""
+
+    reason = "ACCOUNT_EXISTS"
+    advice = "Choose another id, or leave it out for a random one."
+
+
+class AdjustmentTooLarge(Refusal):
+    """Only time that is neither used nor held by running jobs can be taken away."""
+
+    reason = "ADJUSTMENT_TOO_LARGE"
+    advice = "Take less, or wait until the account's running jobs have ended."
+
+
+class Overloaded(Refusal):
+    """The service is up but cannot take this now: too busy, starting, or without its database."""
+
+    reason = "OVERLOADED"
+    advice = "Nothing is lost. Try again in a little while."
+    exit_code = ExitCode.UNAVAILABLE
+    retried = True
+
+
+class ServiceUnreachable(DarkroomError):
+    """There is no answer from that address."""
+
+    reason = "UNREACHABLE"
+    advice = (
+        "Check that the service runs (`darkroom serve`), that the address is right (`darkroom config show`), "
+        "and that both sides agree on TLS (--ca-file, --plain-text)."
+    )
+    exit_code = ExitCode.UNAVAILABLE
+    retried = True
+
+
+class NoAnswerInTime(DarkroomError):
+    """The answer did not come before the deadline; what was asked may still be carried out."""
+
+    reason = "DEADLINE_EXCEEDED"
+    advice = "See what became of it (`darkroom jobs`) before sending it again."
+    exit_code = ExitCode.UNAVAILABLE
+
+
+class ServiceFailed(DarkroomError):
+    """The service broke while it answered, or answered what this client does not understand."""
+
+    reason = "SERVICE_FAILED"
+    advice = "Tell the people who run it, with the sentence above."
+    exit_code = ExitCode.UNAVAILABLE
+
+
+class DownloadDamaged(DarkroomError):
+    """The picture that arrived is not the one that was made: nothing was saved."""
+
+    reason = "DOWNLOAD_DAMAGED"
+    advice = "Download it again: `darkroom download JOB`."
+    exit_code = ExitCode.UNAVAILABLE
+
+
+class CannotSave(DarkroomError):
+    """The pictures are made, but could not be written here; the service keeps them."""
+
+    reason = "CANNOT_SAVE"
+    advice = "Make room, or name another folder: `darkroom download JOB --out FOLDER`."
+
+
+class ConfigUnreadable(DarkroomError):
+    """The client's settings cannot be used."""
+
+    reason = "CONFIG_UNREADABLE"
+    advice = "Correct the file, or remove it and use `darkroom config set`."
+    exit_code = ExitCode.USAGE
+
+    @classmethod
+    def in_file(cls, path: Path, why: str) -> ConfigUnreadable:
+        """Return the error for one file."""
+        return cls(f"{path}: {why}.")
+
+
+class JobEnded(DarkroomError):
+    """The job ended without pictures."""
+
+    reason = "JOB_ENDED"
+    exit_code = ExitCode.JOB_FAILED
+
+    def __init__(self, happened: str, job: Job) -> None:
+        super().__init__(happened)
+        self.job = job
+
+
+class JobFailed(JobEnded):
+    """The job failed and was not charged."""
+
+    reason = "JOB_FAILED"
+    advice = "Send it again with `darkroom reroll JOB`; if that fails too, report its id."
+
+
+class JobCancelled(JobEnded):
+    """The job was cancelled."""
+
+    reason = "JOB_CANCELLED"
+
+
+REFUSALS: Mapping[str, type[Refusal]] = {each.reason: each for each in Refusal.__subclasses__()}
+"""Class of each reason that the service gives."""
+
+
+def raised_for(failure: AioRpcError, address: str) -> DarkroomError:
+    """Return the error to raise for a call to `address` that failed."""
+    status = _status(failure)
+    info, details = _unpacked(status) if status is not None else (None, Details())
+    happened = failure.details() or failure.code().name
+    # A bug of the service has an ErrorInfo too; it is trouble of the service all the same.
+    if info is not None and failure.code() is not grpc.StatusCode.INTERNAL:
+        known = REFUSALS.get(info.reason)
+        return known(happened, details) if known else Refusal(happened, details, reason=info.reason)
+    if failure.code() is grpc.StatusCode.UNAVAILABLE:
+        return ServiceUnreachable(f"Cannot reach the service at {address} ({happened}).")
+    if failure.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return NoAnswerInTime(f"No answer from {address} in time.")
+    return ServiceFailed(f"{address} answered {failure.code().name}: {happened}")
+
+
+def _status(failure: AioRpcError) -> Status | None:
+    try:
+        return rpc_status.from_call(failure)
+    except ValueError:
+        # What is attached contradicts the call's own status (a proxy rewrote it): believe the call's own.
+        return None
+
+
+def _unpacked(status: Status) -> tuple[ErrorInfo | None, Details]:
+    info: ErrorInfo | None = None
+    violations: list[Violation] = []
+    retry_after_ms: int | None = None
+    for packed in status.details:
+        if packed.Is(ErrorInfo.DESCRIPTOR):
+            info = ErrorInfo()
+            packed.Unpack(info)
+        elif packed.Is(BadRequest.DESCRIPTOR):
+            request = BadRequest()
+            packed.Unpack(request)
+            violations += [Violation(field=v.field, sentence=v.description) for v in request.field_violations]
+        elif packed.Is(RetryInfo.DESCRIPTOR):
+            retry = RetryInfo()
+            packed.Unpack(retry)
+            retry_after_ms = retry.retry_delay.ToMilliseconds()
+    metadata = dict(info.metadata) if info is not None else {}
+    return info, Details(metadata=metadata, violations=tuple(violations), retry_after_ms=retry_after_ms)

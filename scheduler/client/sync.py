@@ -1,0 +1,269 @@
+"""The same client for programs without an event loop: same names, same arguments, same errors, no `await`.
+
+A client owns one thread with an event loop in which the asyncio client runs. Iterators are fed from there,
+one item at a time; closing one, or leaving its `for`, ends the call behind it. A client and its handles may
+be used from several threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from billing.v1.admin_pb2 import AdminAccount, ApiKey, EffectiveFrom, Plan, Role
+from billing.v1.billing_pb2 import Balance
+from scheduler.client import aio
+from scheduler.client.aio import RetryPolicy, Tls
+from scheduler.v1 import job_pb2
+from scheduler.v1.account_pb2 import Account
+from scheduler.v1.job_pb2 import Job, JobState, Receipt, Tier, Visibility, WatchJobResponse
+
+Result = TypeVar("Result")
+
+
+class _LoopThread:
+    """An event loop in a thread of its own."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="darkroom-client", daemon=True)
+        self._thread.start()
+
+    def run(self, work: Coroutine[Any, Any, Result]) -> Result:
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()  # Ctrl-C comes to the thread that waits here: the call must end with it
+            raise
+
+    def iterate(self, items: AsyncIterator[Result]) -> Iterator[Result]:
+        async def one() -> Result:
+            return await anext(items)
+
+        async def end() -> None:
+            close = getattr(items, "aclose", None)
+            if close is not None:
+                await close()
+
+        try:
+            while True:
+                try:
+                    item = self.run(one())
+                except StopAsyncIteration:
+                    return
+                yield item
+        finally:
+            self.run(end())
+
+    def stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+class DarkroomClient:
+    """One connection to the service, for one key. Use it as a context manager. See `aio.DarkroomClient`."""
+
+    def __init__(
+        self,
+        address: str,
+        key: str,
+        *,
+        tls: Tls | None = None,
+        plain_text: bool = False,
+        retries: RetryPolicy | None = None,
+    ) -> None:
+        async def connect() -> aio.DarkroomClient:  # a channel belongs to the loop it is made in
+            return aio.DarkroomClient(address, key, tls=tls, plain_text=plain_text, retries=retries)
+
+        self._loop = _LoopThread()
+        try:
+            self._client = self._loop.run(connect())
+        except BaseException:
+            self._loop.stop()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the connection, every call on it, and the thread."""
+        self._loop.run(self._client.close())
+        self._loop.stop()
+
+    def imagine(
+        self,
+        prompt: str,
+        *,
+        model: str = "",
+        tier: Tier.ValueType = job_pb2.TIER_UNSPECIFIED,
+        visibility: Visibility.ValueType = job_pb2.VISIBILITY_UNSPECIFIED,
+    ) -> JobHandle:
+        """Submit a grid of four pictures made from text; it is durable when this returns."""
+        return self._handle(self._client.imagine(prompt, model=model, tier=tier, visibility=visibility))
+
+    def vary(
+        self,
+        job: str,
+        image: int,
+        *,
+        tier: Tier.ValueType = job_pb2.TIER_UNSPECIFIED,
+        visibility: Visibility.ValueType = job_pb2.VISIBILITY_UNSPECIFIED,
+    ) -> JobHandle:
+        """Submit a new grid close to picture `image`, 1 to 4, of a finished job."""
+        return self._handle(self._client.vary(job, image, tier=tier, visibility=visibility))
+
+    def reroll(
+        self,
+        job: str,
+        *,
+        tier: Tier.ValueType = job_pb2.TIER_UNSPECIFIED,
+        visibility: Visibility.ValueType = job_pb2.VISIBILITY_UNSPECIFIED,
+    ) -> JobHandle:
+        """Submit the same job again with a new seed, unless its prompt fixes one."""
+        return self._handle(self._client.reroll(job, tier=tier, visibility=visibility))
+
+    def validate(
+        self,
+        prompt: str,
+        *,
+        model: str = "",
+        tier: Tier.ValueType = job_pb2.TIER_UNSPECIFIED,
+        visibility: Visibility.ValueType = job_pb2.VISIBILITY_UNSPECIFIED,
+    ) -> Job:
+        """Return what `imagine` would get, without submitting anything."""
+        return self._loop.run(self._client.validate(prompt, model=model, tier=tier, visibility=visibility))
+
+    def get(self, job: str) -> Job:
+        """Return one job."""
+        return self._loop.run(self._client.get(job))
+
+    def handle(self, job: str) -> JobHandle:
+        """Return a handle of a job that was submitted before."""
+        return self._handle(self._client.handle(job))
+
+    def jobs(self, *, states: Sequence[JobState.ValueType] = (), page_size: int = 50) -> Iterator[Job]:
+        """Yield the account's jobs, newest first."""
+        return self._loop.iterate(self._client.jobs(states=states, page_size=page_size))
+
+    def feed(self, *, page_size: int = 50) -> Iterator[Job]:
+        """Yield finished public jobs of all accounts, newest first."""
+        return self._loop.iterate(self._client.feed(page_size=page_size))
+
+    def cancel(self, job: str) -> Job:
+        """Cancel a waiting job at once, a running one at its next step; return it as it is now."""
+        return self._loop.run(self._client.cancel(job))
+
+    def watch(
+        self, job: str, *, after_sequence: int = 0, previews: bool = False
+    ) -> Iterator[WatchJobResponse]:
+        """Yield what happens to a job until it has ended."""
+        stream = self._client.watch(job, after_sequence=after_sequence, previews=previews)
+        return self._loop.iterate(stream)
+
+    def download(self, name: str, folder: Path, *, image: int | None = None) -> list[Path]:
+        """Save all pictures of a job, or picture `image` of it, in `folder`; return their paths."""
+        return self._loop.run(self._client.download(name, folder, image=image))
+
+    def account(self) -> Account:
+        """Return the key's own account."""
+        return self._loop.run(self._client.account())
+
+    def update_account(
+        self,
+        *,
+        mode: Tier.ValueType | None = None,
+        visibility: Visibility.ValueType | None = None,
+        overage_allowed: bool | None = None,
+        spend_cap_micros: int | None = None,
+    ) -> Account:
+        """Change what is given of the key's own account, and nothing else; return it."""
+        return self._loop.run(
+            self._client.update_account(
+                mode=mode,
+                visibility=visibility,
+                overage_allowed=overage_allowed,
+                spend_cap_micros=spend_cap_micros,
+            )
+        )
+
+    def balance(self) -> Balance:
+        """Return the key's own fast time: granted, used, held, left."""
+        return self._loop.run(self._client.balance())
+
+    def create_account(self, *, plan: str, account_id: str = "", reason: str) -> AdminAccount:
+        """Open an account on a plan; without an id it gets a random one."""
+        return self._loop.run(self._client.create_account(plan=plan, account_id=account_id, reason=reason))
+
+    def create_api_key(self, account: str, *, role: Role.ValueType, reason: str) -> ApiKey:
+        """Make a key of an account. Its secret is in this answer and nowhere else."""
+        return self._loop.run(self._client.create_api_key(account, role=role, reason=reason))
+
+    def plans(self) -> list[Plan]:
+        """Return the newest version of every plan."""
+        return self._loop.run(self._client.plans())
+
+    def update_plan(self, plan: Plan, *, effective_from: EffectiveFrom.ValueType, reason: str) -> Plan:
+        """Make a new version of a plan."""
+        return self._loop.run(self._client.update_plan(plan, effective_from=effective_from, reason=reason))
+
+    def adjust_balance(
+        self, account: str, *, amount_ms: int, reason: str, expires: datetime | None = None
+    ) -> Balance:
+        """Grant an account GPU milliseconds of fast time, or take unused ones away."""
+        return self._loop.run(
+            self._client.adjust_balance(account, amount_ms=amount_ms, reason=reason, expires=expires)
+        )
+
+    def _handle(self, made: Coroutine[Any, Any, aio.JobHandle]) -> JobHandle:
+        return JobHandle(self._loop, self._loop.run(made))
+
+
+class JobHandle:
+    """A job that was submitted: watch it, wait for it, cancel it, save its pictures."""
+
+    def __init__(self, loop: _LoopThread, handle: aio.JobHandle) -> None:
+        self._loop = loop
+        self._handle = handle
+
+    @property
+    def job(self) -> Job:
+        """As last seen."""
+        return self._handle.job
+
+    @property
+    def id(self) -> str:
+        """Its UUID."""
+        return self._handle.id
+
+    @property
+    def receipt(self) -> Receipt | None:
+        """What it cost, once it has ended."""
+        return self._handle.receipt
+
+    def watch(self, *, previews: bool = False) -> Iterator[WatchJobResponse]:
+        """Yield everything that happens to it until it has ended; `job` follows."""
+        return self._loop.iterate(self._handle.watch(previews=previews))
+
+    def result(self) -> Job:
+        """Wait for its end and return it with its pictures. Raises JobFailed or JobCancelled."""
+        return self._loop.run(self._handle.result())
+
+    def cancel(self) -> Job:
+        """Cancel it; return it as it is now."""
+        return self._loop.run(self._handle.cancel())
+
+    def save(self, folder: Path) -> list[Path]:
+        """Save its pictures in `folder`; return their paths in order."""
+        return self._loop.run(self._handle.save(folder))

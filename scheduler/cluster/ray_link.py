@@ -1,0 +1,218 @@
+"""A front door's line to the scheduler and the workers, over Ray.
+
+One long poll brings every update of every job to this front door, where watchers take what is theirs; notices go
+out in batches. While the scheduler is away nothing is lost: its sweep finds rows, and the first poll that
+works again tells every watcher to look at the database.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import ray
+import structlog
+from ray.exceptions import RayError
+
+from gpu_worker.contract import Progress
+from scheduler.cluster.ray_fleet import actor_name
+from scheduler.cluster.scheduler_actor import StillStarting
+from scheduler.updates import JobUpdate, QueueStatus
+
+_log = structlog.get_logger()
+
+_POLL_S = 5.0
+_ASK_AGAIN_S = 0.2
+_ANSWER_S = 2.0
+# The scheduler is away: it may be busy with a million rows, or be started anew by Ray.
+_AWAY = (RayError, StillStarting, TimeoutError, ValueError)
+
+
+class RayLink:
+    """Implements `scheduler.link.SchedulerLink`. Made by `ray_link`."""
+
+    def __init__(self, *, namespace: str, holder: Callable[[], Awaitable[str]]) -> None:
+        self._namespace = namespace
+        self._holder = holder
+        """Name of the actor that leads, from the leader row."""
+        self._actor: Any = None
+        self._workers: dict[str, Any] = {}
+        self._jobs: set[str] = set()
+        self._accounts: set[str] = set()
+        self._noted = asyncio.Event()
+        self._newest: dict[str, JobUpdate] = {}
+        self._followers: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
+
+    def jobs_changed(self, job_ids: Sequence[str]) -> None:
+        """See SchedulerLink.jobs_changed."""
+        self._jobs.update(job_ids)
+        self._noted.set()
+
+    def accounts_changed(self, account_ids: Sequence[str]) -> None:
+        """See SchedulerLink.accounts_changed."""
+        self._accounts.update(account_ids)
+        self._noted.set()
+
+    async def queue_statuses(self, job_ids: Sequence[str]) -> Mapping[str, QueueStatus]:
+        """See SchedulerLink.queue_statuses."""
+        try:
+            actor = await self._scheduler()
+            statuses: Mapping[str, QueueStatus] = await _within(
+                _ANSWER_S, actor.queue_statuses.remote(list(job_ids))
+            )
+            return statuses
+        except _AWAY:
+            return {}
+
+    async def follow(self, job_id: str) -> AsyncIterator[JobUpdate]:
+        """See SchedulerLink.follow."""
+        changed = asyncio.Event()
+        self._followers[job_id].add(changed)
+        told: JobUpdate | None = None
+        try:
+            known = await self._ask_for(job_id)
+            if known is not None:
+                self._newest.setdefault(job_id, known)
+            while True:
+                newest = self._newest.get(job_id)
+                if newest is not None and newest != told:
+                    told = newest
+                    yield newest
+                else:
+                    await changed.wait()
+                    changed.clear()
+        finally:
+            self._followers[job_id].discard(changed)
+            if not self._followers[job_id]:
+                del self._followers[job_id]
+                self._newest.pop(job_id, None)
+
+    async def progress(self, worker_id: str, attempt_id: str, previews: bool) -> AsyncIterator[Progress]:
+        """See SchedulerLink.progress."""
+        try:
+            worker = await self._worker(worker_id)
+            async for reference in worker.watch.options(num_returns="streaming").remote(attempt_id, previews):
+                yield await reference
+        except (RayError, ValueError):
+            self._workers.pop(
+                worker_id, None
+            )  # dead, or not there any more: what becomes of the job comes by `follow`
+
+    async def scheduler_ready(self) -> bool:
+        """See SchedulerLink.scheduler_ready."""
+        try:
+            actor = await self._scheduler()
+            await _within(_ANSWER_S, actor.epoch.remote())
+        except _AWAY:
+            return False
+        return True
+
+    async def scheduler_metrics(self) -> str:
+        """Return the scheduler's metrics as text. Raises TimeoutError while it is away."""
+        try:
+            actor = await self._scheduler()
+            text: str = await _within(_ANSWER_S, actor.metrics.remote())
+        except _AWAY as away:
+            raise TimeoutError("the scheduler does not answer") from away
+        return text
+
+    async def run(self) -> None:
+        """Poll and notify until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._poll(), name="poll updates")
+            group.create_task(self._notify(), name="notify scheduler")
+
+    async def _poll(self) -> None:
+        epoch, newest = 0, 0
+        away = False
+        while True:
+            try:
+                actor = await self._scheduler()
+                batch = await _within(_POLL_S + _ANSWER_S, actor.updates_after.remote(newest, _POLL_S))
+                if epoch not in (0, batch.epoch):
+                    # Another scheduler, with its own numbers: whatever it did before this poll is in the database.
+                    batch = await _within(_ANSWER_S, actor.updates_after.remote(0, 0))
+                if batch.gap or epoch not in (0, batch.epoch):
+                    self._look_again()
+            except _AWAY as trouble:
+                if not away and epoch:
+                    _log.warning("scheduler away", trouble=type(trouble).__name__)
+                away = True
+                self._actor = None
+                await asyncio.sleep(_ASK_AGAIN_S)
+                continue
+            away, epoch, newest = False, batch.epoch, batch.newest
+            for update in batch.updates:
+                self._hand_out(update)
+
+    async def _notify(self) -> None:
+        while True:
+            await self._noted.wait()
+            self._noted.clear()
+            jobs, self._jobs = list(self._jobs), set()
+            accounts, self._accounts = list(self._accounts), set()
+            try:
+                actor = await self._scheduler()
+                if jobs:
+                    await _within(_ANSWER_S, actor.jobs_changed.remote(jobs))
+                if accounts:
+                    await _within(_ANSWER_S, actor.accounts_changed.remote(accounts))
+            except _AWAY:
+                # Jobs are swept up by whoever leads next, but nothing sweeps accounts.
+                self._accounts |= set(accounts)
+                self._actor = None
+                await asyncio.sleep(_ASK_AGAIN_S)
+                if self._accounts:
+                    self._noted.set()
+
+    def _hand_out(self, update: JobUpdate) -> None:
+        followers = self._followers.get(update.job_id)
+        if followers:
+            self._newest[update.job_id] = update
+            for follower in followers:
+                follower.set()
+
+    def _look_again(self) -> None:
+        for job_id in list(self._followers):
+            self._hand_out(JobUpdate(job_id=job_id, event_seq=0, state=""))
+
+    async def _ask_for(self, job_id: str) -> JobUpdate | None:
+        try:
+            actor = await self._scheduler()
+            known: JobUpdate | None = await _within(_ANSWER_S, actor.update_of.remote(job_id))
+        except _AWAY:
+            return None  # the poll brings it as soon as somebody leads
+        return known
+
+    async def _scheduler(self) -> Any:
+        if self._actor is None:
+            name = await self._holder() or actor_name("scheduler")
+            self._actor = await asyncio.to_thread(ray.get_actor, name, self._namespace)
+        return self._actor
+
+    async def _worker(self, worker_id: str) -> Any:
+        if worker_id not in self._workers:
+            name = actor_name("worker", worker_id)
+            self._workers[worker_id] = await asyncio.to_thread(ray.get_actor, name, self._namespace)
+        return self._workers[worker_id]
+
+
+@asynccontextmanager
+async def ray_link(*, namespace: str, holder: Callable[[], Awaitable[str]]) -> AsyncIterator[RayLink]:
+    """Open a front door's line and keep it open inside the context."""
+    link = RayLink(namespace=namespace, holder=holder)
+    running = asyncio.create_task(link.run(), name="link")
+    try:
+        yield link
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+
+async def _within(seconds: float, reference: Awaitable[Any]) -> Any:
+    """Await an actor's answer; raises TimeoutError."""
+    async with asyncio.timeout(seconds):
+        return await reference

@@ -1,0 +1,118 @@
+"""The scheduler as a Ray actor: detached, named, restarted by Ray; it hosts the loop.
+
+Whoever was here before, it begins the same way: take the lead, find the workers, read the live rows, turn. A
+scheduler that finds itself deposed ends and stays ended; any other trouble ends the process, and Ray starts it anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping, Sequence
+
+import ray
+import structlog
+
+from gpu_worker.models import read_models
+from gpu_worker.settings import WorkerSettings
+from scheduler.clock import LeaderClock
+from scheduler.cluster.ray_fleet import RayFleet, actor_name
+from scheduler.leader import Leader, lead
+from scheduler.logs import configure_logs
+from scheduler.settings import RELEASE, Settings
+from scheduler.store.leadership import Deposed
+from scheduler.updates import JobUpdate, QueueStatus, UpdateBatch
+
+_log = structlog.get_logger()
+
+
+class StillStarting(Exception):
+    """The scheduler is reading its rows: ask again."""
+
+
+@ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=1000)
+class SchedulerActor:
+    """What front doors call. Everything else is in `leader`."""
+
+    def __init__(self, settings_json: str, dsn: str) -> None:
+        configure_logs()
+        self._settings = Settings.model_validate_json(settings_json)
+        self._dsn = dsn
+        self._leader: Leader | None = None
+        # Ray makes an async actor on its running event loop.
+        self._main = asyncio.get_event_loop().create_task(self._run(), name="scheduler")
+
+    async def jobs_changed(self, job_ids: Sequence[str]) -> None:
+        """Notice committed rows."""
+        self._ready().jobs_changed(job_ids)
+
+    async def accounts_changed(self, account_ids: Sequence[str]) -> None:
+        """Notice changed plans, limits, funds or consent."""
+        self._ready().accounts_changed(account_ids)
+
+    async def updates_after(self, number: int, wait_s: float) -> UpdateBatch:
+        """Long poll for what changed about jobs."""
+        return await self._ready().updates.after(number, wait_s)
+
+    async def update_of(self, job_id: str) -> JobUpdate | None:
+        """Return the newest known update of a job; None if nothing happened to it under this leader."""
+        return self._ready().updates.of(job_id)
+
+    async def queue_statuses(self, job_ids: Sequence[str]) -> Mapping[str, QueueStatus]:
+        """Return why these jobs wait."""
+        return self._ready().queue_statuses(job_ids)
+
+    async def metrics(self) -> str:
+        """Return the scheduler's metrics as text."""
+        return self._ready().metrics.exposition()
+
+    async def epoch(self) -> int:
+        """Return the epoch it leads with; raises StillStarting before it does."""
+        return self._ready().epoch
+
+    def pid(self) -> int:
+        """Return its process id."""
+        return os.getpid()
+
+    def _ready(self) -> Leader:
+        if self._leader is None:
+            raise StillStarting
+        return self._leader
+
+    async def _run(self) -> None:
+        settings = self._settings
+        try:
+            async with lead(
+                dsn=self._dsn,
+                holder=actor_name("scheduler"),
+                fleet=RayFleet(
+                    worker=worker_settings(settings),
+                    namespace=settings.ray.namespace,
+                    heartbeat_ms=settings.worker.heartbeat_ms,
+                ),
+                models=read_models(settings.models_file),
+                sweep_ms=settings.scheduling.sweep_ms,
+            ) as leader:
+                self._leader = leader
+                await leader.run()
+        except* Deposed as deposed:
+            _log.warning("deposed", reason=str(deposed.exceptions[0]))
+            ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
+        except* Exception:
+            _log.exception("scheduler failed; it is started anew")
+            os._exit(1)
+
+
+def worker_settings(settings: Settings) -> WorkerSettings:
+    """Return what every worker is told; the fleet fills in each one's slot."""
+    return WorkerSettings(
+        worker_id="",
+        release=RELEASE,
+        artifacts_url=settings.artifacts,
+        cache_dir=settings.data_dir / "models",
+        models_path=settings.models_file,
+        engine=settings.worker.engine,
+        device=settings.worker.device,
+        threads=settings.worker.threads,
+        timed_step_ms=settings.worker.timed_step_ms,
+    )

@@ -1,0 +1,75 @@
+"""What the loop may ask of a fleet of GPU workers.
+
+`cluster/ray_fleet` implements it over Ray, `cluster/local_fleet` with workers in this process. The fleet
+finds workers, keeps one long poll open to each, and turns what it hears into facts for the inbox; it
+decides nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from gpu_worker.contract import AttemptResult, RenderRequest, WorkerReport
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerFound:
+    """A worker answered for the first time, or again after it was lost, or as a new incarnation."""
+
+    report: WorkerReport
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerHeard:
+    """A heartbeat: what it has in hand and what it measured."""
+
+    report: WorkerReport
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerGone:
+    """The worker's process died, or was silent for three heartbeat intervals. Whatever it ran is lost."""
+
+    worker_id: str
+    incarnation: str
+    sentence: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RenderRefused:
+    """A worker would not or could not take an attempt; it was never executed."""
+
+    worker_id: str
+    attempt_id: str
+    sentence: str
+
+
+FleetFact = WorkerFound | WorkerHeard | WorkerGone | RenderRefused
+
+
+class Fleet(Protocol):
+    """Workers, as the loop sees them. No method waits for a worker: answers come as facts."""
+
+    async def open(self, epoch: int, tell: Callable[[FleetFact], None]) -> None:
+        """Find the workers that live and start the missing ones; from now on every fact goes to `tell`.
+
+        Returns once every worker that was already alive has reported, so that their running attempts are
+        adopted and not taken for lost.
+        """
+
+    def render(self, worker_id: str, request: RenderRequest) -> None:
+        """Give an attempt to a worker."""
+
+    def stop(self, worker_id: str, attempt_id: str, token: str) -> None:
+        """Ask a worker to end an attempt at its next step."""
+
+    def acknowledge(self, worker_id: str, result: AttemptResult) -> None:
+        """Say that a result is settled, so that the worker may forget it."""
+
+    def forget(self, worker_id: str, attempt_id: str) -> None:
+        """Say that an attempt is not ours any more: the worker ends it, deletes its files and counts its time as wasted."""
+
+    async def run(self) -> None:
+        """Listen until cancelled. The workers live on."""

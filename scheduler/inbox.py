@@ -1,0 +1,78 @@
+"""The only way to the board.
+
+Everybody who knows something puts it here; the loop, and nobody else, takes it out. It is bounded: what can
+be found again (a notice of a committed row, swept up later) is dropped when it is full, what cannot
+(a worker's fact, a settled attempt) is always taken, and there are only ever as many of those as workers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass
+
+from scheduler.fleet import FleetFact
+from scheduler.store.endings import AttemptEnd, Settled, Unknown
+
+_MOST_NOTICES = 100_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobsChanged:
+    """These jobs' rows were committed, cancelled or moved; what they say now is in the database."""
+
+    job_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccountsChanged:
+    """Plans, limits, funds or consent of these accounts changed; what holds now is in the database."""
+
+    account_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttemptSettled:
+    """The end of an attempt is committed, or turned out to be nobody's."""
+
+    worker_id: str
+    end: AttemptEnd
+    outcome: Settled | Unknown
+
+
+Notice = JobsChanged | AccountsChanged
+Item = Notice | FleetFact | AttemptSettled
+
+
+class Inbox:
+    """Items in the order they came."""
+
+    def __init__(self) -> None:
+        self._items: deque[Item] = deque()
+        self._notices = 0
+        self._filled = asyncio.Event()
+
+    def put(self, item: Item) -> None:
+        """Leave an item for the next cycle."""
+        if isinstance(item, Notice):
+            if self._notices >= _MOST_NOTICES:
+                return  # the sweep finds the rows
+            self._notices += 1
+        self._items.append(item)
+        self._filled.set()
+
+    def drain(self) -> list[Item]:
+        """Take everything out."""
+        items = list(self._items)
+        self._items.clear()
+        self._notices = 0
+        self._filled.clear()
+        return items
+
+    async def wait(self, seconds: float) -> None:
+        """Return when something is there, or after `seconds`."""
+        # Not wait_for: in Python 3.11 it loses a cancellation that comes together with what it waits for.
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._filled.wait()

@@ -1,0 +1,132 @@
+"""A leading scheduler: everything between a database and a fleet, put together and taken apart again."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+
+from billing import plans as billing_plans
+from gpu_worker.models import Models
+from scheduler.clock import LeaderClock
+from scheduler.fleet import Fleet
+from scheduler.inbox import AccountsChanged, Inbox, JobsChanged
+from scheduler.loop import Loop
+from scheduler.metrics import SchedulerMetrics
+from scheduler.policy.board import Board
+from scheduler.policy.parameters import Parameters
+from scheduler.recovery import restore
+from scheduler.settlement import Settlement
+from scheduler.store import leadership
+from scheduler.store.lanes import Lane
+from scheduler.store.pool import Connection
+from scheduler.updates import QueueStatus, Updates
+
+# Two lanes keep a commit in flight on each of two connections; more only help with more accounts than one disk serves.
+_SETTLEMENT_LANES = 2
+
+
+class Leader:
+    """What may be asked of a leading scheduler."""
+
+    def __init__(
+        self,
+        *,
+        epoch: int,
+        loop: Loop,
+        settlement: Settlement,
+        fleet: Fleet,
+        inbox: Inbox,
+        updates: Updates,
+        metrics: SchedulerMetrics,
+    ) -> None:
+        self.epoch = epoch
+        self.updates = updates
+        self.metrics = metrics
+        self._loop = loop
+        self._settlement = settlement
+        self._fleet = fleet
+        self._inbox = inbox
+
+    async def run(self) -> None:
+        """Lead until cancelled. Raises an ExceptionGroup with Deposed when another scheduler leads."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._loop.run(), name="loop")
+            group.create_task(self._settlement.run(), name="settlement")
+            group.create_task(self._fleet.run(), name="fleet")
+
+    def jobs_changed(self, job_ids: Sequence[str]) -> None:
+        """Notice committed rows."""
+        self._inbox.put(JobsChanged(job_ids=tuple(job_ids)))
+
+    def accounts_changed(self, account_ids: Sequence[str]) -> None:
+        """Notice changed plans, limits, funds or consent."""
+        self._inbox.put(AccountsChanged(account_ids=tuple(account_ids)))
+
+    def queue_statuses(self, job_ids: Sequence[str]) -> Mapping[str, QueueStatus]:
+        """Return why these jobs wait."""
+        return self._loop.queue_statuses(job_ids)
+
+
+@asynccontextmanager
+async def lead(
+    *,
+    dsn: str,
+    holder: str,
+    fleet: Fleet,
+    models: Models,
+    sweep_ms: int,
+    parameters: Parameters | None = None,
+) -> AsyncIterator[Leader]:
+    """Take the lead, find the workers and restore the board; yields a leader that is ready to `run`.
+
+    Waits while the database is away. Raises Deposed if yet another scheduler takes the lead meanwhile.
+    """
+    parameters = parameters or Parameters()
+    lane = Lane(dsn, "loop")
+    try:
+        taken = await lane.run(lambda connection: leadership.take_lead(connection, holder))
+        clock = LeaderClock(started_ms=taken.now_ms)
+        inbox = Inbox()
+        updates = Updates(taken.epoch)
+        metrics = SchedulerMetrics.create(await lane.run(_plan_names), models.entries, now_ms=clock.now_ms())
+        settlement = Settlement(
+            dsn=dsn,
+            lanes=_SETTLEMENT_LANES,
+            epoch=taken.epoch,
+            inbox=inbox,
+            clock=clock,
+            parameters=parameters,
+        )
+        loop = Loop(
+            board=Board(parameters),
+            parameters=parameters,
+            epoch=taken.epoch,
+            lane=lane,
+            inbox=inbox,
+            fleet=fleet,
+            settlement=settlement,
+            updates=updates,
+            clock=clock,
+            models=models,
+            metrics=metrics,
+            sweep_ms=sweep_ms,
+        )
+        await fleet.open(taken.epoch, inbox.put)
+        await restore(loop, lane=lane, epoch=taken.epoch, clock=clock, parameters=parameters)
+        metrics.scheduler_leader.set(1)
+        yield Leader(
+            epoch=taken.epoch,
+            loop=loop,
+            settlement=settlement,
+            fleet=fleet,
+            inbox=inbox,
+            updates=updates,
+            metrics=metrics,
+        )
+    finally:
+        await lane.close()
+
+
+async def _plan_names(connection: Connection) -> list[str]:
+    return [version.plan for version in await billing_plans.all_newest(connection)]

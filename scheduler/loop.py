@@ -1,0 +1,689 @@
+"""The cycle: drain, apply, decide, commit, act.
+
+One task runs it and owns the board. Whatever happened comes through the inbox; whatever should happen is
+decided by the board, becomes rows in one transaction, is applied as events, and only then are workers
+called. If the process dies between any two of these steps, the rows tell the next scheduler the rest.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import structlog
+
+from gpu_worker.contract import AttemptResult, Blame, Outcome, RenderRequest, WorkerReport
+from gpu_worker.models import Models
+from gpu_worker.prompt import file_stem
+from scheduler.clock import LeaderClock, to_ms
+from scheduler.fleet import Fleet, RenderRefused, WorkerFound, WorkerGone, WorkerHeard
+from scheduler.inbox import AccountsChanged, AttemptSettled, Inbox, Item, JobsChanged
+from scheduler.metrics import RequeueReason, SchedulerMetrics, WorkerState
+from scheduler.policy import events
+from scheduler.policy.board import Board
+from scheduler.policy.decisions import GiveUp, Start, Stop
+from scheduler.policy.events import (
+    AccountRestored,
+    AttemptFinished,
+    AttemptLost,
+    AttemptRestored,
+    AttemptStarted,
+    CancelWanted,
+    CellRestored,
+    FundsChanged,
+    JobGivenUp,
+    JobSubmitted,
+    LimitsChanged,
+    ModelEvicted,
+    ModelLoaded,
+    RecoveryEnded,
+    StartRefused,
+    StopAsked,
+    TagsStored,
+    UsageReset,
+    WorkerDraining,
+    WorkerJoined,
+    WorkerLost,
+)
+from scheduler.policy.ids import AccountId, AttemptId, JobId, Tier, WorkerId
+from scheduler.policy.job import Job
+from scheduler.policy.parameters import Parameters
+from scheduler.policy.worker import Worker
+from scheduler.settlement import Settlement, end_of, end_of_lost
+from scheduler.store import dispatch, endings, leadership, live
+from scheduler.store.endings import AttemptEnd, Settled, Verdict
+from scheduler.store.jobs import spec_from_json
+from scheduler.store.lanes import Lane
+from scheduler.updates import JobUpdate, QueueReason, QueueStatus, Updates
+
+_log = structlog.get_logger()
+
+# Rows nobody told of are read in bites, so that a flood of them does not hold up a cycle.
+_MOST_SWEPT = 5_000
+_KEEP_TIME_MS = 5_000
+# Jobs of one model whose needs differ by less wait in one line: the board looks at every line's head each time.
+_MEMORY_STEP = 256 * 1024 * 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """A running attempt as the loop knows it."""
+
+    attempt_id: str
+    token: str
+    job_id: JobId
+    account_id: AccountId
+    tier: Tier
+    model: str
+    worker_id: str
+    incarnation: str
+    started_ms: int
+
+
+class Loop:
+    """The only owner of the board."""
+
+    def __init__(
+        self,
+        *,
+        board: Board,
+        parameters: Parameters,
+        epoch: int,
+        lane: Lane,
+        inbox: Inbox,
+        fleet: Fleet,
+        settlement: Settlement,
+        updates: Updates,
+        clock: LeaderClock,
+        models: Models,
+        metrics: SchedulerMetrics,
+        sweep_ms: int,
+    ) -> None:
+        self._board = board
+        self._parameters = parameters
+        self._epoch = epoch
+        self._lane = lane
+        self._inbox = inbox
+        self._fleet = fleet
+        self._settlement = settlement
+        self._updates = updates
+        self._clock = clock
+        self._models = models
+        self._metrics = metrics
+        self._sweep_ms = sweep_ms
+        self._renews_ms: dict[str, int] = {}
+        """Every account on the board, and when its period ends."""
+        self._renewals: list[tuple[int, str]] = []
+        self._running: dict[str, Running] = {}
+        self._reports: dict[str, WorkerReport] = {}
+        self._settling: dict[str, AttemptResult | None] = {}
+        self._set_aside: set[str] = set()
+        self._swept_ms = 0
+        self._kept_ms = 0
+
+    @property
+    def board(self) -> Board:
+        """For questions; only the loop changes it."""
+        return self._board
+
+    async def run(self) -> None:
+        """Turn until cancelled; raises Deposed when another scheduler leads."""
+        while True:
+            await self._inbox.wait(self._sweep_ms / 1000)
+            await self.cycle()
+
+    async def cycle(self) -> None:
+        """Turn once."""
+        began_ns = time.monotonic_ns()
+        notices: set[str] = set()
+        accounts: set[str] = set()
+        for item in self._inbox.drain():
+            self._take(item, notices, accounts)
+        now_ms = self._clock.now_ms()
+        if now_ms - self._swept_ms >= self._sweep_ms:
+            self._swept_ms = now_ms
+            notices |= set(await self._unheeded())
+            accounts |= self._renewed(now_ms)
+        if accounts:
+            await self._reload_accounts(accounts & self._renews_ms.keys())
+        if notices:
+            await self._reload_jobs(notices)
+        while await self._decide():
+            pass
+        if now_ms - self._kept_ms >= _KEEP_TIME_MS:
+            self._kept_ms = now_ms
+            await self._lane.run(lambda connection: leadership.keep_time(connection, self._epoch, now_ms))
+        self._show(began_ns)
+
+    # --- facts in ---------------------------------------------------------------------------------------
+
+    def _take(self, item: Item, notices: set[str], accounts: set[str]) -> None:
+        match item:
+            case JobsChanged():
+                notices.update(item.job_ids)
+            case AccountsChanged():
+                accounts.update(item.account_ids)
+            case WorkerFound():
+                self._worker_found(item.report)
+            case WorkerHeard():
+                self._worker_heard(item.report)
+            case WorkerGone():
+                self._worker_gone(item)
+            case RenderRefused():
+                self._render_refused(item)
+            case AttemptSettled():
+                self._attempt_settled(item)
+
+    async def adopt(
+        self,
+        *,
+        cells: Sequence[live.Cell],
+        jobs: Sequence[live.LiveJob],
+        attempts: Sequence[live.RunningAttempt],
+        standings: Sequence[live.AccountStanding],
+        set_aside: Iterable[str],
+    ) -> None:
+        """Take over what the rows say, as events; called once, before the first cycle.
+
+        The reports of the workers that live are in the inbox already. A running attempt whose worker did not report, or
+        reported another life, is lost; one that its worker never got was never executed.
+        """
+        now_ms = self._clock.now_ms()
+        for cell in cells:
+            self._board.apply(
+                CellRestored(
+                    at_ms=now_ms,
+                    tier=cell.tier,
+                    virtual_time=cell.virtual_time,
+                    decay_origin_ms=cell.decay_origin_ms,
+                )
+            )
+        self._set_aside = set(set_aside)
+        await self._restore_accounts(standings)
+        rows = {job.job_id: job for job in jobs}
+        for job in jobs:
+            if job.state == "queued":
+                self._submit(job)
+        for attempt in attempts:
+            self._restore_attempt(attempt, rows[attempt.job_id])
+        for job in jobs:
+            if job.state == "running" and job.cancel_wanted:
+                self._board.apply(CancelWanted(at_ms=now_ms, job_id=job.job_id))
+        self._board.apply(RecoveryEnded(at_ms=now_ms))
+        for item in self._inbox.drain():
+            self._take(item, set(), set())
+        for running in list(self._running.values()):
+            report = self._reports.get(running.worker_id)
+            if report is None:
+                self._lose(running, "Its GPU worker was lost while the scheduler was away.", executed=True)
+            elif not _has(report, running.attempt_id):
+                self._lose(running, "The scheduler was lost before the GPU worker got it.", executed=False)
+
+    def _restore_attempt(self, attempt: live.RunningAttempt, job: live.LiveJob) -> None:
+        self._updates.publish(
+            JobUpdate(
+                job_id=job.job_id,
+                event_seq=job.event_seq,
+                state=job.state,
+                worker_id=attempt.worker_id,
+                attempt_id=attempt.attempt_id,
+            )
+        )
+        self._running[attempt.attempt_id] = Running(
+            attempt_id=attempt.attempt_id,
+            token=attempt.token,
+            job_id=attempt.job_id,
+            account_id=attempt.account_id,
+            tier=attempt.tier,
+            model=job.model,
+            worker_id=attempt.worker_id,
+            incarnation=attempt.incarnation,
+            started_ms=to_ms(attempt.started_at),
+        )
+        self._board.apply(
+            AttemptRestored(
+                at_ms=self._clock.now_ms(),
+                job=self._policy_job(job),
+                losses=job.losses,
+                accepted_ms=to_ms(job.created_at),
+                attempt_id=AttemptId(attempt.attempt_id),
+                worker_id=WorkerId(attempt.worker_id),
+                predicted_ms=attempt.predicted_ms,
+                weight_milli=attempt.weight_milli,
+                charged_at_ms=attempt.charged_at_ms,
+            )
+        )
+
+    def _worker_found(self, report: WorkerReport) -> None:
+        now_ms = self._clock.now_ms()
+        worker_id = WorkerId(report.worker_id)
+        _log.info("worker joined", worker=worker_id, device=report.device, incarnation=report.incarnation)
+        for running in self._running_on(report.worker_id):
+            if running.incarnation != report.incarnation:
+                self._lose(running, f"The GPU worker {worker_id} was restarted.", executed=True)
+        self._reports[report.worker_id] = report
+        self._board.apply(
+            WorkerJoined(
+                at_ms=now_ms,
+                worker=Worker(
+                    worker_id=worker_id,
+                    memory_bytes=report.memory_bytes,
+                    speed_permille=report.speed_permille,
+                    warm_models=frozenset(report.warm_models),
+                ),
+            )
+        )
+        if report.worker_id in self._set_aside or not report.healthy:
+            self._board.apply(WorkerDraining(at_ms=now_ms, worker_id=worker_id))
+        self._compare(report)
+
+    def _worker_heard(self, report: WorkerReport) -> None:
+        known = self._reports.get(report.worker_id)
+        if known is None or known.incarnation != report.incarnation:
+            return  # said before it was given up: its next word comes as WorkerFound
+        now_ms = self._clock.now_ms()
+        worker_id = WorkerId(report.worker_id)
+        for model in set(report.warm_models) - set(known.warm_models):
+            self._board.apply(ModelLoaded(at_ms=now_ms, worker_id=worker_id, model=model))
+        for model in set(known.warm_models) - set(report.warm_models):
+            self._board.apply(ModelEvicted(at_ms=now_ms, worker_id=worker_id, model=model))
+        if known.healthy and not report.healthy:
+            _log.warning("worker unhealthy", worker=worker_id, sentence=report.sentence)
+            self._board.apply(WorkerDraining(at_ms=now_ms, worker_id=worker_id))
+        self._reports[report.worker_id] = report
+        self._compare(report)
+
+    def _compare(self, report: WorkerReport) -> None:
+        """Hold a worker's report against the rows: settle its results, end what is not ours."""
+        self._metrics.worker_heard(report, self._clock.now_ms())
+        for result in report.unacknowledged:
+            if result.attempt_id not in self._settling:
+                running = self._running.get(result.attempt_id)
+                self._settle(running, report.worker_id, end_of(result), result)
+        if report.active is not None and report.active.attempt_id not in self._running:
+            self._fleet.forget(report.worker_id, report.active.attempt_id)
+
+    def _worker_gone(self, gone: WorkerGone) -> None:
+        report = self._reports.get(gone.worker_id)
+        if report is None or report.incarnation != gone.incarnation:
+            return
+        _log.warning("worker lost", worker=gone.worker_id, sentence=gone.sentence)
+        del self._reports[gone.worker_id]
+        self._board.apply(WorkerLost(at_ms=self._clock.now_ms(), worker_id=WorkerId(gone.worker_id)))
+        for running in self._running_on(gone.worker_id):
+            self._lose(running, gone.sentence, executed=True)
+
+    def _render_refused(self, refused: RenderRefused) -> None:
+        running = self._running.get(refused.attempt_id)
+        if running is not None:
+            _log.warning("render refused", worker=refused.worker_id, sentence=refused.sentence)
+            self._lose(running, refused.sentence, executed=False)
+
+    def _running_on(self, worker_id: str) -> list[Running]:
+        return [running for running in self._running.values() if running.worker_id == worker_id]
+
+    def _lose(self, running: Running, sentence: str, *, executed: bool) -> None:
+        if running.attempt_id not in self._settling:
+            end = end_of_lost(running.attempt_id, running.token, sentence, executed=executed)
+            self._settle(running, running.worker_id, end, None)
+
+    def _settle(
+        self, running: Running | None, worker_id: str, end: AttemptEnd, result: AttemptResult | None
+    ) -> None:
+        self._settling[end.attempt_id] = result
+        # An end that matches nothing we run is settled all the same: the database knows whether it is late or false.
+        self._settlement.put(running.account_id if running else "", worker_id, end)
+
+    def _attempt_settled(self, item: AttemptSettled) -> None:
+        attempt_id = item.end.attempt_id
+        result = self._settling.pop(attempt_id, None)
+        settled = item.outcome if isinstance(item.outcome, Settled) else None
+        if result is not None:
+            if settled is None or settled.verdict is Verdict.LOST:
+                self._fleet.forget(item.worker_id, attempt_id)
+            else:
+                self._fleet.acknowledge(item.worker_id, result)
+        running = self._running.pop(attempt_id, None)
+        if running is None or settled is None:
+            _log.info("late result dropped", worker=item.worker_id, attempt=attempt_id)
+            return
+        now_ms = self._clock.now_ms()
+        if settled.job_state == "queued":
+            self._board.apply(AttemptLost(at_ms=now_ms, attempt_id=AttemptId(attempt_id)))
+        else:
+            self._board.apply(
+                AttemptFinished(
+                    at_ms=now_ms,
+                    attempt_id=AttemptId(attempt_id),
+                    outcome=events.Outcome(settled.job_state),
+                    gpu_ms=settled.gpu_ms,
+                )
+            )
+        if settled.slot_set_aside and running.worker_id not in self._set_aside:
+            _log.error("worker set aside after three lost jobs in a row", worker=running.worker_id)
+            self._set_aside.add(running.worker_id)
+            self._board.apply(WorkerDraining(at_ms=now_ms, worker_id=WorkerId(running.worker_id)))
+        self._updates.publish(
+            JobUpdate(job_id=settled.job_id, event_seq=settled.event_seq, state=settled.job_state)
+        )
+        self._show_end(running, settled, result, now_ms)
+        _log.info(
+            "attempt ended",
+            job=settled.job_id,
+            attempt=attempt_id,
+            verdict=settled.verdict.value,
+            gpu_ms=settled.gpu_ms,
+            billed_ms=settled.billed_ms,
+            absorbed_ms=settled.absorbed_ms,
+            worker=running.worker_id,
+        )
+
+    # --- rows in ----------------------------------------------------------------------------------------
+
+    async def _unheeded(self) -> list[str]:
+        return await self._lane.run(
+            lambda connection: live.unheeded(connection, epoch=self._epoch, most=_MOST_SWEPT)
+        )
+
+    def _renewed(self, now_ms: int) -> set[str]:
+        """Return the accounts whose period has ended."""
+        due: set[str] = set()
+        while self._renewals and self._renewals[0][0] <= now_ms:
+            due.add(heapq.heappop(self._renewals)[1])
+        return due
+
+    async def _standings(self, account_ids: Iterable[str]) -> list[live.AccountStanding]:
+        now_ms = self._clock.now_ms()
+        return await self._lane.run(
+            lambda connection: live.standings(connection, sorted(account_ids), now_ms)
+        )
+
+    async def _reload_accounts(self, account_ids: set[str]) -> None:
+        """Bring the board up to what these accounts may have now."""
+        standings = await self._standings(account_ids)
+        for standing in standings:
+            now_ms = self._clock.now_ms()
+            self._watch_renewal(standing)
+            self._board.apply(
+                LimitsChanged(
+                    at_ms=now_ms,
+                    account_id=standing.account_id,
+                    limits=standing.limits,
+                    weight_milli=standing.weight_milli,
+                )
+            )
+            self._board.apply(FundsChanged(at_ms=now_ms, account_id=standing.account_id))
+        await self._forget_expired_usage(standings)
+
+    async def _restore_accounts(self, standings: Sequence[live.AccountStanding]) -> None:
+        for standing in standings:
+            self._watch_renewal(standing)
+            self._board.apply(
+                AccountRestored(
+                    at_ms=self._clock.now_ms(),
+                    account_id=standing.account_id,
+                    limits=standing.limits,
+                    weight_milli=standing.weight_milli,
+                    shares=standing.shares,
+                )
+            )
+        await self._forget_expired_usage(standings)
+
+    def _watch_renewal(self, standing: live.AccountStanding) -> None:
+        renews_ms = to_ms(standing.renews_at)
+        if self._renews_ms.get(standing.account_id) != renews_ms:
+            self._renews_ms[standing.account_id] = renews_ms
+            heapq.heappush(self._renewals, (renews_ms, standing.account_id))
+
+    async def _forget_expired_usage(self, standings: Iterable[live.AccountStanding]) -> None:
+        expired = [standing for standing in standings if standing.usage_expired]
+        if not expired:
+            return
+        await self._lane.run(
+            lambda connection: live.forget_usage(connection, epoch=self._epoch, expired=expired)
+        )
+        for standing in expired:
+            self._board.apply(UsageReset(at_ms=self._clock.now_ms(), account_id=standing.account_id))
+
+    async def _reload_jobs(self, job_ids: set[str]) -> None:
+        """Bring the board up to what these jobs' rows say."""
+        rows = await self._lane.run(lambda connection: live.jobs(connection, sorted(job_ids)))
+        strangers = {row.account_id for row in rows} - self._renews_ms.keys()
+        if strangers:
+            await self._restore_accounts(await self._standings(strangers))
+        waiting = [row for row in rows if row.state == "queued"]
+        for row in waiting:
+            self._submit(row)
+        now_ms = self._clock.now_ms()
+        for row in rows:
+            if row.state == "cancelled" or (row.state == "running" and row.cancel_wanted):
+                self._board.apply(CancelWanted(at_ms=now_ms, job_id=row.job_id))
+        if waiting:
+            await self._lane.run(
+                lambda connection: live.notice(
+                    connection, epoch=self._epoch, job_ids=[row.job_id for row in waiting]
+                )
+            )
+
+    def _submit(self, row: live.LiveJob) -> None:
+        self._board.apply(
+            JobSubmitted(
+                at_ms=self._clock.now_ms(),
+                job=self._policy_job(row),
+                losses=row.losses,
+                accepted_ms=to_ms(row.created_at),
+            )
+        )
+
+    def _policy_job(self, row: live.LiveJob) -> Job:
+        needed = self._models.get(row.model).memory_needed(row.width, row.height)
+        return Job(
+            job_id=row.job_id,
+            account_id=row.account_id,
+            tier=row.tier,
+            arrival=row.arrival,
+            predicted_ms=row.predicted_ms,
+            model=row.model,
+            memory_bytes=-(-needed // _MEMORY_STEP) * _MEMORY_STEP,
+        )
+
+    # --- decisions out ----------------------------------------------------------------------------------
+
+    async def _decide(self) -> bool:
+        """Decide, commit, act once; returns whether to decide again, because a start was refused."""
+        now_ms = self._clock.now_ms()
+        decisions = self._board.decide(now_ms)
+        for decision in decisions:
+            match decision:
+                case Stop():
+                    self._stop(decision)
+                case GiveUp():
+                    await self._give_up(decision)
+        return await self._start([d for d in decisions if isinstance(d, Start)], now_ms)
+
+    async def _start(self, starts: Sequence[Start], now_ms: int) -> bool:
+        tags = self._board.unstored_tags()
+        if not starts and not tags:
+            return False
+        planned = [
+            dispatch.PlannedAttempt(
+                attempt_id=str(uuid.uuid4()),
+                token=str(uuid.uuid4()),
+                job_id=start.job_id,
+                account_id=start.account_id,
+                tier=start.tier,
+                worker_id=start.worker_id,
+                incarnation=self._reports[start.worker_id].incarnation,
+                charge=start.charge,
+                decision={"reason": start.reason, "warm": start.warm, **asdict(start.keys)},
+                sentence=start.reason,
+            )
+            for start in starts
+        ]
+        accounts = {plan.account_id for plan in planned} | {account_id for account_id, _, _ in tags}
+        outcome = await self._lane.run(
+            lambda connection: dispatch.start_attempts(
+                connection,
+                epoch=self._epoch,
+                planned=planned,
+                tags=tags,
+                running=[r.attempt_id for r in self._running.values() if r.account_id in accounts],
+                parameters=self._parameters,
+                now_ms=now_ms,
+            )
+        )
+        for account_id, tier, tag in tags:
+            self._board.apply(TagsStored(at_ms=now_ms, account_id=account_id, tier=tier, tag=tag))
+        warm = {start.job_id: start.warm for start in starts}
+        for started in outcome.started:
+            self._act(started, now_ms, warm=warm[started.planned.job_id])
+        for refused in outcome.refused:
+            _log.info("start refused", job=refused.job_id, because=refused.because.value)
+            self._board.apply(StartRefused(at_ms=now_ms, job_id=refused.job_id, reason=refused.because))
+        return len(outcome.started) < len(planned)
+
+    def _act(self, started: dispatch.StartedAttempt, now_ms: int, *, warm: bool) -> None:
+        plan = started.planned
+        spec = spec_from_json(started.spec)
+        self._running[plan.attempt_id] = Running(
+            attempt_id=plan.attempt_id,
+            token=plan.token,
+            job_id=plan.job_id,
+            account_id=plan.account_id,
+            tier=plan.tier,
+            model=spec.model,
+            worker_id=plan.worker_id,
+            incarnation=plan.incarnation,
+            started_ms=now_ms,
+        )
+        self._board.apply(
+            AttemptStarted(
+                at_ms=now_ms,
+                job_id=plan.job_id,
+                attempt_id=AttemptId(plan.attempt_id),
+                worker_id=WorkerId(plan.worker_id),
+                charge=plan.charge,
+            )
+        )
+        self._updates.publish(
+            JobUpdate(
+                job_id=plan.job_id,
+                event_seq=started.event_seq,
+                state="running",
+                worker_id=plan.worker_id,
+                attempt_id=plan.attempt_id,
+            )
+        )
+        self._metrics.attempt_started(tier=plan.tier, warm=warm)
+        if started.waited_ms is not None:
+            self._metrics.job_started(tier=plan.tier, waited_ms=started.waited_ms)
+        _log.info(
+            "attempt started",
+            job=plan.job_id,
+            attempt=plan.attempt_id,
+            worker=plan.worker_id,
+            tier=plan.tier.value,
+        )
+        self._fleet.render(
+            plan.worker_id,
+            RenderRequest(
+                job_id=plan.job_id,
+                attempt_id=plan.attempt_id,
+                token=plan.token,
+                epoch=self._epoch,
+                tier=plan.tier.value,
+                spec=spec,
+                file_stem=file_stem(spec.prompt),
+            ),
+        )
+
+    def _stop(self, stop: Stop) -> None:
+        running = self._running[stop.attempt_id]
+        self._fleet.stop(running.worker_id, running.attempt_id, running.token)
+        self._board.apply(StopAsked(at_ms=self._clock.now_ms(), attempt_id=stop.attempt_id))
+
+    async def _give_up(self, decision: GiveUp) -> None:
+        now_ms = self._clock.now_ms()
+        sequence = await self._lane.run(
+            lambda connection: endings.give_up(
+                connection, epoch=self._epoch, job_id=decision.job_id, sentence=decision.reason, now_ms=now_ms
+            )
+        )
+        self._board.apply(JobGivenUp(at_ms=now_ms, job_id=decision.job_id))
+        if sequence is not None:
+            self._updates.publish(JobUpdate(job_id=decision.job_id, event_seq=sequence, state="failed"))
+
+    # --- questions and figures --------------------------------------------------------------------------
+
+    def queue_statuses(self, job_ids: Iterable[str]) -> Mapping[str, QueueStatus]:
+        """Return why each of these jobs waits; jobs that do not wait, or are not known yet, are absent."""
+        statuses = {}
+        for job_id in job_ids:
+            status = self._board.status(JobId(job_id))
+            if status is not None:
+                statuses[job_id] = QueueStatus(
+                    reason=QueueReason(status.reason.value),
+                    sentence=status.sentence,
+                    position=status.position,
+                )
+        return statuses
+
+    def _show_end(
+        self, running: Running, settled: Settled, result: AttemptResult | None, now_ms: int
+    ) -> None:
+        if result is not None and settled.verdict is not Verdict.LOST:
+            self._metrics.attempt_ended(
+                tier=running.tier,
+                model=running.model,
+                run_ms=now_ms - running.started_ms,
+                load_ms=result.load_ms,
+                times=result.times,
+            )
+        if settled.job_state == "queued":
+            out_of_memory = result is not None and result.failure_reason == "OUT_OF_MEMORY"
+            self._metrics.job_requeued(RequeueReason.OOM if out_of_memory else RequeueReason.WORKER_LOST)
+        else:
+            failed = settled.job_state == "failed"
+            self._metrics.job_ended(
+                tier=running.tier,
+                outcome=Outcome(settled.job_state),
+                blame=(result.blame if result else Blame.PLATFORM) if failed else Blame.NONE,
+            )
+        if running.tier is Tier.FAST:
+            self._metrics.settled(
+                plan=settled.plan, billed_ms=settled.billed_ms, released_ms=settled.released_ms
+            )
+
+    def _show(self, began_ns: int) -> None:
+        now_ms = self._clock.now_ms()
+        for tier in Tier:
+            self._metrics.queue_seen(
+                tier=tier,
+                queued=self._board.queued(tier),
+                running=self._board.running(tier),
+                oldest_ms=self._board.oldest_arrival_ms(tier),
+                now_ms=now_ms,
+            )
+        busy = {running.worker_id for running in self._running.values()}
+        self._metrics.fleet_seen(
+            Counter(
+                WorkerState.DRAINING
+                if worker_id in self._set_aside or not report.healthy
+                else WorkerState.RUNNING
+                if worker_id in busy
+                else WorkerState.IDLE
+                for worker_id, report in self._reports.items()
+            )
+        )
+        self._metrics.cycle_ended(took_ns=time.monotonic_ns() - began_ns, now_ms=now_ms)
+
+
+def _has(report: WorkerReport, attempt_id: str) -> bool:
+    """Return whether a worker has an attempt in hand, or its result."""
+    if report.active is not None and report.active.attempt_id == attempt_id:
+        return True
+    return any(result.attempt_id == attempt_id for result in report.unacknowledged)

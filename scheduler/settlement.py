@@ -1,0 +1,122 @@
+"""The end of an attempt, from the worker's result to the committed row.
+
+Accounts are hashed to lanes. Each lane has a connection of its own and takes, in one transaction, everything
+that arrived while its last commit was in flight; one account's ends stay in order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from collections import deque
+from dataclasses import dataclass
+
+from gpu_worker.contract import AttemptResult, Blame, Outcome
+from scheduler.clock import LeaderClock
+from scheduler.inbox import AttemptSettled, Inbox
+from scheduler.policy.parameters import Parameters
+from scheduler.store.endings import AttemptEnd, Settled, Unknown, Verdict, settle_attempts
+from scheduler.store.lanes import Lane
+from scheduler.store.pool import Connection
+
+# More in one transaction gains little and makes the first wait for the last.
+_MOST_IN_ONE = 200
+
+
+def end_of(result: AttemptResult) -> AttemptEnd:
+    """Return what a worker's result claims. A failure that is the platform's counts as a loss and is tried again."""
+    if result.outcome is Outcome.SUCCEEDED:
+        verdict = Verdict.SUCCEEDED
+    elif result.outcome is Outcome.CANCELLED:
+        verdict = Verdict.CANCELLED
+    else:
+        verdict = Verdict.LOST if result.blame is Blame.PLATFORM else Verdict.FAILED
+    return AttemptEnd(
+        attempt_id=result.attempt_id,
+        token=result.token,
+        verdict=verdict,
+        gpu_ms=result.times.gpu_ms,
+        worker_at_fault=result.blame is Blame.PLATFORM,
+        times=result.times,
+        images=result.images,
+        latents_path=result.latents_path,
+        reproduction=result.receipt,
+        failure_reason=result.failure_reason,
+        sentence=result.failure_sentence or "",
+    )
+
+
+def end_of_lost(attempt_id: str, token: str, sentence: str, *, executed: bool) -> AttemptEnd:
+    """Return the end of an attempt whose worker is gone, or that no worker took (`executed` false: no time passed)."""
+    return AttemptEnd(
+        attempt_id=attempt_id,
+        token=token,
+        verdict=Verdict.LOST,
+        gpu_ms=None if executed else 0,
+        worker_at_fault=executed,
+        sentence=sentence,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Claim:
+    worker_id: str
+    end: AttemptEnd
+
+
+class Settlement:
+    """Lanes that settle attempts and tell the inbox."""
+
+    def __init__(
+        self,
+        *,
+        dsn: str,
+        lanes: int,
+        epoch: int,
+        inbox: Inbox,
+        clock: LeaderClock,
+        parameters: Parameters,
+    ) -> None:
+        self._lanes = [Lane(dsn, f"settlement {number}") for number in range(lanes)]
+        self._queues: list[deque[_Claim]] = [deque() for _ in range(lanes)]
+        self._filled = [asyncio.Event() for _ in range(lanes)]
+        self._epoch = epoch
+        self._inbox = inbox
+        self._clock = clock
+        self._parameters = parameters
+
+    def put(self, account_id: str, worker_id: str, end: AttemptEnd) -> None:
+        """Settle this end soon. Its outcome comes to the inbox."""
+        number = zlib.crc32(account_id.encode()) % len(self._lanes)
+        self._queues[number].append(_Claim(worker_id=worker_id, end=end))
+        self._filled[number].set()
+
+    async def run(self) -> None:
+        """Work until cancelled; raises Deposed when another scheduler leads."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                for number in range(len(self._lanes)):
+                    group.create_task(self._work(number))
+        finally:
+            for lane in self._lanes:
+                await lane.close()
+
+    async def _work(self, number: int) -> None:
+        queue, filled = self._queues[number], self._filled[number]
+        while True:
+            await filled.wait()
+            claims = [queue.popleft() for _ in range(min(len(queue), _MOST_IN_ONE))]
+            if not queue:
+                filled.clear()
+            outcomes = await self._lanes[number].run(lambda connection, c=claims: self._settle(connection, c))  # type: ignore[misc]
+            for claim, outcome in zip(claims, outcomes, strict=True):
+                self._inbox.put(AttemptSettled(worker_id=claim.worker_id, end=claim.end, outcome=outcome))
+
+    async def _settle(self, connection: Connection, claims: list[_Claim]) -> list[Settled | Unknown]:
+        return await settle_attempts(
+            connection,
+            epoch=self._epoch,
+            ends=[claim.end for claim in claims],
+            parameters=self._parameters,
+            now_ms=self._clock.now_ms(),
+        )

@@ -1,0 +1,195 @@
+"""A leading scheduler on a real database and a stub fleet, and words to speak about it in tests."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import asyncpg
+import pytest
+
+from billing import accounts as ledger_accounts
+from billing import admin as billing_admin
+from gpu_worker.contract import RenderKind, RenderSpec
+from gpu_worker.models import read_models
+from scheduler import intake
+from scheduler.cluster.local_fleet import LocalFleet
+from scheduler.leader import Leader, lead
+from scheduler.metrics import FrontDoorMetrics
+from scheduler.policy.ids import Tier
+from scheduler.policy.parameters import Parameters
+from scheduler.store import accounts
+from scheduler.store.jobs import JobKind
+from scheduler.store.pool import Pool, open_pool
+
+PREDICTED_MS = 60_000
+
+
+class DirectLink:
+    """A front door's line to a leader in the same process; deaf while there is none."""
+
+    def __init__(self) -> None:
+        self.leader: Leader | None = None
+
+    def jobs_changed(self, job_ids: Any) -> None:
+        if self.leader is not None:
+            self.leader.jobs_changed(job_ids)
+
+    def accounts_changed(self, account_ids: Any) -> None:
+        if self.leader is not None:
+            self.leader.accounts_changed(account_ids)
+
+
+@dataclass
+class Stage:
+    """What a test acts on."""
+
+    dsn: str
+    pool: Pool
+    link: DirectLink
+    connection: asyncpg.Connection
+    metrics: FrontDoorMetrics
+    running: asyncio.Task[None] | None = None
+
+    async def open_account(self, account_id: str, plan: str = "standard") -> str:
+        async with self.pool.transaction() as connection:
+            await ledger_accounts.create(connection, account_id, plan, datetime.now(UTC))
+            await accounts.create_account(connection, account_id)
+        return account_id
+
+    async def submit(
+        self, account_id: str, tier: Tier = Tier.RELAX, *, predicted_ms: int = PREDICTED_MS, model: str = ""
+    ) -> str:
+        default = read_models(None).default
+        accepted = await intake.submit(
+            self.pool,
+            self.link,  # type: ignore[arg-type]
+            self.metrics,
+            account_id=account_id,
+            submission=intake.Submission(
+                request_id=str(uuid.uuid4()),
+                digest=b"",
+                kind=JobKind.IMAGINE,
+                prompt="a test",
+                spec=RenderSpec(
+                    kind=RenderKind.IMAGINE,
+                    model=model or default.name,
+                    prompt="a test",
+                    width=default.default_width,
+                    height=default.default_height,
+                    steps=default.steps,
+                    guidance_milli=default.guidance_milli,
+                    seed=1,
+                ),
+                seed_fixed=False,
+                tier=tier,
+                visibility=None,
+                predicted_ms=predicted_ms,
+                source_job_id=None,
+                source_image=None,
+                warnings=(),
+            ),
+            parameters=Parameters(),
+            at=datetime.now(UTC),
+        )
+        return accepted.job.job_id
+
+    async def cancel(self, account_id: str, job_id: str) -> None:
+        await intake.cancel(
+            self.pool,
+            self.link,  # type: ignore[arg-type]
+            account_id=account_id,
+            request_id=str(uuid.uuid4()),
+            job_id=job_id,
+            digest=b"",
+            at=datetime.now(UTC),
+        )
+
+    async def adjust_balance(self, account_id: str, amount_ms: int) -> None:
+        async with self.pool.transaction() as connection:
+            await billing_admin.adjust_balance(
+                connection,
+                account_id,
+                amount_ms,
+                actor="test",
+                reason="a test",
+                request_id=str(uuid.uuid4()),
+                expires_at=None,
+                at=datetime.now(UTC),
+            )
+
+    async def job(self, job_id: str) -> Mapping[str, Any]:
+        row = await self.connection.fetchrow("SELECT * FROM scheduler.job WHERE job_id = $1", job_id)
+        assert row is not None
+        return dict(row)
+
+    async def attempts(self, job_id: str) -> list[Mapping[str, Any]]:
+        rows = await self.connection.fetch(
+            "SELECT * FROM scheduler.attempt WHERE job_id = $1 ORDER BY number", job_id
+        )
+        return [dict(row) for row in rows]
+
+    @asynccontextmanager
+    async def leading(
+        self, fleet: LocalFleet, *, parameters: Parameters | None = None
+    ) -> AsyncIterator[Leader]:
+        """Lead while the context is open; then die without a word, as a killed process would."""
+        async with lead(
+            dsn=self.dsn,
+            holder="test",
+            fleet=fleet,
+            models=read_models(None),
+            sweep_ms=200,
+            parameters=parameters,
+        ) as leader:
+            self.link.leader = leader
+            self.running = asyncio.create_task(leader.run())
+            try:
+                yield leader
+            finally:
+                self.link.leader = None
+                self.running.cancel()
+                await asyncio.gather(self.running, return_exceptions=True)
+
+    async def until(self, leader: Leader, fulfilled: Callable[[], Any]) -> Any:
+        """Wait until `fulfilled` (or what it awaits) is true, looking again whenever something changed about a job."""
+        seen = 0
+        async with asyncio.timeout(20):
+            while True:
+                outcome = fulfilled()
+                if asyncio.iscoroutine(outcome):
+                    outcome = await outcome
+                if outcome:
+                    return outcome
+                assert self.running is not None
+                if self.running.done():
+                    self.running.result()  # it failed: say why
+                seen = (await leader.updates.after(seen, 0.2)).newest
+
+    async def until_state(self, leader: Leader, job_id: str, state: str) -> Mapping[str, Any]:
+        async def reached() -> Mapping[str, Any] | None:
+            job = await self.job(job_id)
+            return job if job["state"] == state else None
+
+        job: Mapping[str, Any] = await self.until(leader, reached)
+        return job
+
+
+@pytest.fixture
+async def stage(database: str, connection: asyncpg.Connection) -> AsyncIterator[Stage]:
+    pool = await open_pool(database, 4)
+    try:
+        yield Stage(
+            dsn=database,
+            pool=pool,
+            link=DirectLink(),
+            connection=connection,
+            metrics=FrontDoorMetrics.create(["basic", "standard", "pro"]),
+        )
+    finally:
+        await pool.close()
