@@ -110,6 +110,25 @@ class HoldIdReused(Exception):
     """An attempt that has a hold asked for one of other content: every attempt needs an id of its own."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class OpenHolds:
+    """What is set aside for attempts that run."""
+
+    count: int
+    held_ms: int
+    """GPU time after the multiplier, metered time included."""
+
+
+async def open_holds(connection: asyncpg.Connection) -> OpenHolds:
+    """Return what is held now, of all accounts. Locks nothing."""
+    row = await connection.fetchrow(
+        """SELECT count(*) AS count, coalesce(sum(lots_ms + metered_ms), 0)::bigint AS held_ms
+           FROM billing.hold WHERE state = 'open'"""
+    )
+    assert row is not None
+    return OpenHolds(count=row["count"], held_ms=row["held_ms"])
+
+
 def hold_id(job_id: str, attempt_id: str) -> UUID:
     """Return the id of an attempt's hold: derived, so that a repetition names the same one."""
     return uuid5(_HOLDS, f"{UUID(job_id)}/{UUID(attempt_id)}")

@@ -5,7 +5,15 @@ accounts it names, in the order of their ids, or says that it does not (see `acc
 """
 
 from billing.balances import Balance, Tier, balance, price
-from billing.holds import HoldIdReused, HoldPlaced, HoldRefused, HoldRequest, place_holds
+from billing.holds import (
+    HoldIdReused,
+    HoldPlaced,
+    HoldRefused,
+    HoldRequest,
+    OpenHolds,
+    open_holds,
+    place_holds,
+)
 from billing.settlements import AlreadySettled, Ending, Settled, Settlement, settle
 
 __all__ = [
@@ -16,10 +24,12 @@ __all__ = [
     "HoldPlaced",
     "HoldRefused",
     "HoldRequest",
+    "OpenHolds",
     "Settled",
     "Settlement",
     "Tier",
     "balance",
+    "open_holds",
     "place_holds",
     "price",
     "settle",

@@ -177,6 +177,8 @@ class WorkerReport:
 
     worker_id: str
     incarnation: str
+    pid: int
+    """Process id on its machine, for whoever looks at that machine."""
     release: str
     epoch: int
     """The newest epoch it has seen."""

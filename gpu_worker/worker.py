@@ -140,6 +140,7 @@ class Worker:
         return WorkerReport(
             worker_id=self._settings.worker_id,
             incarnation=self._incarnation,
+            pid=os.getpid(),
             release=self._settings.release,
             epoch=self._epoch,
             device=self._engine.device_type,

@@ -123,7 +123,10 @@ _SECTIONS = {"database": Database, "ray": RayCluster, "frontdoor": FrontDoor, "o
 
 
 def _settings(top: dict[str, Any], **sections: dict[str, Any]) -> Settings:
-    """Return the settings with these flags over the environment and the file; exits with all that is wrong."""
+    """Return the settings with these flags over the environment and the file.
+
+    Exits with all that is wrong.
+    """
     try:
         return Settings(**top, **{name: given for name, given in sections.items() if given})  # type: ignore[arg-type]
     except ValidationError as wrong:
@@ -134,10 +137,15 @@ def _settings(top: dict[str, Any], **sections: dict[str, Any]) -> Settings:
 
 def _run(make: Callable[[], Coroutine[Any, Any, None]]) -> None:
     """Run to the end; expected trouble is one sentence and exit code 3, a bug keeps its traceback."""
-    from scheduler.app import AlreadyServing, NotReady
+    from scheduler.app import NotReady
+    from scheduler.client.errors import DarkroomError
+    from scheduler.store.embedded import AlreadyServing
 
     try:
         asyncio.run(make())
+    except DarkroomError as refused:
+        _errors.print(f"darkroom: {refused}", style="red")
+        raise typer.Exit(refused.exit_code) from refused
     except (AlreadyServing, NotReady, OSError, RuntimeError) as trouble:
         _errors.print(f"darkroom: {trouble}", style="red")
         raise typer.Exit(EXIT_TROUBLE) from trouble
@@ -150,12 +158,10 @@ async def _serve(settings: Settings) -> None:
 
     async with running(settings, show_worker_logs=True) as service:
         stopped = _stop_signal()
-        console = Console(highlight=False)
-        console.print(
-            f"Darkroom takes jobs at {service.address}; metrics at http://{service.ops_address}/metrics"
-        )
+        print(f"Darkroom takes jobs at {service.address}; metrics at http://{service.ops_address}/metrics")
         if service.admin_key is not None:
-            console.print(f"The admin's key, shown once: {service.admin_key}", soft_wrap=True)
+            print(f"The admin's key, shown once: {service.admin_key}")
+        sys.stdout.flush()
         await stopped.wait()
 
 
@@ -170,6 +176,7 @@ async def _demo(settings: Settings, *, prompt: str | None, images_dir: Path, kee
         await run_demo(
             address=service.address,
             admin_key=service.admin_key,
+            prompt=prompt,
             images_dir=images_dir,
             console=console,
             keep=keep,

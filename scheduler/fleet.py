@@ -69,7 +69,10 @@ class Fleet(Protocol):
         """Say that a result is settled, so that the worker may forget it."""
 
     def forget(self, worker_id: str, attempt_id: str) -> None:
-        """Say that an attempt is not ours any more: the worker ends it, deletes its files and counts its time as wasted."""
+        """Say that an attempt is not ours any more.
+
+        The worker ends it, deletes its files and counts its time as wasted.
+        """
 
     async def run(self) -> None:
         """Listen until cancelled. The workers live on."""

@@ -22,6 +22,7 @@ from scheduler.link import SchedulerLink
 from scheduler.metrics import BillingRejection, FrontDoorMetrics, SubmissionOutcome
 from scheduler.policy.ids import Tier
 from scheduler.policy.parameters import Parameters
+from scheduler.policy.status import CONCURRENCY_LIMIT
 from scheduler.refusals import Impossible, JobFinished, NotFoundOrNotYours, QueueFull
 from scheduler.store import jobs
 from scheduler.store.accounts import Visibility
@@ -29,10 +30,6 @@ from scheduler.store.jobs import JobKind, JobReceipt, JobState, LivePlace, NewJo
 from scheduler.store.pool import Connection, Pool
 from scheduler.updates import QueueReason, QueueStatus
 
-CONCURRENCY_SENTENCE = (
-    "Your job will start shortly. You have reached the maximum number of concurrent jobs; "
-    "this one starts as soon as another finishes."
-)
 _ACCEPTED_SENTENCE = "Accepted; its place in the queue follows in a moment."
 
 # Beyond this the place of a job that is only asked about is of no use to anybody, and counting takes time.
@@ -166,7 +163,9 @@ def expected_status(tier: Tier, place: LivePlace, terms: Terms) -> QueueStatus:
     at_limit = place.ahead >= terms.limits.running
     at_relax_limit = tier is Tier.RELAX and place.relax_ahead >= terms.limits.relax_running
     if at_limit or at_relax_limit:
-        return QueueStatus(reason=QueueReason.CONCURRENCY_LIMIT, sentence=CONCURRENCY_SENTENCE, position=0)
+        return QueueStatus(
+            reason=QueueReason.CONCURRENCY_LIMIT, sentence=CONCURRENCY_LIMIT.sentence, position=0
+        )
     return QueueStatus(reason=QueueReason.WAITING_FOR_GPU, sentence=_ACCEPTED_SENTENCE, position=0)
 
 

@@ -22,7 +22,8 @@ from scheduler.store.lanes import Lane
 from scheduler.store.pool import Connection
 from scheduler.updates import QueueStatus, Updates
 
-# Two lanes keep a commit in flight on each of two connections; more only help with more accounts than one disk serves.
+# Two lanes keep a commit in flight on each of two connections;
+# more only help with more accounts than one disk serves.
 _SETTLEMENT_LANES = 2
 
 
@@ -54,6 +55,11 @@ class Leader:
             group.create_task(self._loop.run(), name="loop")
             group.create_task(self._settlement.run(), name="settlement")
             group.create_task(self._fleet.run(), name="fleet")
+
+    @property
+    def workers(self) -> int:
+        """How many workers have joined and are not lost."""
+        return self._loop.workers
 
     def jobs_changed(self, job_ids: Sequence[str]) -> None:
         """Notice committed rows."""

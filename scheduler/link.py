@@ -18,13 +18,19 @@ class SchedulerLink(Protocol):
     """One front door's line to the scheduler."""
 
     def jobs_changed(self, job_ids: Sequence[str]) -> None:
-        """Say that these jobs were committed, cancelled or moved. Batched; a notice that is lost is swept up later."""
+        """Say that these jobs were committed, cancelled or moved.
+
+        Batched; a notice that is lost is swept up later.
+        """
 
     def accounts_changed(self, account_ids: Sequence[str]) -> None:
         """Say that plans, limits, funds or consent of these accounts changed."""
 
     async def queue_statuses(self, job_ids: Sequence[str]) -> Mapping[str, QueueStatus]:
-        """Return why each waiting job waits. Jobs the scheduler does not know yet are absent, all while it is away."""
+        """Return why each waiting job waits.
+
+        Jobs the scheduler does not know yet are absent, all while it is away.
+        """
 
     def follow(self, job_id: str) -> AsyncIterator[JobUpdate]:
         """Yield the newest known state of a job, at once if one is known and then whenever it changed.
@@ -34,7 +40,10 @@ class SchedulerLink(Protocol):
         """
 
     def progress(self, worker_id: str, attempt_id: str, previews: bool) -> AsyncIterator[Progress]:
-        """Yield the newest progress of a running attempt, asked of its worker. Ends when the attempt ends or the worker is gone."""
+        """Yield the newest progress of a running attempt, asked of its worker.
+
+        Ends when the attempt ends or the worker is gone.
+        """
 
     async def scheduler_ready(self) -> bool:
         """Return whether a leader is taking decisions."""

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 
 import structlog
 
+from billing import ledger
 from gpu_worker.contract import AttemptResult, Blame, Outcome, RenderRequest, WorkerReport
 from gpu_worker.models import Models
 from gpu_worker.prompt import file_stem
@@ -64,8 +65,10 @@ _log = structlog.get_logger()
 
 # Rows nobody told of are read in bites, so that a flood of them does not hold up a cycle.
 _MOST_SWEPT = 5_000
+# How often the time is persisted, and the ledger's open holds are shown.
 _KEEP_TIME_MS = 5_000
-# Jobs of one model whose needs differ by less wait in one line: the board looks at every line's head each time.
+# Jobs of one model whose needs differ by less wait in one line:
+# the board looks at every line's head each time.
 _MEMORY_STEP = 256 * 1024 * 1024
 
 
@@ -157,6 +160,8 @@ class Loop:
         if now_ms - self._kept_ms >= _KEEP_TIME_MS:
             self._kept_ms = now_ms
             await self._lane.run(lambda connection: leadership.keep_time(connection, self._epoch, now_ms))
+            holds = await self._lane.run(ledger.open_holds)
+            self._metrics.holds_seen(holds=holds.count, held_ms=holds.held_ms)
         self._show(began_ns)
 
     # --- facts in ---------------------------------------------------------------------------------------
@@ -189,8 +194,8 @@ class Loop:
     ) -> None:
         """Take over what the rows say, as events; called once, before the first cycle.
 
-        The reports of the workers that live are in the inbox already. A running attempt whose worker did not report, or
-        reported another life, is lost; one that its worker never got was never executed.
+        The reports of the workers that live are in the inbox already. A running attempt whose worker did not
+        report, or reported another life, is lost; one that its worker never got was never executed.
         """
         now_ms = self._clock.now_ms()
         for cell in cells:
@@ -261,7 +266,7 @@ class Loop:
     def _worker_found(self, report: WorkerReport) -> None:
         now_ms = self._clock.now_ms()
         worker_id = WorkerId(report.worker_id)
-        _log.info("worker joined", worker=worker_id, device=report.device, incarnation=report.incarnation)
+        _log.info("worker joined", worker=worker_id, device=report.device, pid=report.pid)
         for running in self._running_on(report.worker_id):
             if running.incarnation != report.incarnation:
                 self._lose(running, f"The GPU worker {worker_id} was restarted.", executed=True)
@@ -335,7 +340,8 @@ class Loop:
         self, running: Running | None, worker_id: str, end: AttemptEnd, result: AttemptResult | None
     ) -> None:
         self._settling[end.attempt_id] = result
-        # An end that matches nothing we run is settled all the same: the database knows whether it is late or false.
+        # An end that matches nothing we run is settled all the same:
+        # the database knows whether it is late or false.
         self._settlement.put(running.account_id if running else "", worker_id, end)
 
     def _attempt_settled(self, item: AttemptSettled) -> None:
@@ -618,6 +624,11 @@ class Loop:
             self._updates.publish(JobUpdate(job_id=decision.job_id, event_seq=sequence, state="failed"))
 
     # --- questions and figures --------------------------------------------------------------------------
+
+    @property
+    def workers(self) -> int:
+        """How many workers have joined and are not lost."""
+        return len(self._reports)
 
     def queue_statuses(self, job_ids: Iterable[str]) -> Mapping[str, QueueStatus]:
         """Return why each of these jobs waits; jobs that do not wait, or are not known yet, are absent."""

@@ -152,8 +152,8 @@ class Settings(BaseSettings):
             ]
             if missing:
                 raise ValueError(
-                    f"ray.address is given, so {' and '.join(missing)} must be too: what is embedded ends with this "
-                    "process and cannot be reached from other machines"
+                    f"ray.address is given, so {' and '.join(missing)} must be too: what is embedded ends "
+                    "with this process and cannot be reached from other machines"
                 )
         return self
 

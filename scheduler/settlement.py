@@ -24,7 +24,10 @@ _MOST_IN_ONE = 200
 
 
 def end_of(result: AttemptResult) -> AttemptEnd:
-    """Return what a worker's result claims. A failure that is the platform's counts as a loss and is tried again."""
+    """Return what a worker's result claims.
+
+    A failure that is the platform's counts as a loss and is tried again.
+    """
     if result.outcome is Outcome.SUCCEEDED:
         verdict = Verdict.SUCCEEDED
     elif result.outcome is Outcome.CANCELLED:
@@ -47,7 +50,9 @@ def end_of(result: AttemptResult) -> AttemptEnd:
 
 
 def end_of_lost(attempt_id: str, token: str, sentence: str, *, executed: bool) -> AttemptEnd:
-    """Return the end of an attempt whose worker is gone, or that no worker took (`executed` false: no time passed)."""
+    """Return the end of an attempt whose worker is gone,
+    or that no worker took (`executed` false: no time passed).
+    """
     return AttemptEnd(
         attempt_id=attempt_id,
         token=token,

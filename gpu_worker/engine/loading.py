@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
 from collections.abc import Mapping
@@ -22,6 +23,8 @@ from gpu_worker.run import EngineFailure
 
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
+
+_GRID = 4
 
 # Checkers and watermarks change a picture after it was drawn. Moderation is the front door's.
 _LEFT_OUT: Mapping[str, Any] = {
@@ -54,7 +57,7 @@ def loaded_model(entry: ModelEntry, device: torch.device, cache_dir: Path) -> Lo
     folder = _folder(entry, cache_dir)
     # Halves are slow or missing on CPUs.
     dtype = getattr(torch, entry.dtype) if device.type == "cuda" else torch.float32
-    pipeline_class = getattr(diffusers, DiffusionPipeline.load_config(folder)["_class_name"], None)
+    pipeline_class = getattr(diffusers, str(DiffusionPipeline.load_config(folder)["_class_name"]), None)
     if pipeline_class is None:
         raise _unusable(entry, "diffusers has no such pipeline")
     left_out = {k: v for k, v in _LEFT_OUT.items() if k in inspect.signature(pipeline_class).parameters}
@@ -70,7 +73,11 @@ def loaded_model(entry: ModelEntry, device: torch.device, cache_dir: Path) -> Lo
         scheduler_class = getattr(diffusers, entry.scheduler, None)
         if scheduler_class is None:
             raise _unusable(entry, f"diffusers has no scheduler {entry.scheduler}")
-        pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config)
+        try:
+            pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config)
+        except Exception as error:
+            # Each scheduler checks the other's configuration in its own way, or not at all.
+            raise _unusable(entry, f"{entry.scheduler} does not fit it: {error}") from error
     if not has_boundary(pipeline.scheduler):
         raise _unusable(entry, f"no previews can be made with {type(pipeline.scheduler).__name__}")
     if hasattr(pipeline, "_pack_latents"):
@@ -86,9 +93,12 @@ def loaded_model(entry: ModelEntry, device: torch.device, cache_dir: Path) -> Lo
     with torch.no_grad():
         latent_to_rgb = fitted_latent_to_rgb(pipeline.vae)
         # The first kernels of a shape are slow: paid here, by the fleet, not by the first job.
-        pipeline(
+        warmed = copy.copy(pipeline)
+        warmed.scheduler = copy.deepcopy(pipeline.scheduler)
+        warmed(
             "",
             num_inference_steps=1,
+            num_images_per_prompt=_GRID,
             width=entry.default_width,
             height=entry.default_height,
             output_type="latent",

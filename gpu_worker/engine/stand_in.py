@@ -18,15 +18,15 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 # Part of the folder's name: a new recipe is built beside the old, and never mixed with it.
 _RECIPE = 1
-_SEED = 2
+_SEED = 6
 _TEXT_WIDTH = 64
 _TOKENS_READ = 77
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 
 # Gains and seed found by looking at pictures. Without gains the prompt hardly matters and all is grey.
-_PROMPT_GAIN = 12.0
+_PROMPT_GAIN = 6.0
 _TOKEN_GAIN = 8.0
-_PREDICTION_GAIN = 1.4
+_PREDICTION_GAIN = 3.0
 _COLOUR_GAIN = 2.5
 
 
@@ -102,9 +102,10 @@ def _pipeline() -> StableDiffusionPipeline:
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
-        # A random network predicts no noise, so its latents would stay noise. Asked for the picture itself,
-        # it draws one.
-        prediction_type="sample",
+        # A random network does not predict noise. With v-prediction the picture is the network's while there
+        # is much noise, and keeps what it has become as there is less: so it settles, and a variation that
+        # starts late stays near its source.
+        prediction_type="v_prediction",
         timestep_spacing="leading",
         steps_offset=1,
     )

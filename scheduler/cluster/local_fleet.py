@@ -1,13 +1,15 @@
-"""A timed stub of a fleet, in this process: for trying the loop and measuring everything but Ray and rendering.
+"""A timed stub of a fleet, in this process:
+for trying the loop and measuring everything but Ray and rendering.
 
-Its workers draw nothing. Each attempt ends after a fixed time, or when it is told to, and then counts the time
-it was told to count. It keeps a worker's promises: a result stays until it is acknowledged, a worker that is
-killed comes back as another life and remembers nothing.
+Its workers draw nothing. Each attempt ends after a fixed time, or when it is told to, and then counts the
+time it was told to count. It keeps a worker's promises: a result stays until it is acknowledged, a worker
+that is killed comes back as another life and remembers nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -44,7 +46,9 @@ class LocalFleet:
     """Implements `scheduler.fleet.Fleet`."""
 
     def __init__(self, *, workers: int, take_ms: int | None, gpu_ms: int | None = None) -> None:
-        """Make `workers` workers whose attempts end after `take_ms` (None: when told) and count `gpu_ms` (None: that)."""
+        """Make `workers` workers whose attempts end after `take_ms` (None: when told)
+        and count `gpu_ms` (None: that).
+        """
         self._take_ms = take_ms
         self._gpu_ms = gpu_ms if gpu_ms is not None else (take_ms or 0)
         self._stubs = {
@@ -163,6 +167,7 @@ class LocalFleet:
         return WorkerReport(
             worker_id=stub.worker_id,
             incarnation=stub.incarnation,
+            pid=os.getpid(),
             release="",
             epoch=self._epoch,
             device="stub",

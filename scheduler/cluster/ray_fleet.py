@@ -1,8 +1,8 @@
 """The fleet over Ray: one detached actor for each GPU of the cluster, and one long poll open to each.
 
 Workers outlive the scheduler that started them: they are detached and named by release and slot, and the next
-scheduler finds them by name. They are not restarted by Ray but by this fleet: a death is then a fact that is told
-once (ActorDiedError), not a silence that may or may not end.
+scheduler finds them by name. They are not restarted by Ray but by this fleet: a death is then a fact that is
+told once (ActorDiedError), not a silence that may or may not end.
 """
 
 from __future__ import annotations

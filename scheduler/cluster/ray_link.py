@@ -1,7 +1,7 @@
 """A front door's line to the scheduler and the workers, over Ray.
 
-One long poll brings every update of every job to this front door, where watchers take what is theirs; notices go
-out in batches. While the scheduler is away nothing is lost: its sweep finds rows, and the first poll that
+One long poll brings every update of every job to this front door, where watchers take what is theirs; notices
+go out in batches. While the scheduler is away nothing is lost: its sweep finds rows, and the first poll that
 works again tells every watcher to look at the database.
 """
 
@@ -110,6 +110,15 @@ class RayLink:
             return False
         return True
 
+    async def workers(self) -> int:
+        """Return how many workers have joined; 0 while the scheduler is away."""
+        try:
+            actor = await self._scheduler()
+            joined: int = await _within(_ANSWER_S, actor.workers.remote())
+        except _AWAY:
+            return 0
+        return joined
+
     async def scheduler_metrics(self) -> str:
         """Return the scheduler's metrics as text. Raises TimeoutError while it is away."""
         try:
@@ -133,7 +142,8 @@ class RayLink:
                 actor = await self._scheduler()
                 batch = await _within(_POLL_S + _ANSWER_S, actor.updates_after.remote(newest, _POLL_S))
                 if epoch not in (0, batch.epoch):
-                    # Another scheduler, with its own numbers: whatever it did before this poll is in the database.
+                    # Another scheduler, with its own numbers:
+                    # whatever it did before this poll is in the database.
                     batch = await _within(_ANSWER_S, actor.updates_after.remote(0, 0))
                 if batch.gap or epoch not in (0, batch.epoch):
                     self._look_again()

@@ -1,7 +1,8 @@
 """The scheduler as a Ray actor: detached, named, restarted by Ray; it hosts the loop.
 
 Whoever was here before, it begins the same way: take the lead, find the workers, read the live rows, turn. A
-scheduler that finds itself deposed ends and stays ended; any other trouble ends the process, and Ray starts it anew.
+scheduler that finds itself deposed ends and stays ended; any other trouble ends the process, and Ray starts
+it anew.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import structlog
 
 from gpu_worker.models import read_models
 from gpu_worker.settings import WorkerSettings
-from scheduler.clock import LeaderClock
 from scheduler.cluster.ray_fleet import RayFleet, actor_name
 from scheduler.leader import Leader, lead
 from scheduler.logs import configure_logs
@@ -69,6 +69,10 @@ class SchedulerActor:
     async def epoch(self) -> int:
         """Return the epoch it leads with; raises StillStarting before it does."""
         return self._ready().epoch
+
+    async def workers(self) -> int:
+        """Return how many workers have joined."""
+        return self._ready().workers
 
     def pid(self) -> int:
         """Return its process id."""

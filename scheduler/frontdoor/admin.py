@@ -180,9 +180,8 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
             )
             answer = messages.plan(version)
             deed.answer = json_format.MessageToDict(answer)
-            touched = await store.accounts_with_live_jobs(deed.connection)
-        # Whoever has jobs on the board is looked at again; the others are when their next job comes.
-        self.link.accounts_changed(touched)
+            known = await store.accounts_known_to_scheduler(deed.connection)
+        self.link.accounts_changed(known)
         return answer
 
     async def AdjustBalance(  # noqa: N802

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from pathlib import PurePosixPath
 
 import fsspec
@@ -21,7 +21,7 @@ class Artifacts:
     def __init__(self, url: str) -> None:
         self._files, self._root = fsspec.core.url_to_fs(url)
 
-    async def chunks(self, image: ImageFile) -> AsyncIterator[bytes]:
+    async def chunks(self, image: ImageFile) -> AsyncGenerator[bytes, None]:
         """Yield a picture's bytes, up to 64 KiB at a time. Raises PictureMissing or Overloaded."""
         path = PurePosixPath(image.path)
         assert not path.is_absolute(), path

@@ -10,13 +10,15 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from google.protobuf.message import Message
 
 from scheduler.refusals import FieldViolation, InvalidRequest
+
+Place = TypeVar("Place")
 
 OWN = "-"
 """Stands for the caller's own account in a resource name."""
@@ -132,7 +134,7 @@ class Violations:
 
     def reason(self, text: str) -> str:
         """Return an admin's reason, which is mandatory."""
-        if not text.strip() or len(text) > _LONGEST_REASON:
+        if not text.strip() or len(text) > _LONGEST_REASON or "\0" in text:
             self.add(
                 "reason",
                 f"reason must say in 1 to {_LONGEST_REASON} characters why; it is kept in the audit record.",
@@ -145,15 +147,21 @@ class Violations:
             self.add("page_size", "page_size must not be negative.")
         return min(asked, _LONGEST_PAGE) or _USUAL_PAGE
 
-    def page_token(self, token: str, binding: Iterable[object]) -> dict[str, Any] | None:
-        """Return what `page_token` put into a token of the same request; None for the first page."""
+    def page_token(
+        self, token: str, binding: Iterable[object], read: Callable[[Mapping[str, Any]], Place]
+    ) -> Place | None:
+        """Return the place that a token of the same request continues behind; None for the first page.
+
+        `read` makes a place of what was given to `page_token`; it raises KeyError, TypeError, ValueError or
+        OverflowError for anything else.
+        """
         if not token:
             return None
         try:
             document = json.loads(base64.urlsafe_b64decode(token.encode()))
-            if document["of"] == _bound(binding) and isinstance(document["after"], dict):
-                return dict(document["after"])
-        except (ValueError, TypeError, KeyError):
+            if document["of"] == _bound(binding):
+                return read(document["after"])
+        except (KeyError, TypeError, ValueError, OverflowError):
             pass  # a token that cannot be read and one of another request get the same answer
         self.add(
             "page_token",
@@ -162,12 +170,14 @@ class Violations:
         return None
 
 
-def page_token(after: dict[str, Any], binding: Iterable[object]) -> str:
+def page_token(after: Mapping[str, Any], binding: Iterable[object]) -> str:
     """Return an opaque token that continues behind `after`, good only for a request with the same `binding`.
 
     It is not signed: whoever forges one skips pages of what they may see anyway.
     """
-    return base64.urlsafe_b64encode(json.dumps({"of": _bound(binding), "after": after}).encode()).decode()
+    return base64.urlsafe_b64encode(
+        json.dumps({"of": _bound(binding), "after": dict(after)}).encode()
+    ).decode()
 
 
 def digest(request: Message) -> bytes:

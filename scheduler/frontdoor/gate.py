@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing, asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeAlias, cast
@@ -98,16 +98,18 @@ class Gate(grpc.aio.ServerInterceptor):
     def _guarded_stream(
         self, path: str, handler: _Handler
     ) -> Callable[[Message, _Context], AsyncIterator[Message]]:
-        serve = cast(Callable[[Message, _Context], AsyncIterator[Message]], handler.unary_stream)
+        serve = cast(Callable[[Message, _Context], AsyncGenerator[Message, None]], handler.unary_stream)
         counters = _Counters.of(self._metrics, path, streaming=True)
 
         async def guarded(request: Message, context: _Context) -> AsyncIterator[Message]:
             async with self._call(path, counters, request, context) as principal:
                 self._doorman.open_stream(principal.key_id)
                 try:
-                    async for response in serve(request, context):
-                        counters.sent()
-                        yield response
+                    # Closed here, not by the garbage collector: a dropped call ends what it started.
+                    async with aclosing(serve(request, context)) as responses:
+                        async for response in responses:
+                            counters.sent()
+                            yield response
                 finally:
                     self._doorman.close_stream(principal.key_id)
 

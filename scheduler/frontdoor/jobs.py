@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+import uuid
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -115,7 +117,7 @@ class JobService(job_pb2_grpc.JobServiceServicer):
             if number not in messages.STATE_OF:
                 violations.add("states", f"states has a value that no job has: {number}.")
         binding = (account_id, *request.states)
-        after = violations.page_token(request.page_token, binding)
+        before_arrival = violations.page_token(request.page_token, binding, _arrival)
         violations.refuse()
         if account_id != principal.account_id and not principal.sees_all:
             raise NotFoundOrNotYours
@@ -124,7 +126,7 @@ class JobService(job_pb2_grpc.JobServiceServicer):
                 connection,
                 account_id,
                 states=[messages.STATE_OF[number] for number in request.states],
-                before_arrival=None if after is None else int(after["arrival"]),
+                before_arrival=before_arrival,
                 limit=limit + 1,
             )
         page = listed[:limit]
@@ -166,10 +168,10 @@ class JobService(job_pb2_grpc.JobServiceServicer):
         violations.refuse()
         job = await self._seen(name, caller())
         with self.metrics.watch_streams.track_inprogress():
-            async for response in self.watches.watch(
-                job.job_id, request.after_sequence, previews=request.previews
-            ):
-                yield response
+            watch = self.watches.watch(job.job_id, request.after_sequence, previews=request.previews)
+            async with aclosing(watch) as responses:
+                async for response in responses:
+                    yield response
 
     async def DownloadImages(  # noqa: N802
         self, request: job_pb2.DownloadImagesRequest, context: _Context
@@ -183,9 +185,10 @@ class JobService(job_pb2_grpc.JobServiceServicer):
         for image in _pictures(job, name.image):
             header = job_pb2.FileHeader(image=messages.image(job, image))
             yield job_pb2.DownloadImagesResponse(header=header)
-            async for chunk in self.artifacts.chunks(image):
-                yield job_pb2.DownloadImagesResponse(chunk=chunk)
-                self.metrics.artifact_sent_bytes.inc(len(chunk))
+            async with aclosing(self.artifacts.chunks(image)) as chunks:
+                async for chunk in chunks:
+                    yield job_pb2.DownloadImagesResponse(chunk=chunk)
+                    self.metrics.artifact_sent_bytes.inc(len(chunk))
 
     async def ListFeed(  # noqa: N802
         self, request: job_pb2.ListFeedRequest, context: _Context
@@ -193,13 +196,13 @@ class JobService(job_pb2_grpc.JobServiceServicer):
         """Return a page of the public record."""
         violations = Violations()
         limit = violations.page_size(request.page_size)
-        after = violations.page_token(request.page_token, ("feed",))
+        after = violations.page_token(request.page_token, ("feed",), _feed_place)
         violations.refuse()
         async with self.pool.reading() as connection:
             listed = await store.feed(
                 connection,
                 kinds=FEED_KINDS,
-                after=None if after is None else _feed_place(after),
+                after=after,
                 limit=limit + 1,
             )
         page = listed[:limit]
@@ -290,5 +293,14 @@ def _feed_token(job: StoredJob) -> dict[str, Any]:
     return {"ended_us": (job.ended_at - _EPOCH) // timedelta(microseconds=1), "job": job.job_id}
 
 
-def _feed_place(token: dict[str, Any]) -> FeedPlace:
-    return FeedPlace(ended_at=_EPOCH + timedelta(microseconds=token["ended_us"]), job_id=token["job"])
+def _feed_place(token: Mapping[str, Any]) -> FeedPlace:
+    return FeedPlace(
+        ended_at=_EPOCH + timedelta(microseconds=token["ended_us"]), job_id=str(uuid.UUID(str(token["job"])))
+    )
+
+
+def _arrival(token: Mapping[str, Any]) -> int:
+    arrival: int = token["arrival"]
+    if not 0 < arrival < 2**63:
+        raise ValueError("no row has this number")
+    return arrival

@@ -126,6 +126,7 @@ class _News:
     async def wait(self) -> None:
         """Return when there is something to say, or when it is time to look anyway."""
         try:
+            # Not wait_for: in Python 3.11 it loses a cancellation that comes together with the event.
             await asyncio.wait_for(self._arrived.wait(), _LOOK_ANYWAY_S)
         except TimeoutError:
             self.look = True

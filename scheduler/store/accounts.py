@@ -107,10 +107,11 @@ async def change_settings(
     )
 
 
-async def accounts_with_live_jobs(connection: Connection) -> list[str]:
-    """Return the accounts that have a job waiting or running."""
+async def accounts_known_to_scheduler(connection: Connection) -> list[str]:
+    """Return the accounts that a scheduler may have in memory: those with a live job or a share of a tier."""
     rows = await connection.fetch(
-        "SELECT DISTINCT account_id FROM scheduler.job WHERE state IN ('queued', 'running')"
+        """SELECT account_id FROM scheduler.job WHERE state IN ('queued', 'running')
+           UNION SELECT account_id FROM scheduler.fair_share"""
     )
     return [row["account_id"] for row in rows]
 

@@ -86,8 +86,9 @@ async def start_attempts(
 ) -> StartOutcome:
     """Write a batch of starts. Repeating a batch whose answer was lost returns what it did.
 
-    `running` are the attempts that the board takes for running, at least those of the accounts concerned. Locks the
-    leader row in share mode, then what the ledger locks, the jobs, and the accounts' shares. Raises Deposed.
+    `running` are the attempts that the board takes for running, at least those of the accounts concerned.
+    Locks the leader row in share mode, then what the ledger locks, the jobs, and the accounts' shares. Raises
+    Deposed.
     """
     while True:
         try:
@@ -185,7 +186,10 @@ async def _hold(
     rows: Mapping[str, asyncpg.Record],
     at: datetime,
 ) -> tuple[Sequence[PlannedAttempt], list[RefusedStart]]:
-    """Place the holds of fast starts; returns the starts before the first that has no funds, and its refusal."""
+    """Place the holds of fast starts.
+
+    Returns the starts before the first that has no funds, and its refusal.
+    """
     fast = [plan for plan in planned if plan.tier is Tier.FAST]
     if not fast:
         return planned, []
@@ -233,12 +237,13 @@ async def _write(
     if len(updated) < len(planned):
         raise _Changed
     await connection.execute(
-        """INSERT INTO scheduler.attempt (attempt_id, job_id, number, token, epoch, worker_id, incarnation, started_at,
-                                          predicted_ms, charged_at_ms, weight_milli, decision)
-           SELECT attempt_id, job_id, 1 + (SELECT count(*) FROM scheduler.attempt a WHERE a.job_id = new.job_id),
+        """INSERT INTO scheduler.attempt (attempt_id, job_id, number, token, epoch, worker_id, incarnation,
+                                          started_at, predicted_ms, charged_at_ms, weight_milli, decision)
+           SELECT attempt_id, job_id,
+                  1 + (SELECT count(*) FROM scheduler.attempt a WHERE a.job_id = new.job_id),
                   token, $11, worker_id, incarnation, $10, predicted_ms, charged_at_ms, weight_milli, decision
-           FROM unnest($1::uuid[], $2::uuid[], $3::uuid[], $4::text[], $5::text[], $6::integer[], $7::bigint[],
-                       $8::integer[], $9::jsonb[])
+           FROM unnest($1::uuid[], $2::uuid[], $3::uuid[], $4::text[], $5::text[], $6::integer[],
+                       $7::bigint[], $8::integer[], $9::jsonb[])
                 AS new (attempt_id, job_id, token, worker_id, incarnation, predicted_ms, charged_at_ms,
                         weight_milli, decision)""",
         [plan.attempt_id for plan in planned],

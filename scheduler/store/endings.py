@@ -1,4 +1,5 @@
-"""The end of an attempt, in one transaction: attempt closed, charge posted or voided, job moved, usage corrected.
+"""The end of an attempt, in one transaction:
+attempt closed, charge posted or voided, job moved, usage corrected.
 
 An attempt is closed only where its id, its token and the state `running` still match; a result that matches
 no such row came from a worker that was given up, and counts for nothing. Settling the same attempt again
@@ -49,7 +50,7 @@ class AttemptEnd:
     """Measured; None for a lost one, whose time since dispatch is absorbed."""
     worker_at_fault: bool = False
     """The loss counts against the worker's slot."""
-    times: StageTimes = StageTimes()
+    times: StageTimes = field(default_factory=StageTimes)
     images: tuple[ImageFile, ...] = ()
     latents_path: str | None = None
     reproduction: Mapping[str, Any] = field(default_factory=dict)
@@ -124,11 +125,11 @@ async def _attempt_rows(
     connection: asyncpg.Connection, ends: Sequence[AttemptEnd]
 ) -> dict[str, asyncpg.Record]:
     rows = await connection.fetch(
-        """SELECT attempt.attempt_id::text, attempt.job_id::text, attempt.number, attempt.state, attempt.worker_id,
-                  attempt.started_at, attempt.predicted_ms, attempt.charged_at_ms, attempt.weight_milli,
-                  attempt.gpu_ms, job.account_id, job.tier, job.pricing, job.state AS job_state, job.event_seq,
-                  job.cancel_wanted, job.losses, job.created_at, job.started_at AS job_started_at,
-                  cell.decay_origin_ms
+        """SELECT attempt.attempt_id::text, attempt.job_id::text, attempt.number, attempt.state,
+                  attempt.worker_id, attempt.started_at, attempt.predicted_ms, attempt.charged_at_ms,
+                  attempt.weight_milli, attempt.gpu_ms, job.account_id, job.tier, job.pricing,
+                  job.state AS job_state, job.event_seq, job.cancel_wanted, job.losses, job.created_at,
+                  job.started_at AS job_started_at, cell.decay_origin_ms
            FROM unnest($1::uuid[], $2::uuid[]) AS claim (attempt_id, token)
            JOIN scheduler.attempt USING (attempt_id, token)
            JOIN scheduler.job USING (job_id)
@@ -187,11 +188,9 @@ def _judge(end: AttemptEnd, row: asyncpg.Record, at: datetime) -> _Closing:
         return _Closing(
             end=end, row=row, verdict=verdict, job_state=verdict.value, used_ms=measured_ms, absorbed_ms=0
         )
-    if verdict is Verdict.FAILED:
-        job_state = "failed"
-    else:
-        # A lost attempt of a job whose owner no longer wants it is not tried again.
-        job_state = "cancelled" if row["cancel_wanted"] else "queued"
+    # A lost attempt of a job whose owner no longer wants it is not tried again.
+    state_if_lost = "cancelled" if row["cancel_wanted"] else "queued"
+    job_state = "failed" if verdict is Verdict.FAILED else state_if_lost
     return _Closing(
         end=end, row=row, verdict=verdict, job_state=job_state, used_ms=0, absorbed_ms=measured_ms
     )
@@ -255,7 +254,10 @@ async def _close(
 def _sentence(closing: _Closing) -> str:
     match closing.job_state:
         case "queued":
-            return f"{closing.end.sentence or 'The GPU worker was lost.'} The job waits at its old place and costs nothing so far."
+            return (
+                f"{closing.end.sentence or 'The GPU worker was lost.'} "
+                "The job waits at its old place and costs nothing so far."
+            )
         case "cancelled":
             return "Cancelled by its owner."
         case "failed":
@@ -266,8 +268,10 @@ def _sentence(closing: _Closing) -> str:
 
 async def _close_attempts(connection: asyncpg.Connection, closings: Sequence[_Closing], at: datetime) -> None:
     done = await connection.execute(
-        """UPDATE scheduler.attempt SET state = new.state, ended_at = $5, gpu_ms = new.gpu_ms, times = new.times
-           FROM unnest($1::uuid[], $2::text[], $3::integer[], $4::jsonb[]) AS new (attempt_id, state, gpu_ms, times)
+        """UPDATE scheduler.attempt
+           SET state = new.state, ended_at = $5, gpu_ms = new.gpu_ms, times = new.times
+           FROM unnest($1::uuid[], $2::text[], $3::integer[], $4::jsonb[])
+                AS new (attempt_id, state, gpu_ms, times)
            WHERE attempt.attempt_id = new.attempt_id AND attempt.state = 'running'""",
         [closing.end.attempt_id for closing in closings],
         [closing.verdict.value for closing in closings],
@@ -287,13 +291,15 @@ async def _move_jobs(
 ) -> None:
     await connection.execute(
         """UPDATE scheduler.job
-           SET state = new.state, ended_at = CASE WHEN new.state = 'queued' THEN NULL ELSE $8::timestamptz END,
+           SET state = new.state,
+               ended_at = CASE WHEN new.state = 'queued' THEN NULL ELSE $8::timestamptz END,
                images = new.images, latents_path = new.latents_path, receipt = new.receipt,
                losses = job.losses + new.losses, failure_reason = new.failure_reason,
                failure_sentence = new.failure_sentence
-           FROM unnest($1::uuid[], $2::text[], $3::jsonb[], $4::text[], $5::jsonb[], $6::smallint[], $7::text[],
-                       $9::text[])
-                AS new (job_id, state, images, latents_path, receipt, losses, failure_reason, failure_sentence)
+           FROM unnest($1::uuid[], $2::text[], $3::jsonb[], $4::text[], $5::jsonb[], $6::smallint[],
+                       $7::text[], $9::text[])
+                AS new (job_id, state, images, latents_path, receipt, losses, failure_reason,
+                        failure_sentence)
            WHERE job.job_id = new.job_id""",
         [closing.row["job_id"] for closing in closings],
         [closing.job_state for closing in closings],
@@ -373,15 +379,18 @@ async def _count_losses(connection: asyncpg.Connection, closings: Sequence[_Clos
         row, end = closing.row, closing.end
         if closing.verdict in _PAID:
             await connection.execute(
-                "UPDATE scheduler.worker_slot SET losses_in_row = 0, last_lost_job = NULL WHERE worker_id = $1",
+                """UPDATE scheduler.worker_slot SET losses_in_row = 0, last_lost_job = NULL
+                   WHERE worker_id = $1""",
                 row["worker_id"],
             )
         elif end.worker_at_fault:
             losses = await connection.fetchval(
-                """INSERT INTO scheduler.worker_slot (worker_id, losses_in_row, last_lost_job) VALUES ($1, 1, $2)
+                """INSERT INTO scheduler.worker_slot (worker_id, losses_in_row, last_lost_job)
+                   VALUES ($1, 1, $2)
                    ON CONFLICT (worker_id) DO UPDATE
-                   SET losses_in_row = worker_slot.losses_in_row
-                                       + (worker_slot.last_lost_job IS DISTINCT FROM EXCLUDED.last_lost_job)::int,
+                   SET losses_in_row = worker_slot.losses_in_row + (
+                           worker_slot.last_lost_job IS DISTINCT FROM EXCLUDED.last_lost_job
+                       )::int,
                        last_lost_job = EXCLUDED.last_lost_job
                    RETURNING losses_in_row""",
                 row["worker_id"],

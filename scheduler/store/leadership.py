@@ -28,7 +28,8 @@ class Leadership:
 async def take_lead(connection: asyncpg.Connection, holder: str) -> Leadership:
     """Become the leader. Waits for the present leader's transactions under way."""
     async with connection.transaction():
-        # UPDATE alone locks less than FOR UPDATE and would not wait for the KEY SHARE of a transaction under way.
+        # UPDATE alone locks less than FOR UPDATE
+        # and would not wait for the KEY SHARE of a transaction under way.
         await connection.execute("SELECT FROM scheduler.leader FOR UPDATE")
         row = await connection.fetchrow(
             """UPDATE scheduler.leader

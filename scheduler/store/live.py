@@ -1,7 +1,7 @@
 """What the board is built from and kept current by: live jobs, running attempts, accounts, cells, slots.
 
-Nothing here decides; a scheduler that starts reads these rows and replays them as events, one that runs reads the rows
-it was told of, and once in a while those that nobody told it of.
+Nothing here decides; a scheduler that starts reads these rows and replays them as events, one that runs reads
+the rows it was told of, and once in a while those that nobody told it of.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from scheduler.policy.limits import Limits
 from scheduler.policy.usage import Rescaling
 from scheduler.store.leadership import require_leader
 
-_JOB_COLUMNS = """job_id::text, account_id, tier, state, arrival, predicted_ms, losses, cancel_wanted, created_at, event_seq,
-                  spec ->> 'model' AS model, (spec ->> 'width')::int AS width, (spec ->> 'height')::int AS height"""
+_JOB_COLUMNS = """job_id::text, account_id, tier, state, arrival, predicted_ms, losses, cancel_wanted,
+                  created_at, event_seq, spec ->> 'model' AS model, (spec ->> 'width')::int AS width,
+                  (spec ->> 'height')::int AS height"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,9 @@ FOLDERS: tuple[tuple[str, Path], ...] = (
 
 
 class SchemaChanged(Exception):
-    """An applied migration's file differs from what was applied: restore the file, and add a new one instead."""
+    """An applied migration's file differs from what was applied:
+    restore the file, and add a new one instead.
+    """
 
 
 class SchemaTooNew(Exception):
@@ -62,7 +64,8 @@ async def migrate(connection: asyncpg.Connection) -> list[Migration]:
     try:
         await connection.execute(
             """CREATE TABLE IF NOT EXISTS public.darkroom_migration (
-                   package text, name text, sha256 text NOT NULL, applied_at timestamptz NOT NULL DEFAULT now(),
+                   package text, name text, sha256 text NOT NULL,
+                   applied_at timestamptz NOT NULL DEFAULT now(),
                    PRIMARY KEY (package, name))"""
         )
         applied = {
@@ -95,7 +98,10 @@ async def migrate(connection: asyncpg.Connection) -> list[Migration]:
 
 
 async def migrate_database(dsn: str) -> list[Migration]:
-    """Open a connection of its own and `migrate`. Give a direct DSN: locks do not pass a transaction pooler."""
+    """Open a connection of its own and `migrate`.
+
+    Give a direct DSN: locks do not pass a transaction pooler.
+    """
     connection = await asyncpg.connect(dsn)
     try:
         return await migrate(connection)

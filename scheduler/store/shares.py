@@ -1,7 +1,7 @@
 """The fair queue's memory of each account, kept in step with the board.
 
-Two writers touch it. The loop writes what the board computed: absolute tags. A settlement adds the correction of
-one attempt. A settlement may be committed before the board has heard of it, and an absolute tag computed
+Two writers touch it. The loop writes what the board computed: absolute tags. A settlement adds the correction
+of one attempt. A settlement may be committed before the board has heard of it, and an absolute tag computed
 without it would undo it; so the loop's writes add the corrections of those attempts again. Then memory and
 database agree to the last unit once the board has heard.
 """
@@ -60,7 +60,8 @@ async def ends_unheard_of(
     await lock_shares(connection, account_ids)
     unheard: defaultdict[tuple[str, str], int] = defaultdict(int)
     for row in await connection.fetch(
-        """SELECT job.account_id, job.tier, attempt.predicted_ms, weight_milli, charged_at_ms, gpu_ms, decay_origin_ms
+        """SELECT job.account_id, job.tier, attempt.predicted_ms, weight_milli, charged_at_ms, gpu_ms,
+                  decay_origin_ms
            FROM scheduler.attempt JOIN scheduler.job USING (job_id) JOIN scheduler.cell ON cell.tier = 'relax'
            WHERE attempt_id = ANY($1::uuid[]) AND attempt.state <> 'running'""",
         running,
@@ -95,7 +96,8 @@ async def store_charges(
     await connection.execute(
         """INSERT INTO scheduler.fair_share (account_id, tier, finish_tag, tag)
            SELECT * FROM unnest($1::text[], $2::text[], $3::bigint[], $4::bigint[])
-           ON CONFLICT (account_id, tier) DO UPDATE SET finish_tag = EXCLUDED.finish_tag, tag = EXCLUDED.tag""",
+           ON CONFLICT (account_id, tier) DO UPDATE
+           SET finish_tag = EXCLUDED.finish_tag, tag = EXCLUDED.tag""",
         [account_id for account_id, _ in last],
         [tier.value for _, tier in last],
         [charge.finish_tag + unheard.get(key, 0) for key, charge in last.items()],

@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 
 from billing.v1.admin_pb2 import AdminAccount, ApiKey, ListPlansResponse, Plan, Role
 from billing.v1.billing_pb2 import Balance, PlanLimits
-from scheduler.client.cli import app
+from scheduler.client.commands import app
 from scheduler.v1 import job_pb2
 from scheduler.v1.account_pb2 import Account
 from scheduler.v1.job_pb2 import Failure, Job, ListFeedResponse, ListJobsResponse, Receipt, WatchJobResponse
@@ -479,13 +479,13 @@ def test_the_client_runs_without_anything_of_the_server() -> None:
         WALL + "BLOCKED += ('pydantic', 'typer')\nimport scheduler.client.aio, scheduler.client.sync"
     )
     assert library.returncode == 0, library.stderr
-    commands = WALL + "import scheduler.demo\nfrom scheduler.client.cli import app\napp(sys.argv[1:])"
+    commands = WALL + "import scheduler.demo\nfrom scheduler.client.commands import app\napp(sys.argv[1:])"
     listed = python(commands, "--help")
     assert listed.returncode == 0, listed.stderr
 
 
 def test_a_server_command_without_the_servers_packages_says_what_to_install() -> None:
-    serve = python(WALL + "from scheduler.client.cli import app\napp(sys.argv[1:])", "serve")
+    serve = python(WALL + "from scheduler.client.commands import app\napp(sys.argv[1:])", "serve")
     assert serve.returncode == 2, serve.stderr
     assert "pip install 'darkroom[server,worker]'" in serve.stderr
     assert "Traceback" not in serve.stderr
@@ -493,7 +493,7 @@ def test_a_server_command_without_the_servers_packages_says_what_to_install() ->
 
 def test_a_server_command_gets_its_arguments_as_they_came() -> None:
     help_of_serve = python(
-        "import sys\nfrom scheduler.client.cli import app\napp(sys.argv[1:])", "serve", "--help"
+        "import sys\nfrom scheduler.client.commands import app\napp(sys.argv[1:])", "serve", "--help"
     )
     assert help_of_serve.returncode == 0, help_of_serve.stderr
     assert "--ray-address" in help_of_serve.stdout

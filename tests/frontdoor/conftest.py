@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from gpu_worker.models import read_models
+from gpu_worker.models import Models, read_models
 from scheduler.frontdoor.server import serve
 from scheduler.metrics import FrontDoorMetrics
 from scheduler.settings import FrontDoor as FrontDoorSettings
 from scheduler.settings import Settings
 from scheduler.store.pool import open_pool
-from tests.frontdoor.door import PLANS, Clock, Door, SmallScheduler
+from tests.frontdoor.door import MODELS, PLANS, Clock, Door, SmallScheduler
 
 
 @pytest.fixture
@@ -30,7 +30,17 @@ def dsn(database: str) -> str:
 
 
 @pytest.fixture
-async def door(dsn: str, tmp_path: Path, frontdoor_settings: FrontDoorSettings) -> AsyncIterator[Door]:
+def models(tmp_path: Path) -> Models:
+    """One model, whose figures the tests know."""
+    path = tmp_path / "models.toml"
+    path.write_text(MODELS)
+    return read_models(path)
+
+
+@pytest.fixture
+async def door(
+    dsn: str, tmp_path: Path, models: Models, frontdoor_settings: FrontDoorSettings
+) -> AsyncIterator[Door]:
     """A front door that answers."""
     artifacts = tmp_path / "artifacts"
     artifacts.mkdir()
@@ -45,7 +55,7 @@ async def door(dsn: str, tmp_path: Path, frontdoor_settings: FrontDoorSettings) 
                 settings,
                 pool,
                 scheduler,
-                read_models(None),
+                models,
                 metrics,
                 clock=lambda: clock.now,
                 monotonic_s=lambda: clock.monotonic_s,

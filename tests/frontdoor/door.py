@@ -32,6 +32,21 @@ from scheduler.updates import JobUpdate, QueueStatus
 from scheduler.v1 import account_pb2, account_pb2_grpc, job_pb2, job_pb2_grpc
 
 PLANS = ("basic", "standard", "pro")
+MODELS = """
+default = "small"
+
+[models.small]
+source = "builtin:stand-in"
+steps = 20
+guidance_milli = 5000
+default_width = 256
+default_height = 256
+memory_bytes = 50_000_000
+memory_bytes_per_pixel = 4_000
+imagine_ms = 4_000
+variation_ms = 2_500
+variation_strength_permille = 500
+"""
 WORKER = "node-a/gpu-0"
 
 
@@ -43,7 +58,8 @@ class SmallScheduler:
         self.statuses: dict[str, QueueStatus] = {}
         self.told_jobs: list[str] = []
         self.told_accounts: list[str] = []
-        self._updates: dict[str, asyncio.Queue[JobUpdate]] = {}
+        self._newest: dict[str, JobUpdate] = {}
+        self._followers: dict[str, list[asyncio.Queue[JobUpdate]]] = {}
         self._progress: dict[str, asyncio.Queue[Progress | None]] = {}
         self.previews_asked: list[bool] = []
 
@@ -60,7 +76,10 @@ class SmallScheduler:
         return self.ready
 
     async def follow(self, job_id: str) -> AsyncIterator[JobUpdate]:
-        queue = self._updates.setdefault(job_id, asyncio.Queue())
+        queue: asyncio.Queue[JobUpdate] = asyncio.Queue()
+        self._followers.setdefault(job_id, []).append(queue)
+        if job_id in self._newest:
+            queue.put_nowait(self._newest[job_id])
         while True:
             yield await queue.get()
 
@@ -73,8 +92,9 @@ class SmallScheduler:
 
     def update(self, job_id: str, state: str = "running") -> None:
         """Say that a job changed."""
-        queue = self._updates.setdefault(job_id, asyncio.Queue())
-        queue.put_nowait(JobUpdate(job_id=job_id, event_seq=0, state=state))
+        self._newest[job_id] = JobUpdate(job_id=job_id, event_seq=0, state=state)
+        for queue in self._followers.get(job_id, ()):
+            queue.put_nowait(self._newest[job_id])
 
     def step(self, attempt_id: str, step: int, preview: bytes = b"") -> None:
         """Say that a running attempt did a step of twenty."""
@@ -264,8 +284,8 @@ class Door:
                 """INSERT INTO scheduler.attempt (
                        attempt_id, job_id, number, token, epoch, worker_id, incarnation, started_at,
                        predicted_ms, charged_at_ms, weight_milli, decision)
-                   VALUES ($1, $2, 1 + (SELECT count(*) FROM scheduler.attempt WHERE job_id = $2), $1, 1, $3, 'i',
-                           now(), 1, 0, 1000, '{}')""",
+                   SELECT $1, $2, 1 + count(*), $1, 1, $3, 'i', now(), 1, 0, 1000, '{}'
+                   FROM scheduler.attempt WHERE job_id = $2""",
                 uuid.UUID(attempt_id),
                 uuid.UUID(job_id),
                 WORKER,
@@ -353,10 +373,15 @@ class Door:
 
     async def use_up(self, account_id: str) -> None:
         """Take all fast time of an account away."""
+        await self.leave(account_id, 0)
+
+    async def leave(self, account_id: str, left_ms: int) -> None:
+        """Take all but so much of an account's fast time away."""
+        now = self.clock.now
         async with self.pool.transaction() as connection:
-            left = (await ledger.balance(connection, account_id, self.clock.now)).available_ms
+            taken_ms = (await ledger.balance(connection, account_id, now)).available_ms - left_ms
             await admin.adjust_balance(
-                connection, account_id, -left, "test", "used up", str(uuid.uuid4()), None, self.clock.now
+                connection, account_id, -taken_ms, "test", "used up", str(uuid.uuid4()), None, now
             )
 
     async def spec(self, job_id: str) -> RenderSpec:
@@ -385,7 +410,7 @@ A_RECEIPT = JobReceipt(
     encode_ms=100,
     denoise_ms=3_000,
     decode_ms=900,
-    reproduction={"model": "stand-in"},
+    reproduction={"model": "small"},
 )
 
 

@@ -30,11 +30,13 @@ class Relay:
         self._server = await asyncio.start_unix_server(self._serve, self._path)
 
     async def cut(self) -> None:
-        assert self._server is not None
+        if self._server is None:
+            return
         self._server.close()
+        self._server = None
         for writer in list(self._writers):
             writer.transport.abort()
-        self._path.unlink(missing_ok=True)
+        self._path.unlink()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         back_reader, back_writer = await asyncio.open_unix_connection(self._real)
@@ -52,12 +54,15 @@ class Relay:
 
 @pytest.fixture
 async def relay(database: str, tmp_path: Path) -> AsyncIterator[Relay]:
-    folder = Path(parse_qs(urlsplit(database).query)["host"][0])
-    (real,) = folder.glob(".s.PGSQL.*[0-9]")
-    relay = Relay(real, tmp_path)
+    relay = Relay(_socket_of(database), tmp_path)
     await relay.mend()
     yield relay
     await relay.cut()
+
+
+def _socket_of(database: str) -> Path:
+    (socket,) = Path(parse_qs(urlsplit(database).query)["host"][0]).glob(".s.PGSQL.*[0-9]")
+    return socket
 
 
 @pytest.fixture

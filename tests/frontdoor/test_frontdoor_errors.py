@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import uuid
 from datetime import UTC, datetime
+from typing import Any
 
 import grpc
 import pytest
@@ -13,6 +16,7 @@ import scheduler.refusals
 from billing.refusals import Refusal
 from billing.v1 import admin_pb2
 from scheduler.frontdoor.errors import code_of, status_of
+from scheduler.frontdoor.fields import page_token
 from scheduler.refusals import FieldViolation, Impossible, InvalidRequest
 from scheduler.store.accounts import Role
 from scheduler.v1 import account_pb2, job_pb2
@@ -258,8 +262,23 @@ async def test_a_page_token_is_good_for_its_own_request_only(door: Door) -> None
     ).violations
 
 
-async def test_a_job_that_no_gpu_could_finish_in_time(door: Door) -> None:
-    # No size of the stand-in takes that long, so the job here is one whose model is gone.
+@pytest.mark.parametrize(
+    "after", [{}, [], {"arrival": "x"}, {"arrival": 2**70}, {"ended_us": 1, "job": 7}, {"ended_us": 10**30}]
+)
+async def test_a_forged_page_token_is_refused_and_breaks_nothing(door: Door, after: Any) -> None:
+    ann = await door.caller("ann")
+    for call, binding in (
+        (lambda token: ann.jobs.ListJobs(job_pb2.ListJobsRequest(page_token=token)), ("ann",)),
+        (lambda token: ann.jobs.ListFeed(job_pb2.ListFeedRequest(page_token=token)), ("feed",)),
+    ):
+        token = page_token({"after": after}, binding)
+        forged = json.loads(base64.urlsafe_b64decode(token))
+        forged["after"] = after
+        refused = await refusal(call(base64.urlsafe_b64encode(json.dumps(forged).encode()).decode()))
+        assert (refused.reason, refused.violations.keys()) == ("INVALID_PARAMETER", {"page_token"})
+
+
+async def test_a_job_whose_model_is_gone(door: Door) -> None:
     ann = await door.caller("ann")
     job = await ann.create()
     await door.sql("UPDATE scheduler.job SET spec = jsonb_set(spec, '{model}', '\"sd-9\"') RETURNING 1")

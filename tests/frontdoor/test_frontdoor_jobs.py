@@ -9,7 +9,6 @@ import uuid
 import grpc
 import pytest
 
-from scheduler.intake import CONCURRENCY_SENTENCE
 from scheduler.store.accounts import Role
 from scheduler.updates import QueueReason, QueueStatus
 from scheduler.v1 import job_pb2
@@ -21,7 +20,7 @@ async def test_a_job_is_a_row_before_it_is_acknowledged_and_the_scheduler_is_tol
     job = await ann.create("A fox --w 256 --h 320 --seed 7 --relax")
     assert job.name == f"accounts/ann/jobs/{job.uid}"
     assert (job.state, job.tier, job.seed) == (job_pb2.JOB_STATE_QUEUED, job_pb2.TIER_RELAX, 7)
-    assert (job.width, job.height, job.steps, job.model) == (256, 320, 20, "stand-in")
+    assert (job.width, job.height, job.steps, job.model) == (256, 320, 20, "small")
     assert job.price.sentence == "Free: relax jobs cost nothing."
     assert door.scheduler.told_jobs == [job.uid]
     stored = await ann.get(job.name)
@@ -164,7 +163,7 @@ async def test_a_third_relax_job_waits_for_the_relax_limit(door: Door) -> None:
     for _ in range(2):
         await ann.create(tier=job_pb2.TIER_RELAX)
     third = await ann.create(tier=job_pb2.TIER_RELAX)
-    assert third.queue_status.sentence == CONCURRENCY_SENTENCE
+    assert third.queue_status.reason == job_pb2.QUEUE_REASON_CONCURRENCY_LIMIT
 
 
 async def test_the_scheduler_s_word_on_why_a_job_waits_goes_before_our_own(door: Door) -> None:
@@ -309,7 +308,7 @@ async def test_a_finished_job_has_pictures_and_a_receipt(door: Door) -> None:
     assert [image.name for image in done.images] == [f"{job.name}/images/{index}" for index in (1, 2, 3, 4)]
     assert done.images[0].file_name.startswith(job.uid)
     assert (done.receipt.gpu_ms, done.receipt.attempts) == (4_000, 1)
-    assert done.receipt.reproduction_json == '{"model": "stand-in"}'
+    assert done.receipt.reproduction_json == '{"model": "small"}'
     assert not done.HasField("queue_status")
 
 

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 
 from scheduler.updates import QueueReason, QueueStatus
-from scheduler.v1 import job_pb2
+from scheduler.v1 import job_pb2, job_pb2_grpc
 from tests.frontdoor.door import Door, refusal
 
 
@@ -129,10 +129,31 @@ async def test_two_watches_of_one_job_see_the_same(door: Door) -> None:
 
     watches = [asyncio.create_task(states()) for _ in range(2)]
     await ann.cancel(job.name)
-    for _ in watches:
-        door.scheduler.update(job.uid)
+    door.scheduler.update(job.uid)
     one, two = await asyncio.gather(*watches)
     assert one == two == [job_pb2.JOB_STATE_QUEUED, job_pb2.JOB_STATE_CANCELLED]
+
+
+async def test_a_watch_that_its_client_drops_ends_at_the_server_too(door: Door) -> None:
+    ann = await door.caller("ann")
+    job = await ann.create()
+    # Without the interceptors of the other tests, whose calls do not pass a cancellation on.
+    watch = job_pb2_grpc.JobServiceStub(door.channel(None)).WatchJob(
+        job_pb2.WatchJobRequest(name=job.name), metadata=(("authorization", f"Bearer {ann.secret}"),)
+    )
+    await watch.read()
+    assert _open(door) == 1
+    watch.cancel()
+    async with asyncio.timeout(10):
+        while _open(door):
+            await ann.get(job.name)  # the cancellation travels at its own pace
+    handled = {
+        "grpc_type": "server_stream",
+        "grpc_service": "scheduler.v1.JobService",
+        "grpc_method": "WatchJob",
+        "grpc_code": "Canceled",
+    }
+    assert door.metrics.registry.get_sample_value("grpc_server_handled_total", handled) == 1
 
 
 async def test_a_front_door_that_closes_sends_its_watches_elsewhere(door: Door) -> None:
@@ -146,6 +167,10 @@ async def test_a_front_door_that_closes_sends_its_watches_elsewhere(door: Door) 
     assert refused.reason == "OVERLOADED"
     assert "watch again from the last sequence number" in refused.message
     await closing
+
+
+def _open(door: Door) -> float | None:
+    return door.metrics.registry.get_sample_value("darkroom_watch_streams")
 
 
 async def _until_running(watch: AsyncIterator[job_pb2.WatchJobResponse]) -> None:

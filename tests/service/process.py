@@ -2,108 +2,130 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 
-_ADDRESS = re.compile(r"takes jobs at (\S+); metrics at http://(\S+)/metrics")
-_KEY = re.compile(r"shown once: (dk_\S+)")
+_START_S = 120.0
+_STOP_S = 60.0
 
 
 class ServiceProcess:
     """`darkroom serve` with everything embedded, on free ports of loopback."""
 
-    def __init__(self, process: subprocess.Popen[str], address: str, ops: str, admin_key: str | None) -> None:
+    def __init__(self, process: subprocess.Popen[str], data_dir: Path) -> None:
         self._process = process
-        self.address = address
-        self.ops = ops
-        self.admin_key = admin_key
+        self._data_dir = data_dir
+        self._said: list[str] = []
+        self._heard = threading.Condition()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        announced = self._wait_for(r"takes jobs at (\S+); metrics at http://(\S+)/metrics")
+        self.address, self.ops = announced.group(1), announced.group(2)
+        key_file = data_dir / "admin-key-of-the-test"
+        if not key_file.exists():
+            key_file.write_text(self._wait_for(r"shown once: (dk_\S+)").group(1))
+        self.admin_key = key_file.read_text()
 
-    def pids(self, title: str) -> list[int]:
-        """Return the processes of this service whose title begins so: `ray::GpuWorker`, `ray::SchedulerActor`."""
-        found = []
+    @property
+    def dsn(self) -> str:
+        """The embedded database, for looking at what the service wrote."""
+        return f"postgresql://postgres@/postgres?host={self._data_dir}/database/postgresql"
+
+    def kill_worker(self, worker_id: str) -> None:
+        """SIGKILL the process of a slot's worker."""
+        joined = [json.loads(found.group()) for found in self._all(r'\{.*"event": "worker joined".*\}')]
+        os.kill(next(one["pid"] for one in reversed(joined) if one["worker"] == worker_id), signal.SIGKILL)
+
+    def kill_scheduler(self) -> None:
+        """SIGKILL the process of the scheduler's actor."""
         for child in psutil.Process(self._process.pid).children(recursive=True):
-            try:
-                if child.cmdline() and child.cmdline()[0].startswith(title):
-                    found.append(child.pid)
-            except psutil.NoSuchProcess:
-                continue
-        return found
+            if child.cmdline() and child.cmdline()[0].startswith("ray::SchedulerActor"):
+                child.kill()
+                return
+        raise AssertionError("there is no scheduler to kill")
 
-    def kill(self, title: str) -> int:
-        """SIGKILL one process with that title and return its id."""
-        pid = self.pids(title)[0]
-        os.kill(pid, signal.SIGKILL)
-        return pid
+    def kill(self) -> None:
+        """SIGKILL the service's own process: front door, PostgreSQL's and Ray's parent."""
+        self._process.kill()
+        self._process.wait(_STOP_S)
 
-    def end(self) -> int:
+    def stop(self) -> int:
         """Stop as an operator would, and return the exit status."""
-        self._process.send_signal(signal.SIGTERM)
-        return self._process.wait(60)
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+        status = self._process.wait(_STOP_S)
+        self._reader.join(10)
+        return status
+
+    @property
+    def said(self) -> str:
+        """Everything it printed so far."""
+        with self._heard:
+            return "".join(self._said)
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        with self._process.stdout as lines:
+            for line in lines:
+                with self._heard:
+                    self._said.append(line)
+                    self._heard.notify_all()
+        with self._heard:
+            self._said.append("(it ended)\n")
+            self._heard.notify_all()
+
+    def _all(self, pattern: str) -> list[re.Match[str]]:
+        with self._heard:
+            return [match for line in self._said if (match := re.search(pattern, line))]
+
+    def _wait_for(self, pattern: str) -> re.Match[str]:
+        def found() -> bool:
+            return bool(self._all(pattern)) or not self._reader.is_alive()
+
+        with self._heard:
+            self._heard.wait_for(found, _START_S)
+        matches = self._all(pattern)
+        assert matches, f"the service did not say {pattern!r}:\n{self.said}"
+        return matches[0]
 
 
 @contextmanager
 def service(
-    data_dir: Path, *, gpus: int = 2, engine: str = "timed", timed_step_ms: int = 20, **environment: str
+    data_dir: Path,
+    *,
+    gpus: int = 2,
+    engine: str = "timed",
+    timed_step_ms: int = 20,
 ) -> Iterator[ServiceProcess]:
-    """Run the service on `data_dir` while the context is open."""
+    """Run the service on `data_dir` while the context is open, then stop it and ask that it stopped well."""
+    data_dir.mkdir(parents=True, exist_ok=True)
     process = subprocess.Popen(
         [
             *(sys.executable, "-m", "scheduler", "serve", "--port", "0", "--ops-port", "0"),
-            *("--data-dir", str(data_dir), "--gpus", str(gpus), "--engine", engine, "--log-level", "info"),
+            *("--data-dir", str(data_dir), "--gpus", str(gpus), "--engine", engine),
         ],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "DARKROOM_WORKER__TIMED_STEP_MS": str(timed_step_ms), **environment},
+        env={**os.environ, "DARKROOM_WORKER__TIMED_STEP_MS": str(timed_step_ms)},
     )
-    said: list[str] = []
-    address: re.Match[str] | None = None
-    key: str | None = None
-    assert process.stdout is not None
-    patience = threading.Timer(90, process.kill)
-    patience.start()
-    for line in process.stdout:
-        said.append(line)
-        if match := _ADDRESS.search(line):
-            address = match
-            break
-    patience.cancel()
-    assert address is not None, "the service did not start:\n" + "".join(said)
-    key_file = data_dir / "test-admin-key"
-    begun = time.monotonic()
-    if not key_file.exists():
-        for line in process.stdout:
-            said.append(line)
-            if match := _KEY.search(line):
-                key = match.group(1)
-                key_file.write_text(key)
-                break
-            assert time.monotonic() - begun < 10, "no key was printed"
-    else:
-        key = key_file.read_text()
-    # What it says from now on must be read, or it would block on a full pipe.
-    reader = threading.Thread(target=lambda: said.extend(process.stdout or ()), daemon=True)
-    reader.start()
-    running = ServiceProcess(process, address.group(1), address.group(2), key)
     try:
+        running = ServiceProcess(process, data_dir)
         yield running
+        killed = process.poll() is not None
+        status = running.stop()
+        assert status == 0 or killed, f"exit status {status}\n{running.said}"
     finally:
         if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                raise
-        reader.join(10)
-        (data_dir / "service.log").write_text("".join(said))
+            process.kill()
+            process.wait(_STOP_S)

@@ -1,0 +1,490 @@
+"""The commands of `darkroom`.
+
+Exit status: 0 done; 1 the service refused; 2 the command was not understood; 3 the service cannot be
+reached, is overloaded or failed; 4 the job ended without pictures; 130 interrupted.
+
+The commands that run a service live in the server's packages, which a client need not have installed; here
+they are only named, and handed over with their arguments as they came.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import importlib.metadata
+import sys
+from collections.abc import Awaitable, Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from scheduler.client.aio import DarkroomClient, JobHandle, succeeded
+from scheduler.client.commands_admin import admin
+from scheduler.client.config import NAMES, config_path, masked, store_setting
+from scheduler.client.errors import ExitCode
+from scheduler.client.printing import Printer
+from scheduler.client.running import JobArgument, Json, config_of, expected_trouble, run
+from scheduler.client.terminal import JobView, can_show_pictures, live
+from scheduler.v1 import job_pb2
+from scheduler.v1.job_pb2 import Job, JobState, Tier, Visibility
+
+app = typer.Typer(
+    name="darkroom",
+    help="Make pictures on a shared cluster of GPUs.",
+    epilog=(
+        "Exit status: 0 done, 1 refused, 2 not understood, 3 service unreachable or overloaded, "
+        "4 the job ended without pictures, 130 interrupted."
+    ),
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,  # they would print local variables, the key among them
+)
+app.add_typer(admin, name="admin")
+config_app = typer.Typer(help="Where the service is and which key to use.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+
+DEFAULT_FOLDER = Path("darkroom-images")
+
+Fast = Annotated[
+    bool | None, typer.Option("--fast/--relax", help="Tier of this job; otherwise the account's mode.")
+]
+Private = Annotated[bool | None, typer.Option("--private/--public", help="Who may see the pictures.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures.")]
+NoWait = Annotated[bool, typer.Option("--no-wait", help="Return once the job is accepted.")]
+Show = Annotated[
+    bool | None,
+    typer.Option("--pictures/--no-pictures", help="Show pictures here; otherwise only on a terminal."),
+]
+Image = Annotated[int, typer.Argument(min=1, max=4, help="Which of its pictures, 1 to 4.")]
+Limit = Annotated[int, typer.Option("--limit", min=1, help="At most so many.")]
+
+
+class State(StrEnum):
+    """States as they are typed."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"darkroom {importlib.metadata.version('darkroom')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _connection(
+    context: typer.Context,
+    address: Annotated[str | None, typer.Option(help=NAMES["address"])] = None,
+    key: Annotated[str | None, typer.Option(help=f"{NAMES['key']}; DARKROOM_KEY hides it better")] = None,
+    ca_file: Annotated[str | None, typer.Option(help=NAMES["ca_file"])] = None,
+    certificate_file: Annotated[str | None, typer.Option(help=NAMES["certificate_file"])] = None,
+    private_key_file: Annotated[str | None, typer.Option(help=NAMES["private_key_file"])] = None,
+    plain_text: Annotated[bool, typer.Option("--plain-text", help=NAMES["plain_text"])] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
+) -> None:
+    context.obj = {
+        "address": address,
+        "key": key,
+        "ca_file": ca_file,
+        "certificate_file": certificate_file,
+        "private_key_file": private_key_file,
+        "plain_text": "true" if plain_text else None,
+    }
+
+
+# Making pictures
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def imagine(
+    context: typer.Context,
+    # Several words, and parameters such as --seed that are not the command's own, are the prompt, so that it
+    # need not be quoted. A misspelt option is then the service's to refuse, and it names the nearest one.
+    prompt: Annotated[list[str], typer.Argument(help="Text, then parameters such as --seed 7 --ar 3:2.")],
+    model: Annotated[str, typer.Option(help="Model; otherwise the service's default.")] = "",
+    fast: Fast = None,
+    private: Private = None,
+    out: Out = DEFAULT_FOLDER,
+    no_wait: NoWait = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what it would cost and where it would wait.")
+    ] = False,
+    pictures: Show = None,
+    as_json: Json = False,
+) -> None:
+    """Make a grid of four pictures from text."""
+    text = " ".join(prompt)
+    tier, visibility = _tier(fast), _visibility(private)
+    if dry_run:
+        printer = Printer(as_json=as_json)
+
+        async def validate(client: DarkroomClient) -> None:
+            printer.job(await client.validate(text, model=model, tier=tier, visibility=visibility))
+
+        run(context, printer, validate)
+        return
+
+    async def submit(client: DarkroomClient) -> JobHandle:
+        return await client.imagine(text, model=model, tier=tier, visibility=visibility)
+
+    _make(context, submit, out=out, no_wait=no_wait, pictures=pictures, as_json=as_json)
+
+
+@app.command()
+def vary(
+    context: typer.Context,
+    job: JobArgument,
+    image: Image,
+    fast: Fast = None,
+    private: Private = None,
+    out: Out = DEFAULT_FOLDER,
+    no_wait: NoWait = False,
+    pictures: Show = None,
+    as_json: Json = False,
+) -> None:
+    """Make a new grid close to one picture of a finished job."""
+
+    async def submit(client: DarkroomClient) -> JobHandle:
+        return await client.vary(job, image, tier=_tier(fast), visibility=_visibility(private))
+
+    _make(context, submit, out=out, no_wait=no_wait, pictures=pictures, as_json=as_json)
+
+
+@app.command()
+def reroll(
+    context: typer.Context,
+    job: JobArgument,
+    fast: Fast = None,
+    private: Private = None,
+    out: Out = DEFAULT_FOLDER,
+    no_wait: NoWait = False,
+    pictures: Show = None,
+    as_json: Json = False,
+) -> None:
+    """Make the same job again with a new seed."""
+
+    async def submit(client: DarkroomClient) -> JobHandle:
+        return await client.reroll(job, tier=_tier(fast), visibility=_visibility(private))
+
+    _make(context, submit, out=out, no_wait=no_wait, pictures=pictures, as_json=as_json)
+
+
+def _make(
+    context: typer.Context,
+    submit: Callable[[DarkroomClient], Awaitable[JobHandle]],
+    *,
+    out: Path,
+    no_wait: bool,
+    pictures: bool | None,
+    as_json: bool,
+) -> None:
+    """Submit a job and, unless told otherwise, wait for its pictures and save them."""
+    printer = _printer(as_json, pictures)
+
+    async def work(client: DarkroomClient) -> None:
+        handle = await submit(client)
+        for warning in handle.job.warnings:
+            printer.note(warning)
+        if no_wait:
+            printer.submitted(handle.job)
+            return
+        await _follow(printer, handle)
+        printer.finished(succeeded(handle.job), await handle.save(out))
+
+    run(context, printer, work)
+
+
+async def _follow(printer: Printer, handle: JobHandle) -> None:
+    """Show a job on a live line until it has ended."""
+    view = JobView(handle.job)
+    previews = printer.pictures and can_show_pictures(printer.err)
+    try:
+        with live(printer.err, view):
+            async for update in handle.watch(previews=previews):
+                view.apply(update)
+    except asyncio.CancelledError:
+        see, end = f"darkroom watch {handle.id}", f"darkroom cancel {handle.id}"
+        printer.note(f"The job goes on. See it with `{see}`, end it with `{end}`.")
+        raise
+
+
+# Looking at jobs
+
+
+@app.command()
+def show(context: typer.Context, job: JobArgument, as_json: Json = False) -> None:
+    """Print everything about one job."""
+    printer = Printer(as_json=as_json)
+
+    async def work(client: DarkroomClient) -> None:
+        printer.job(await client.get(job))
+
+    run(context, printer, work)
+
+
+@app.command()
+def jobs(
+    context: typer.Context,
+    state: Annotated[list[State] | None, typer.Option(help="Only jobs in this state; repeatable.")] = None,
+    limit: Limit = 20,
+    as_json: Json = False,
+) -> None:
+    """List the account's jobs, newest first."""
+    printer = Printer(as_json=as_json)
+    states = [JobState.Value(f"JOB_STATE_{each.name}") for each in state or ()]
+
+    async def work(client: DarkroomClient) -> None:
+        listed: list[Job] = []
+        async for job in client.jobs(states=states, page_size=min(limit, 100)):
+            listed.append(job)
+            if len(listed) == limit:
+                break
+        printer.jobs(listed)
+
+    run(context, printer, work)
+
+
+@app.command()
+def feed(context: typer.Context, limit: Limit = 20, as_json: Json = False) -> None:
+    """List finished public jobs of all accounts, newest first."""
+    printer = Printer(as_json=as_json)
+
+    async def work(client: DarkroomClient) -> None:
+        listed: list[Job] = []
+        async for job in client.feed(page_size=min(limit, 100)):
+            listed.append(job)
+            if len(listed) == limit:
+                break
+        printer.jobs(listed)
+
+    run(context, printer, work)
+
+
+@app.command()
+def watch(context: typer.Context, job: JobArgument, pictures: Show = None, as_json: Json = False) -> None:
+    """Show what happens to a job until it has ended."""
+    printer = _printer(as_json, pictures)
+
+    async def work(client: DarkroomClient) -> None:
+        handle = await client.handle(job)
+        if printer.out.is_terminal and not as_json:
+            await _follow(printer, handle)
+        else:
+            async for update in handle.watch():
+                printer.update(update)
+        if not as_json:
+            printer.finished(succeeded(handle.job), [])
+        succeeded(handle.job)
+
+    run(context, printer, work)
+
+
+@app.command()
+def cancel(context: typer.Context, job: JobArgument, as_json: Json = False) -> None:
+    """Cancel a job; a running one stops at its next step."""
+    printer = Printer(as_json=as_json)
+
+    async def work(client: DarkroomClient) -> None:
+        printer.job(await client.cancel(job))
+
+    run(context, printer, work)
+
+
+@app.command()
+def download(
+    context: typer.Context,
+    job: JobArgument,
+    image: Annotated[int | None, typer.Argument(min=1, max=4, help="Only this picture.")] = None,
+    out: Out = DEFAULT_FOLDER,
+    as_json: Json = False,
+) -> None:
+    """Save the pictures of a job."""
+    printer = Printer(as_json=as_json)
+
+    async def work(client: DarkroomClient) -> None:
+        files = await client.download(job, out, image=image)
+        if as_json:
+            printer.document({"files": [str(file) for file in files]})
+        else:
+            for file in files:
+                printer.line(str(file))
+
+    run(context, printer, work)
+
+
+# The account
+
+
+@app.command()
+def info(context: typer.Context, as_json: Json = False) -> None:
+    """Print the account: plan, fast time left, mode, jobs."""
+    printer = Printer(as_json=as_json)
+
+    async def work(client: DarkroomClient) -> None:
+        printer.account(await client.account())
+
+    run(context, printer, work)
+
+
+@app.command()
+def fast(context: typer.Context, as_json: Json = False) -> None:
+    """Make fast the mode of jobs that do not say otherwise."""
+    _update_account(context, as_json, mode=job_pb2.TIER_FAST)
+
+
+@app.command()
+def relax(context: typer.Context, as_json: Json = False) -> None:
+    """Make relax the mode of jobs that do not say otherwise."""
+    _update_account(context, as_json, mode=job_pb2.TIER_RELAX)
+
+
+@app.command()
+def private(context: typer.Context, as_json: Json = False) -> None:
+    """Make pictures private unless a job says otherwise."""
+    _update_account(context, as_json, visibility=job_pb2.VISIBILITY_PRIVATE)
+
+
+@app.command()
+def public(context: typer.Context, as_json: Json = False) -> None:
+    """Make pictures public unless a job says otherwise."""
+    _update_account(context, as_json, visibility=job_pb2.VISIBILITY_PUBLIC)
+
+
+class Consent(StrEnum):
+    """Answers to whether fast jobs may be charged beyond the plan."""
+
+    ON = "on"
+    OFF = "off"
+
+
+@app.command()
+def overage(
+    context: typer.Context,
+    consent: Consent,
+    cap: Annotated[
+        float | None,
+        typer.Option(min=0, help="Most to be charged in a month, in the plan's currency; 0: no cap."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say whether fast jobs go on, charged for each, once the plan's time is used up."""
+    cap_micros = round(cap * 1_000_000) if cap is not None else None
+    _update_account(context, as_json, overage_allowed=consent is Consent.ON, spend_cap_micros=cap_micros)
+
+
+def _update_account(
+    context: typer.Context,
+    as_json: bool,
+    *,
+    mode: Tier.ValueType | None = None,
+    visibility: Visibility.ValueType | None = None,
+    overage_allowed: bool | None = None,
+    spend_cap_micros: int | None = None,
+) -> None:
+    printer = Printer(as_json=as_json)
+
+    async def work(client: DarkroomClient) -> None:
+        account = await client.update_account(
+            mode=mode,
+            visibility=visibility,
+            overage_allowed=overage_allowed,
+            spend_cap_micros=spend_cap_micros,
+        )
+        printer.account(account)
+
+    run(context, printer, work)
+
+
+# The client's own settings
+
+
+@config_app.command("set")
+def config_set(
+    name: Annotated[str, typer.Argument(help=f"One of {', '.join(NAMES)}.")],
+    value: Annotated[str, typer.Argument(help="Its value; empty removes it; - reads a line from stdin.")],
+    as_json: Json = False,
+) -> None:
+    """Store a setting in client.toml."""
+    if name not in NAMES:
+        raise typer.BadParameter(f"there is no setting {name!r}; there are {', '.join(NAMES)}")
+    if name == "plain_text" and value not in ("true", "false", ""):
+        raise typer.BadParameter("plain_text is true or false")
+    if value == "-":
+        value = sys.stdin.readline().strip()
+    printer = Printer(as_json=as_json)
+    path = config_path()
+    with expected_trouble(printer):
+        store_setting(path, name, value)
+    if as_json:
+        printer.document({"path": str(path), "name": name, "value": masked(name, value)})
+    else:
+        printer.line(f"{name} = {masked(name, value)} in {path}")
+
+
+@config_app.command("show")
+def config_show(context: typer.Context, as_json: Json = False) -> None:
+    """Print each setting with its source; of the key, only its id."""
+    printer = Printer(as_json=as_json)
+    with expected_trouble(printer):
+        settings = config_of(context).settings
+    shown = {name: (masked(name, each.value), each.source) for name, each in settings.items()}
+    if as_json:
+        printer.document(
+            {name: {"value": value, "source": source} for name, (value, source) in shown.items()}
+        )
+    else:
+        printer.table(["setting", "value", "source"], [[name, *pair] for name, pair in shown.items()])
+
+
+# The server's commands
+
+
+def _server_command(name: str, summary: str) -> None:
+    @app.command(
+        name,
+        help=summary,
+        rich_help_panel="Running a service",
+        add_help_option=False,
+        context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+    )
+    def hand_over(context: typer.Context) -> None:
+        try:
+            importlib.import_module("scheduler.__main__").server([name, *context.args], prog_name="darkroom")
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.partition(".")[0] in ("scheduler", "gpu_worker", "billing"):
+                raise
+            Printer().note(
+                f"`darkroom {name}` needs the server's packages, and {error.name} is missing.\n"
+                "Install them with: pip install 'darkroom[server,worker]'"
+            )
+            raise typer.Exit(ExitCode.USAGE) from None
+
+
+_server_command("serve", "Run the service on this machine, or on a Ray cluster.")
+_server_command("demo", "Start everything, make four jobs of two accounts, show and explain them, stop.")
+_server_command("migrate", "Bring a database to this release.")
+_server_command("stop", "End the scheduler and the workers on a Ray cluster.")
+
+
+def _printer(as_json: bool, pictures: bool | None) -> Printer:
+    printer = Printer(as_json=as_json)
+    printer.pictures = can_show_pictures(printer.out) if pictures is None else pictures
+    return printer
+
+
+def _tier(fast: bool | None) -> Tier.ValueType:
+    if fast is None:
+        return job_pb2.TIER_UNSPECIFIED
+    return job_pb2.TIER_FAST if fast else job_pb2.TIER_RELAX
+
+
+def _visibility(private: bool | None) -> Visibility.ValueType:
+    if private is None:
+        return job_pb2.VISIBILITY_UNSPECIFIED
+    return job_pb2.VISIBILITY_PRIVATE if private else job_pb2.VISIBILITY_PUBLIC

@@ -1,0 +1,34 @@
+"""A running service with stub engines for the tests that can share it, and accounts in it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.service.people import People
+from tests.service.process import ServiceProcess, service
+
+
+@pytest.fixture
+def data_dir() -> Iterator[Path]:
+    """A folder of this test. Not tmp_path: pytest closes its parents again, and PostgreSQL's own user must pass."""
+    with tempfile.TemporaryDirectory(prefix="dr-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[ServiceProcess]:
+    """A service with three workers whose stub engine takes 2 s a job (20 steps of 100 ms)."""
+    with (
+        tempfile.TemporaryDirectory(prefix="dr-", ignore_cleanup_errors=True) as folder,
+        service(Path(folder), gpus=3, timed_step_ms=100) as running,
+    ):
+        yield running
+
+
+@pytest.fixture
+def people(running: ServiceProcess) -> People:
+    return People(running.address, running.admin_key)
