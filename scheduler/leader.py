@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 
 from billing import plans as billing_plans
 from gpu_worker.models import Models
+from scheduler.arrivals import Arrivals
 from scheduler.clock import LeaderClock
 from scheduler.fleet import Fleet
 from scheduler.inbox import AccountsChanged, Inbox, JobsChanged
@@ -104,22 +105,25 @@ async def lead(
             clock=clock,
             parameters=parameters,
         )
+        arrivals = Arrivals(lane=lane, epoch=taken.epoch, clock=clock, models=models)
         loop = Loop(
             board=Board(parameters),
             parameters=parameters,
             epoch=taken.epoch,
             lane=lane,
+            arrivals=arrivals,
             inbox=inbox,
             fleet=fleet,
             settlement=settlement,
             updates=updates,
             clock=clock,
-            models=models,
             metrics=metrics,
             sweep_ms=sweep_ms,
         )
         await fleet.open(taken.epoch, inbox.put)
-        await restore(loop, lane=lane, epoch=taken.epoch, clock=clock, parameters=parameters)
+        await restore(
+            loop, arrivals=arrivals, lane=lane, epoch=taken.epoch, clock=clock, parameters=parameters
+        )
         metrics.scheduler_leader.set(1)
         yield Leader(
             epoch=taken.epoch,

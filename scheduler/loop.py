@@ -7,7 +7,6 @@ called. If the process dies between any two of these steps, the rows tell the ne
 
 from __future__ import annotations
 
-import heapq
 import time
 import uuid
 from collections import Counter
@@ -18,9 +17,9 @@ import structlog
 
 from billing import ledger
 from gpu_worker.contract import AttemptResult, Blame, Outcome, RenderRequest, WorkerReport
-from gpu_worker.models import Models
 from gpu_worker.prompt import file_stem
-from scheduler.clock import LeaderClock, to_ms
+from scheduler.arrivals import Arrivals
+from scheduler.clock import LeaderClock
 from scheduler.fleet import Fleet, RenderRefused, WorkerFound, WorkerGone, WorkerHeard
 from scheduler.inbox import AccountsChanged, AttemptSettled, Inbox, Item, JobsChanged
 from scheduler.metrics import RequeueReason, SchedulerMetrics, WorkerState
@@ -28,34 +27,25 @@ from scheduler.policy import events
 from scheduler.policy.board import Board
 from scheduler.policy.decisions import GiveUp, Start, Stop
 from scheduler.policy.events import (
-    AccountRestored,
     AttemptFinished,
     AttemptLost,
-    AttemptRestored,
     AttemptStarted,
-    CancelWanted,
-    CellRestored,
-    FundsChanged,
     JobGivenUp,
-    JobSubmitted,
-    LimitsChanged,
     ModelEvicted,
     ModelLoaded,
-    RecoveryEnded,
     StartRefused,
     StopAsked,
     TagsStored,
-    UsageReset,
     WorkerDraining,
     WorkerJoined,
     WorkerLost,
+    WorkerResumed,
 )
 from scheduler.policy.ids import AccountId, AttemptId, JobId, Tier, WorkerId
-from scheduler.policy.job import Job
 from scheduler.policy.parameters import Parameters
 from scheduler.policy.worker import Worker
 from scheduler.settlement import Settlement, end_of, end_of_lost
-from scheduler.store import dispatch, endings, leadership, live
+from scheduler.store import dispatch, endings, leadership
 from scheduler.store.endings import AttemptEnd, Settled, Verdict
 from scheduler.store.jobs import spec_from_json
 from scheduler.store.lanes import Lane
@@ -97,12 +87,12 @@ class Loop:
         parameters: Parameters,
         epoch: int,
         lane: Lane,
+        arrivals: Arrivals,
         inbox: Inbox,
         fleet: Fleet,
         settlement: Settlement,
         updates: Updates,
         clock: LeaderClock,
-        models: Models,
         metrics: SchedulerMetrics,
         sweep_ms: int,
     ) -> None:
@@ -110,21 +100,20 @@ class Loop:
         self._parameters = parameters
         self._epoch = epoch
         self._lane = lane
+        self._arrivals = arrivals
         self._inbox = inbox
         self._fleet = fleet
         self._settlement = settlement
         self._updates = updates
         self._clock = clock
-        self._models = models
         self._metrics = metrics
         self._sweep_ms = sweep_ms
-        self._renews_ms: dict[str, int] = {}
-        """Every account on the board, and when its period ends."""
-        self._renewals: list[tuple[int, str]] = []
         self._running: dict[str, Running] = {}
         self._reports: dict[str, WorkerReport] = {}
         self._settling: dict[str, AttemptResult | None] = {}
         self._set_aside: set[str] = set()
+        self._closed: set[str] = set()
+        """Workers that the board gives nothing new, for whatever reason."""
         self._swept_ms = 0
         self._kept_ms = 0
 
@@ -149,12 +138,12 @@ class Loop:
         now_ms = self._clock.now_ms()
         if now_ms - self._swept_ms >= self._sweep_ms:
             self._swept_ms = now_ms
-            notices |= set(await self._unheeded())
-            accounts |= self._renewed(now_ms)
+            notices.update(await self._arrivals.unheeded())
+            accounts |= self._arrivals.renewed(now_ms)
         if accounts:
-            await self._reload_accounts(accounts & self._renews_ms.keys())
+            self._apply(await self._arrivals.of_accounts(accounts))
         if notices:
-            await self._reload_jobs(notices)
+            self._apply(await self._arrivals.of_jobs(notices))
         while await self._decide():
             pass
         if now_ms - self._kept_ms >= _KEEP_TIME_MS:
@@ -183,85 +172,36 @@ class Loop:
             case AttemptSettled():
                 self._attempt_settled(item)
 
-    async def adopt(
+    def adopt(
         self,
+        restored: Iterable[events.Event],
         *,
-        cells: Sequence[live.Cell],
-        jobs: Sequence[live.LiveJob],
-        attempts: Sequence[live.RunningAttempt],
-        standings: Sequence[live.AccountStanding],
+        running: Iterable[Running],
+        updates: Iterable[JobUpdate],
         set_aside: Iterable[str],
     ) -> None:
-        """Take over what the rows say, as events; called once, before the first cycle.
+        """Take over what the rows say; called once, before the first cycle.
 
         The reports of the workers that live are in the inbox already. A running attempt whose worker did not
         report, or reported another life, is lost; one that its worker never got was never executed.
         """
-        now_ms = self._clock.now_ms()
-        for cell in cells:
-            self._board.apply(
-                CellRestored(
-                    at_ms=now_ms,
-                    tier=cell.tier,
-                    virtual_time=cell.virtual_time,
-                    decay_origin_ms=cell.decay_origin_ms,
-                )
-            )
+        self._apply(restored)
+        self._running = {one.attempt_id: one for one in running}
         self._set_aside = set(set_aside)
-        await self._restore_accounts(standings)
-        rows = {job.job_id: job for job in jobs}
-        for job in jobs:
-            if job.state == "queued":
-                self._submit(job)
-        for attempt in attempts:
-            self._restore_attempt(attempt, rows[attempt.job_id])
-        for job in jobs:
-            if job.state == "running" and job.cancel_wanted:
-                self._board.apply(CancelWanted(at_ms=now_ms, job_id=job.job_id))
-        self._board.apply(RecoveryEnded(at_ms=now_ms))
+        for update in updates:
+            self._updates.publish(update)
         for item in self._inbox.drain():
             self._take(item, set(), set())
-        for running in list(self._running.values()):
-            report = self._reports.get(running.worker_id)
+        for one in list(self._running.values()):
+            report = self._reports.get(one.worker_id)
             if report is None:
-                self._lose(running, "Its GPU worker was lost while the scheduler was away.", executed=True)
-            elif not _has(report, running.attempt_id):
-                self._lose(running, "The scheduler was lost before the GPU worker got it.", executed=False)
+                self._lose(one, "Its GPU worker was lost while the scheduler was away.", executed=True)
+            elif not _has(report, one.attempt_id):
+                self._lose(one, "The scheduler was lost before the GPU worker got it.", executed=False)
 
-    def _restore_attempt(self, attempt: live.RunningAttempt, job: live.LiveJob) -> None:
-        self._updates.publish(
-            JobUpdate(
-                job_id=job.job_id,
-                event_seq=job.event_seq,
-                state=job.state,
-                worker_id=attempt.worker_id,
-                attempt_id=attempt.attempt_id,
-            )
-        )
-        self._running[attempt.attempt_id] = Running(
-            attempt_id=attempt.attempt_id,
-            token=attempt.token,
-            job_id=attempt.job_id,
-            account_id=attempt.account_id,
-            tier=attempt.tier,
-            model=job.model,
-            worker_id=attempt.worker_id,
-            incarnation=attempt.incarnation,
-            started_ms=to_ms(attempt.started_at),
-        )
-        self._board.apply(
-            AttemptRestored(
-                at_ms=self._clock.now_ms(),
-                job=self._policy_job(job),
-                losses=job.losses,
-                accepted_ms=to_ms(job.created_at),
-                attempt_id=AttemptId(attempt.attempt_id),
-                worker_id=WorkerId(attempt.worker_id),
-                predicted_ms=attempt.predicted_ms,
-                weight_milli=attempt.weight_milli,
-                charged_at_ms=attempt.charged_at_ms,
-            )
-        )
+    def _apply(self, facts: Iterable[events.Event]) -> None:
+        for fact in facts:
+            self._board.apply(fact)
 
     def _worker_found(self, report: WorkerReport) -> None:
         now_ms = self._clock.now_ms()
@@ -282,8 +222,7 @@ class Loop:
                 ),
             )
         )
-        if report.worker_id in self._set_aside or not report.healthy:
-            self._board.apply(WorkerDraining(at_ms=now_ms, worker_id=worker_id))
+        self._closed.discard(report.worker_id)
         self._compare(report)
 
     def _worker_heard(self, report: WorkerReport) -> None:
@@ -298,7 +237,6 @@ class Loop:
             self._board.apply(ModelEvicted(at_ms=now_ms, worker_id=worker_id, model=model))
         if known.healthy and not report.healthy:
             _log.warning("worker unhealthy", worker=worker_id, sentence=report.sentence)
-            self._board.apply(WorkerDraining(at_ms=now_ms, worker_id=worker_id))
         self._reports[report.worker_id] = report
         self._compare(report)
 
@@ -309,8 +247,26 @@ class Loop:
             if result.attempt_id not in self._settling:
                 running = self._running.get(result.attempt_id)
                 self._settle(running, report.worker_id, end_of(result), result)
-        if report.active is not None and report.active.attempt_id not in self._running:
+        stranger = report.active is not None and report.active.attempt_id not in self._running
+        if report.active is not None and stranger:
             self._fleet.forget(report.worker_id, report.active.attempt_id)
+        self._open_or_close(
+            report.worker_id,
+            # What it has in hand for nobody ends at its next step; until then it would refuse anything else.
+            closed=stranger or not report.healthy or report.worker_id in self._set_aside,
+        )
+
+    def _open_or_close(self, worker_id: str, *, closed: bool) -> None:
+        """Let the board give a worker new attempts, or not."""
+        if closed == (worker_id in self._closed):
+            return
+        now_ms = self._clock.now_ms()
+        if closed:
+            self._closed.add(worker_id)
+            self._board.apply(WorkerDraining(at_ms=now_ms, worker_id=WorkerId(worker_id)))
+        else:
+            self._closed.remove(worker_id)
+            self._board.apply(WorkerResumed(at_ms=now_ms, worker_id=WorkerId(worker_id)))
 
     def _worker_gone(self, gone: WorkerGone) -> None:
         report = self._reports.get(gone.worker_id)
@@ -318,6 +274,7 @@ class Loop:
             return
         _log.warning("worker lost", worker=gone.worker_id, sentence=gone.sentence)
         del self._reports[gone.worker_id]
+        self._closed.discard(gone.worker_id)
         self._board.apply(WorkerLost(at_ms=self._clock.now_ms(), worker_id=WorkerId(gone.worker_id)))
         for running in self._running_on(gone.worker_id):
             self._lose(running, gone.sentence, executed=True)
@@ -326,6 +283,8 @@ class Loop:
         running = self._running.get(refused.attempt_id)
         if running is not None:
             _log.warning("render refused", worker=refused.worker_id, sentence=refused.sentence)
+            # Its next heartbeat opens it again; until then every other attempt would be refused too.
+            self._open_or_close(refused.worker_id, closed=True)
             self._lose(running, refused.sentence, executed=False)
 
     def _running_on(self, worker_id: str) -> list[Running]:
@@ -372,7 +331,7 @@ class Loop:
         if settled.slot_set_aside and running.worker_id not in self._set_aside:
             _log.error("worker set aside after three lost jobs in a row", worker=running.worker_id)
             self._set_aside.add(running.worker_id)
-            self._board.apply(WorkerDraining(at_ms=now_ms, worker_id=WorkerId(running.worker_id)))
+            self._open_or_close(running.worker_id, closed=True)
         self._updates.publish(
             JobUpdate(job_id=settled.job_id, event_seq=settled.event_seq, state=settled.job_state)
         )
@@ -386,115 +345,6 @@ class Loop:
             billed_ms=settled.billed_ms,
             absorbed_ms=settled.absorbed_ms,
             worker=running.worker_id,
-        )
-
-    # --- rows in ----------------------------------------------------------------------------------------
-
-    async def _unheeded(self) -> list[str]:
-        return await self._lane.run(
-            lambda connection: live.unheeded(connection, epoch=self._epoch, most=_MOST_SWEPT)
-        )
-
-    def _renewed(self, now_ms: int) -> set[str]:
-        """Return the accounts whose period has ended."""
-        due: set[str] = set()
-        while self._renewals and self._renewals[0][0] <= now_ms:
-            due.add(heapq.heappop(self._renewals)[1])
-        return due
-
-    async def _standings(self, account_ids: Iterable[str]) -> list[live.AccountStanding]:
-        now_ms = self._clock.now_ms()
-        return await self._lane.run(
-            lambda connection: live.standings(connection, sorted(account_ids), now_ms)
-        )
-
-    async def _reload_accounts(self, account_ids: set[str]) -> None:
-        """Bring the board up to what these accounts may have now."""
-        standings = await self._standings(account_ids)
-        for standing in standings:
-            now_ms = self._clock.now_ms()
-            self._watch_renewal(standing)
-            self._board.apply(
-                LimitsChanged(
-                    at_ms=now_ms,
-                    account_id=standing.account_id,
-                    limits=standing.limits,
-                    weight_milli=standing.weight_milli,
-                )
-            )
-            self._board.apply(FundsChanged(at_ms=now_ms, account_id=standing.account_id))
-        await self._forget_expired_usage(standings)
-
-    async def _restore_accounts(self, standings: Sequence[live.AccountStanding]) -> None:
-        for standing in standings:
-            self._watch_renewal(standing)
-            self._board.apply(
-                AccountRestored(
-                    at_ms=self._clock.now_ms(),
-                    account_id=standing.account_id,
-                    limits=standing.limits,
-                    weight_milli=standing.weight_milli,
-                    shares=standing.shares,
-                )
-            )
-        await self._forget_expired_usage(standings)
-
-    def _watch_renewal(self, standing: live.AccountStanding) -> None:
-        renews_ms = to_ms(standing.renews_at)
-        if self._renews_ms.get(standing.account_id) != renews_ms:
-            self._renews_ms[standing.account_id] = renews_ms
-            heapq.heappush(self._renewals, (renews_ms, standing.account_id))
-
-    async def _forget_expired_usage(self, standings: Iterable[live.AccountStanding]) -> None:
-        expired = [standing for standing in standings if standing.usage_expired]
-        if not expired:
-            return
-        await self._lane.run(
-            lambda connection: live.forget_usage(connection, epoch=self._epoch, expired=expired)
-        )
-        for standing in expired:
-            self._board.apply(UsageReset(at_ms=self._clock.now_ms(), account_id=standing.account_id))
-
-    async def _reload_jobs(self, job_ids: set[str]) -> None:
-        """Bring the board up to what these jobs' rows say."""
-        rows = await self._lane.run(lambda connection: live.jobs(connection, sorted(job_ids)))
-        strangers = {row.account_id for row in rows} - self._renews_ms.keys()
-        if strangers:
-            await self._restore_accounts(await self._standings(strangers))
-        waiting = [row for row in rows if row.state == "queued"]
-        for row in waiting:
-            self._submit(row)
-        now_ms = self._clock.now_ms()
-        for row in rows:
-            if row.state == "cancelled" or (row.state == "running" and row.cancel_wanted):
-                self._board.apply(CancelWanted(at_ms=now_ms, job_id=row.job_id))
-        if waiting:
-            await self._lane.run(
-                lambda connection: live.notice(
-                    connection, epoch=self._epoch, job_ids=[row.job_id for row in waiting]
-                )
-            )
-
-    def _submit(self, row: live.LiveJob) -> None:
-        self._board.apply(
-            JobSubmitted(
-                at_ms=self._clock.now_ms(),
-                job=self._policy_job(row),
-                losses=row.losses,
-                accepted_ms=to_ms(row.created_at),
-            )
-        )
-
-    def _policy_job(self, row: live.LiveJob) -> Job:
-        needed = self._models.get(row.model).memory_needed(row.width, row.height)
-        return Job(
-            job_id=row.job_id,
-            account_id=row.account_id,
-            tier=row.tier,
-            arrival=row.arrival,
-            predicted_ms=row.predicted_ms,
-            model=row.model,
-            memory_bytes=-(-needed // _MEMORY_STEP) * _MEMORY_STEP,
         )
 
     # --- decisions out ----------------------------------------------------------------------------------
@@ -682,12 +532,12 @@ class Loop:
         busy = {running.worker_id for running in self._running.values()}
         self._metrics.fleet_seen(
             Counter(
-                WorkerState.DRAINING
-                if worker_id in self._set_aside or not report.healthy
-                else WorkerState.RUNNING
+                WorkerState.RUNNING
                 if worker_id in busy
+                else WorkerState.DRAINING
+                if worker_id in self._closed
                 else WorkerState.IDLE
-                for worker_id, report in self._reports.items()
+                for worker_id in self._reports
             )
         )
         self._metrics.cycle_ended(took_ns=time.monotonic_ns() - began_ns, now_ms=now_ms)

@@ -1,4 +1,4 @@
-"""A new leader's first act: read what is live and hand it to the loop, which replays it as events.
+"""A new leader's first act: read what is live and hand it to the loop, as events.
 
 There is no second way of building a board: what runs after a restart is what `apply` makes of the same
 events a scheduler that never died would have seen.
@@ -6,37 +6,98 @@ events a scheduler that never died would have seen.
 
 from __future__ import annotations
 
-from scheduler.clock import LeaderClock
-from scheduler.loop import Loop
+from scheduler.arrivals import Arrivals
+from scheduler.clock import LeaderClock, to_ms
+from scheduler.loop import Loop, Running
+from scheduler.policy.events import AttemptRestored, CellRestored, Event, RecoveryEnded
+from scheduler.policy.ids import AttemptId, WorkerId
 from scheduler.policy.parameters import Parameters
 from scheduler.policy.usage import rescaling
 from scheduler.store import live
 from scheduler.store.lanes import Lane
+from scheduler.updates import JobUpdate
 
 
-async def restore(loop: Loop, *, lane: Lane, epoch: int, clock: LeaderClock, parameters: Parameters) -> None:
+async def restore(
+    loop: Loop, *, arrivals: Arrivals, lane: Lane, epoch: int, clock: LeaderClock, parameters: Parameters
+) -> None:
     """Bring a fresh loop up to the rows. The fleet is open: its workers' reports are in the inbox.
 
     Raises Deposed if another scheduler took the lead meanwhile.
     """
+    cells = await _young_cells(lane, epoch, clock, parameters)
+    jobs = await lane.run(live.live_jobs)
+    attempts = await lane.run(live.running_attempts)
+    set_aside = await lane.run(live.slots_set_aside)
+
+    now_ms = clock.now_ms()
+    events: list[Event] = [
+        CellRestored(
+            at_ms=now_ms,
+            tier=cell.tier,
+            virtual_time=cell.virtual_time,
+            decay_origin_ms=cell.decay_origin_ms,
+        )
+        for cell in cells
+    ]
+    events += await arrivals.of_new_accounts({job.account_id for job in jobs})
+    rows = {job.job_id: job for job in jobs}
+    events += [
+        AttemptRestored(
+            at_ms=now_ms,
+            job=arrivals.job(rows[attempt.job_id]),
+            losses=rows[attempt.job_id].losses,
+            accepted_ms=to_ms(rows[attempt.job_id].created_at),
+            attempt_id=AttemptId(attempt.attempt_id),
+            worker_id=WorkerId(attempt.worker_id),
+            predicted_ms=attempt.predicted_ms,
+            weight_milli=attempt.weight_milli,
+            charged_at_ms=attempt.charged_at_ms,
+        )
+        for attempt in attempts
+    ]
+    events += arrivals.of_rows(jobs)
+    events.append(RecoveryEnded(at_ms=now_ms))
+    loop.adopt(
+        events,
+        running=[_running(attempt, rows[attempt.job_id]) for attempt in attempts],
+        updates=[_update(attempt, rows[attempt.job_id]) for attempt in attempts],
+        set_aside=set_aside,
+    )
+
+
+async def _young_cells(lane: Lane, epoch: int, clock: LeaderClock, parameters: Parameters) -> list[live.Cell]:
+    """Return the tiers' virtual times, having moved the origin of decay if it is old."""
     cells = await lane.run(live.cells)
     origin_ms = cells[0].decay_origin_ms
     newer = rescaling(decay_origin_ms=origin_ms, now_ms=clock.now_ms(), parameters=parameters)
-    if newer is not None:
-        await lane.run(
-            lambda connection: live.rescale_usage(
-                connection, epoch=epoch, before_ms=origin_ms, rescaling=newer
-            )
-        )
-        cells = await lane.run(live.cells)
-    jobs = await lane.run(live.live_jobs)
-    attempts = await lane.run(live.running_attempts)
-    accounts = sorted({job.account_id for job in jobs})
-    standings = await lane.run(lambda connection: live.standings(connection, accounts, clock.now_ms()))
-    await loop.adopt(
-        cells=cells,
-        jobs=jobs,
-        attempts=attempts,
-        standings=standings,
-        set_aside=await lane.run(live.slots_set_aside),
+    if newer is None:
+        return cells
+    await lane.run(
+        lambda connection: live.rescale_usage(connection, epoch=epoch, before_ms=origin_ms, rescaling=newer)
+    )
+    return await lane.run(live.cells)
+
+
+def _running(attempt: live.RunningAttempt, job: live.LiveJob) -> Running:
+    return Running(
+        attempt_id=attempt.attempt_id,
+        token=attempt.token,
+        job_id=attempt.job_id,
+        account_id=attempt.account_id,
+        tier=attempt.tier,
+        model=job.model,
+        worker_id=attempt.worker_id,
+        incarnation=attempt.incarnation,
+        started_ms=to_ms(attempt.started_at),
+    )
+
+
+def _update(attempt: live.RunningAttempt, job: live.LiveJob) -> JobUpdate:
+    return JobUpdate(
+        job_id=job.job_id,
+        event_seq=job.event_seq,
+        state=job.state,
+        worker_id=attempt.worker_id,
+        attempt_id=attempt.attempt_id,
     )

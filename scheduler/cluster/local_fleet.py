@@ -99,6 +99,7 @@ class LocalFleet:
         stub.results.pop(attempt_id, None)
         if stub.active is not None and stub.active.attempt_id == attempt_id:
             self._drop(stub)
+            self._tell(WorkerHeard(report=self._report(stub)))
 
     def finish(
         self,
@@ -140,6 +141,17 @@ class LocalFleet:
         stub.warm_models = ()
         self._tell(WorkerGone(worker_id=worker_id, incarnation=before, sentence="The stub was killed."))
         self._tell(WorkerFound(report=self._report(stub)))
+
+    def fall_silent(self, worker_id: str) -> None:
+        """Let a worker be taken for lost while it goes on with what it has in hand."""
+        stub = self._stubs[worker_id]
+        self._tell(
+            WorkerGone(worker_id=worker_id, incarnation=stub.incarnation, sentence="The stub was silent.")
+        )
+
+    def speak_again(self, worker_id: str) -> None:
+        """Let a worker that fell silent be found."""
+        self._tell(WorkerFound(report=self._report(self._stubs[worker_id])))
 
     def say_again(self, worker_id: str, result: AttemptResult) -> None:
         """Let a worker claim a result that is not its to claim any more, as one that woke up late does."""

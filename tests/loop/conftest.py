@@ -157,7 +157,7 @@ class Stage:
                 await asyncio.gather(self.running, return_exceptions=True)
 
     async def until(self, leader: Leader, fulfilled: Callable[[], Any]) -> Any:
-        """Wait until `fulfilled` (or what it awaits) is true, looking again whenever something changed about a job."""
+        """Wait until `fulfilled` (or what it awaits) is true, looking again when a job changed."""
         seen = 0
         async with asyncio.timeout(20):
             while True:

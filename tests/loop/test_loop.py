@@ -8,7 +8,6 @@ from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
-from tests.loop.conftest import Stage
 
 from billing import ledger
 from gpu_worker.contract import Blame, Outcome
@@ -17,6 +16,7 @@ from scheduler.policy.ids import AccountId, Tier
 from scheduler.policy.parameters import Parameters
 from scheduler.store import dispatch, leadership
 from scheduler.store.leadership import Deposed
+from tests.loop.conftest import Stage
 
 
 async def used_ms(stage: Stage, account_id: str) -> int:
@@ -162,6 +162,22 @@ async def test_result_of_an_attempt_that_was_given_up_counts_for_nothing(stage: 
         await stage.until(leader, lambda: not fleet._stubs["here/gpu-0"].results)
     assert await used_ms(stage, "ada") == 500
     assert [attempt["state"] for attempt in await stage.attempts(job_id)] == ["lost", "succeeded"]
+
+
+async def test_worker_that_was_silent_gets_nothing_new_before_it_gave_up_the_old(stage: Stage) -> None:
+    fleet = LocalFleet(workers=1, take_ms=None, gpu_ms=500)
+    await stage.open_account("ada")
+    async with stage.leading(fleet) as leader:
+        job_id = await stage.submit("ada", Tier.FAST)
+        await stage.until_state(leader, job_id, "running")
+        fleet.fall_silent("here/gpu-0")
+        await stage.until_state(leader, job_id, "queued")
+        fleet.speak_again("here/gpu-0")
+        await stage.until_state(leader, job_id, "running")
+        fleet.finish("here/gpu-0")
+        await stage.until_state(leader, job_id, "succeeded")
+    assert [attempt["state"] for attempt in await stage.attempts(job_id)] == ["lost", "succeeded"]
+    assert await used_ms(stage, "ada") == 500
 
 
 async def test_failure_of_ours_is_tried_again_and_one_of_the_clients_is_not(stage: Stage) -> None:

@@ -14,7 +14,7 @@ from tests.service.process import ServiceProcess, service
 
 @pytest.fixture
 def data_dir() -> Iterator[Path]:
-    """A folder of this test. Not tmp_path: pytest closes its parents again, and PostgreSQL's own user must pass."""
+    """A folder of this test. Not tmp_path: pytest closes its parents, and PostgreSQL's own user must pass."""
     with tempfile.TemporaryDirectory(prefix="dr-", ignore_cleanup_errors=True) as folder:
         yield Path(folder)
 

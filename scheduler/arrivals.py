@@ -1,0 +1,152 @@
+"""Rows into events: what the database says of jobs and accounts, as the board is told it.
+
+The loop is told which rows changed; what they say now is read here. A notice that was lost is found by the
+sweep, and an account is read when its first job comes and again when its period ends.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Sequence
+
+from gpu_worker.models import Models
+from scheduler.clock import LeaderClock, to_ms
+from scheduler.policy.events import (
+    AccountRestored,
+    CancelWanted,
+    Event,
+    FundsChanged,
+    JobSubmitted,
+    LimitsChanged,
+    UsageReset,
+)
+from scheduler.policy.job import Job
+from scheduler.store import live
+from scheduler.store.lanes import Lane
+
+# Rows that nobody told of are read in bites, so that a flood of them does not hold up a cycle.
+_MOST_SWEPT = 5_000
+# Jobs of one model whose needs differ by less wait in one line: the board looks at every line's head each
+# time.
+_MEMORY_STEP = 256 * 1024 * 1024
+
+
+class Arrivals:
+    """Reads rows for one leader, on the loop's own connection."""
+
+    def __init__(self, *, lane: Lane, epoch: int, clock: LeaderClock, models: Models) -> None:
+        self._lane = lane
+        self._epoch = epoch
+        self._clock = clock
+        self._models = models
+        self._renews_ms: dict[str, int] = {}
+        """Every account on the board, and when its period ends."""
+        self._renewals: list[tuple[int, str]] = []
+
+    async def unheeded(self) -> list[str]:
+        """Return jobs whose notice was lost."""
+        return await self._lane.run(
+            lambda connection: live.unheeded(connection, epoch=self._epoch, most=_MOST_SWEPT)
+        )
+
+    def renewed(self, now_ms: int) -> set[str]:
+        """Return the accounts whose period has ended since this was last asked."""
+        due: set[str] = set()
+        while self._renewals and self._renewals[0][0] <= now_ms:
+            due.add(heapq.heappop(self._renewals)[1])
+        return due
+
+    async def of_jobs(self, job_ids: Iterable[str]) -> list[Event]:
+        """Return what these jobs' rows say, and stamp the waiting ones as seen. Raises Deposed."""
+        rows = await self._lane.run(lambda connection: live.jobs(connection, sorted(job_ids)))
+        waiting = [row.job_id for row in rows if row.state == "queued"]
+        if waiting:
+            await self._lane.run(
+                lambda connection: live.notice(connection, epoch=self._epoch, job_ids=waiting)
+            )
+        strangers = {row.account_id for row in rows} - self._renews_ms.keys()
+        return [*await self.of_new_accounts(strangers), *self.of_rows(rows)]
+
+    def of_rows(self, rows: Sequence[live.LiveJob]) -> list[Event]:
+        """Return what these rows say of jobs that wait, or that their owners want no more."""
+        now_ms = self._clock.now_ms()
+        events: list[Event] = []
+        for row in rows:
+            if row.state == "queued":
+                events.append(
+                    JobSubmitted(
+                        at_ms=now_ms,
+                        job=self.job(row),
+                        losses=row.losses,
+                        accepted_ms=to_ms(row.created_at),
+                    )
+                )
+            elif row.state == "cancelled" or (row.state == "running" and row.cancel_wanted):
+                events.append(CancelWanted(at_ms=now_ms, job_id=row.job_id))
+        return events
+
+    async def of_accounts(self, account_ids: Iterable[str]) -> list[Event]:
+        """Return what the accounts among these that the board knows may have now. Raises Deposed."""
+        standings = await self._standings(set(account_ids) & self._renews_ms.keys())
+        now_ms = self._clock.now_ms()
+        events: list[Event] = []
+        for standing in standings:
+            events += (
+                LimitsChanged(
+                    at_ms=now_ms,
+                    account_id=standing.account_id,
+                    limits=standing.limits,
+                    weight_milli=standing.weight_milli,
+                ),
+                FundsChanged(at_ms=now_ms, account_id=standing.account_id),
+            )
+        return [*events, *await self._usage_forgotten(standings)]
+
+    async def of_new_accounts(self, account_ids: Iterable[str]) -> list[Event]:
+        """Return where these accounts, which the board does not know yet, stand. Raises Deposed."""
+        standings = await self._standings(account_ids)
+        events: list[Event] = [
+            AccountRestored(
+                at_ms=self._clock.now_ms(),
+                account_id=standing.account_id,
+                limits=standing.limits,
+                weight_milli=standing.weight_milli,
+                shares=standing.shares,
+            )
+            for standing in standings
+        ]
+        return [*events, *await self._usage_forgotten(standings)]
+
+    def job(self, row: live.LiveJob) -> Job:
+        """Return a row's job as the policy sees it."""
+        needed = self._models.get(row.model).memory_needed(row.width, row.height)
+        return Job(
+            job_id=row.job_id,
+            account_id=row.account_id,
+            tier=row.tier,
+            arrival=row.arrival,
+            predicted_ms=row.predicted_ms,
+            model=row.model,
+            memory_bytes=-(-needed // _MEMORY_STEP) * _MEMORY_STEP,
+        )
+
+    async def _standings(self, account_ids: Iterable[str]) -> list[live.AccountStanding]:
+        now_ms = self._clock.now_ms()
+        standings = await self._lane.run(
+            lambda connection: live.standings(connection, sorted(account_ids), now_ms)
+        )
+        for standing in standings:
+            renews_ms = to_ms(standing.renews_at)
+            if self._renews_ms.get(standing.account_id) != renews_ms:
+                self._renews_ms[standing.account_id] = renews_ms
+                heapq.heappush(self._renewals, (renews_ms, standing.account_id))
+        return standings
+
+    async def _usage_forgotten(self, standings: Iterable[live.AccountStanding]) -> list[Event]:
+        expired = [standing for standing in standings if standing.usage_expired]
+        if expired:
+            await self._lane.run(
+                lambda connection: live.forget_usage(connection, epoch=self._epoch, expired=expired)
+            )
+        now_ms = self._clock.now_ms()
+        return [UsageReset(at_ms=now_ms, account_id=standing.account_id) for standing in expired]
