@@ -127,7 +127,8 @@ class _News:
         """Return when there is something to say, or when it is time to look anyway."""
         try:
             # Not wait_for: in Python 3.11 it loses a cancellation that comes together with the event.
-            await asyncio.wait_for(self._arrived.wait(), _LOOK_ANYWAY_S)
+            async with asyncio.timeout(_LOOK_ANYWAY_S):
+                await self._arrived.wait()
         except TimeoutError:
             self.look = True
         self._arrived.clear()
