@@ -42,18 +42,18 @@ def serve(
     port: Annotated[int | None, typer.Option(help="Port of the front door; 0 for any.")] = None,
     ops_port: Annotated[int | None, typer.Option(help="Port of /metrics; 0 for any.")] = None,
     engine: Annotated[str | None, typer.Option(help="`diffusers`, or `timed` for a stub.")] = None,
-    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
 ) -> None:
     """Run the service until it is told to stop; what is not given is embedded."""
-    configure_logs(log_level)
     settings = _settings(
-        _given(data_dir=data_dir, artifacts_url=artifacts_url, models_file=models_file),
+        _given(data_dir=data_dir, artifacts_url=artifacts_url, models_file=models_file, log_level=log_level),
         database=_given(dsn=dsn),
         ray=_given(address=ray_address, local_gpus=gpus),
         frontdoor=_given(host=host, port=port),
         ops=_given(port=ops_port),
         worker=_given(engine=engine),
     )
+    configure_logs(settings.log_level)
     _run(lambda: _serve(settings))
 
 

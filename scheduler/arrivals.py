@@ -58,14 +58,12 @@ class Arrivals:
 
     async def of_jobs(self, job_ids: Iterable[str]) -> list[Event]:
         """Return what these jobs' rows say, and stamp the waiting ones as seen. Raises Deposed."""
-        rows = await self._lane.run(lambda connection: live.jobs(connection, sorted(job_ids)))
-        waiting = [row.job_id for row in rows if row.state == "queued"]
-        if waiting:
-            await self._lane.run(
-                lambda connection: live.notice(connection, epoch=self._epoch, job_ids=waiting)
-            )
+        rows = await self._lane.run(
+            lambda connection: live.noticed_jobs(connection, epoch=self._epoch, job_ids=sorted(job_ids))
+        )
         strangers = {row.account_id for row in rows} - self._renews_ms.keys()
-        return [*await self.of_new_accounts(strangers), *self.of_rows(rows)]
+        known = await self.of_new_accounts(strangers) if strangers else []
+        return [*known, *self.of_rows(rows)]
 
     def of_rows(self, rows: Sequence[live.LiveJob]) -> list[Event]:
         """Return what these rows say of jobs that wait, or that their owners want no more."""

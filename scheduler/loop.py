@@ -7,6 +7,7 @@ called. If the process dies between any two of these steps, the rows tell the ne
 
 from __future__ import annotations
 
+import itertools
 import time
 import uuid
 from collections import Counter
@@ -381,6 +382,7 @@ class Loop:
             for start in starts
         ]
         accounts = {plan.account_id for plan in planned} | {account_id for account_id, _, _ in tags}
+        tries = itertools.count()
         outcome = await self._lane.run(
             lambda connection: dispatch.start_attempts(
                 connection,
@@ -390,6 +392,7 @@ class Loop:
                 running=[r.attempt_id for r in self._running.values() if r.account_id in accounts],
                 parameters=self._parameters,
                 now_ms=now_ms,
+                again=next(tries) > 0,
             )
         )
         for account_id, tier, tag in tags:

@@ -119,6 +119,8 @@ class Settings(BaseSettings):
     """fsspec address of the artifact store (`s3://bucket/prefix`); None: a folder under `data_dir`."""
     models_file: Path | None = None
     """models.toml; None: the one that ships with the package."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Prompts are only logged at debug."""
     database: Database = Database()
     ray: RayCluster = RayCluster()
     frontdoor: FrontDoor = FrontDoor()

@@ -35,8 +35,8 @@ class SchedulerActor:
     """What front doors call. Everything else is in `leader`."""
 
     def __init__(self, settings_json: str, dsn: str) -> None:
-        configure_logs()
         self._settings = Settings.model_validate_json(settings_json)
+        configure_logs(self._settings.log_level)
         self._dsn = dsn
         self._leader: Leader | None = None
         # Ray makes an async actor on its running event loop.

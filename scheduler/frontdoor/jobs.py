@@ -42,6 +42,7 @@ from scheduler.refusals import (
     Unauthenticated,
 )
 from scheduler.store import jobs as store
+from scheduler.store.accounts import Visibility
 from scheduler.store.jobs import FeedPlace, JobKind, JobState, StoredJob
 from scheduler.store.pool import Pool
 from scheduler.v1 import job_pb2, job_pb2_grpc
@@ -181,7 +182,7 @@ class JobService(job_pb2_grpc.JobServiceServicer):
         name = violations.job_or_image("name", request.name)
         violations.refuse()
         assert name is not None, "whatever made it None is a violation"
-        job = await self._seen(name, caller())
+        job = await self._seen(name, caller(), in_feed_too=True)
         for image in _pictures(job, name.image):
             header = job_pb2.FileHeader(image=messages.image(job, image))
             yield job_pb2.DownloadImagesResponse(header=header)
@@ -237,18 +238,26 @@ class JobService(job_pb2_grpc.JobServiceServicer):
             raise NotFoundOrNotYours
         return job
 
-    async def _seen(self, name: JobName | None, principal: Principal) -> StoredJob:
-        """Return a job that the caller may see."""
+    async def _seen(
+        self, name: JobName | None, principal: Principal, *, in_feed_too: bool = False
+    ) -> StoredJob:
+        """Return a job that the caller may see; `in_feed_too`: also one that the feed shows to everybody."""
         assert name is not None, "whatever made it None is a violation"
         async with self.pool.reading() as connection:
             job = await store.read_job(connection, name.job_id)
         mine = job is not None and job.account_id == principal.account_id
-        if job is None or not (mine or principal.sees_all):
+        if job is None or not (mine or principal.sees_all or (in_feed_too and _in_feed(job))):
             raise NotFoundOrNotYours
         # `-` means the caller's own account; for those who see all, whoever's it is.
         if not name.is_of(job.account_id):
             raise NotFoundOrNotYours
         return job
+
+
+def _in_feed(job: StoredJob) -> bool:
+    return (
+        job.state is JobState.SUCCEEDED and job.visibility is Visibility.PUBLIC and job.kind in FEED_KINDS
+    )
 
 
 def submission_refused(metrics: FrontDoorMetrics) -> Callable[[Message, Refusal], None]:

@@ -83,8 +83,9 @@ async def start_attempts(
     running: Sequence[str],
     parameters: Parameters,
     now_ms: int,
+    again: bool,
 ) -> StartOutcome:
-    """Write a batch of starts. Repeating a batch whose answer was lost returns what it did.
+    """Write a batch of starts. One that is done `again`, because its answer was lost, returns what it did.
 
     `running` are the attempts that the board takes for running, at least those of the accounts concerned.
     Locks the leader row in share mode, then what the ledger locks, the jobs, and the accounts' shares. Raises
@@ -94,7 +95,7 @@ async def start_attempts(
         try:
             async with connection.transaction():
                 await require_leader(connection, epoch)
-                before = await _outcome_of_before(connection, planned)
+                before = await _outcome_of_before(connection, planned) if again else None
                 if before is not None:
                     return before
                 outcome = await _start(connection, epoch, planned, from_ms(now_ms))

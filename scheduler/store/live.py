@@ -92,10 +92,20 @@ async def live_jobs(connection: asyncpg.Connection) -> list[LiveJob]:
     return [_job(row) for row in rows]
 
 
-async def jobs(connection: asyncpg.Connection, job_ids: Sequence[str]) -> list[LiveJob]:
-    """Return these jobs as they are now, in order of arrival."""
+async def noticed_jobs(
+    connection: asyncpg.Connection, *, epoch: int, job_ids: Sequence[str]
+) -> list[LiveJob]:
+    """Return these jobs as they are now, in order of arrival, and stamp the waiting ones as on this board.
+
+    A deposed leader stamps nothing: the next one has yet to see them.
+    """
     rows = await connection.fetch(
-        f"SELECT {_JOB_COLUMNS} FROM scheduler.job WHERE job_id = ANY($1::uuid[]) ORDER BY arrival",  # noqa: S608
+        f"""WITH stamped AS (
+                UPDATE scheduler.job SET noticed_epoch = $1
+                WHERE job_id = ANY($2::uuid[]) AND state = 'queued' AND noticed_epoch < $1
+                      AND EXISTS (SELECT FROM scheduler.leader WHERE epoch = $1))
+            SELECT {_JOB_COLUMNS} FROM scheduler.job WHERE job_id = ANY($2::uuid[]) ORDER BY arrival""",  # noqa: S608
+        epoch,
         job_ids,
     )
     return [_job(row) for row in rows]
@@ -117,18 +127,6 @@ def _job(row: asyncpg.Record) -> LiveJob:
         width=row["width"],
         height=row["height"],
     )
-
-
-async def notice(connection: asyncpg.Connection, *, epoch: int, job_ids: Sequence[str]) -> None:
-    """Stamp waiting jobs as being on this scheduler's board; raises Deposed."""
-    async with connection.transaction():
-        await require_leader(connection, epoch)
-        await connection.execute(
-            """UPDATE scheduler.job SET noticed_epoch = $1
-               WHERE job_id = ANY($2::uuid[]) AND state = 'queued' AND noticed_epoch <> $1""",
-            epoch,
-            job_ids,
-        )
 
 
 async def unheeded(connection: asyncpg.Connection, *, epoch: int, most: int) -> list[str]:

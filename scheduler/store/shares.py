@@ -58,6 +58,8 @@ async def ends_unheard_of(
     `running` are the attempts of these accounts that the board takes for running.
     """
     await lock_shares(connection, account_ids)
+    if not running:
+        return {}
     unheard: defaultdict[tuple[str, str], int] = defaultdict(int)
     for row in await connection.fetch(
         """SELECT job.account_id, job.tier, attempt.predicted_ms, weight_milli, charged_at_ms, gpu_ms,
@@ -72,6 +74,8 @@ async def ends_unheard_of(
 
 async def store_tags(connection: asyncpg.Connection, tags: Sequence[TagChange], unheard: Unheard) -> None:
     """Write the tags of accounts that became eligible, or no longer are."""
+    if not tags:
+        return
     await connection.execute(
         """INSERT INTO scheduler.fair_share (account_id, tier, tag)
            SELECT * FROM unnest($1::text[], $2::text[], $3::bigint[])
@@ -86,6 +90,8 @@ async def store_charges(
     connection: asyncpg.Connection, charges: Sequence[tuple[AccountId, Tier, Charge]], unheard: Unheard
 ) -> None:
     """Write what a batch of starts changes: tags, usage and virtual times. In the order of the decisions."""
+    if not charges:
+        return
     # The last charge of an account in a tier already includes the earlier ones of the batch; usage adds up.
     last = {(account_id, tier): charge for account_id, tier, charge in charges}
     usage: defaultdict[str, float] = defaultdict(float)

@@ -114,7 +114,8 @@ class JobServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DownloadImages(self, request, context):
-        """DownloadImages streams one image, or all images of one job: a header before each file, then its bytes.
+        """DownloadImages streams one image, or all images of one job: a header before each file, then its bytes. Pictures
+        that the feed shows can be had by everybody.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

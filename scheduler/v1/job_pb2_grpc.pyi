@@ -53,7 +53,9 @@ class JobServiceStub:
     resumed from; of progress only the newest is sent.
     """
     DownloadImages: _grpc.UnaryStreamMultiCallable[_job_pb2.DownloadImagesRequest, _job_pb2.DownloadImagesResponse]
-    """DownloadImages streams one image, or all images of one job: a header before each file, then its bytes."""
+    """DownloadImages streams one image, or all images of one job: a header before each file, then its bytes. Pictures
+    that the feed shows can be had by everybody.
+    """
     ListFeed: _grpc.UnaryUnaryMultiCallable[_job_pb2.ListFeedRequest, _job_pb2.ListFeedResponse]
     """ListFeed returns finished public jobs of all accounts, newest first."""
 
@@ -77,7 +79,9 @@ class JobServiceAsyncStub(JobServiceStub):
     resumed from; of progress only the newest is sent.
     """
     DownloadImages: _aio.UnaryStreamMultiCallable[_job_pb2.DownloadImagesRequest, _job_pb2.DownloadImagesResponse]  # type: ignore[assignment]
-    """DownloadImages streams one image, or all images of one job: a header before each file, then its bytes."""
+    """DownloadImages streams one image, or all images of one job: a header before each file, then its bytes. Pictures
+    that the feed shows can be had by everybody.
+    """
     ListFeed: _aio.UnaryUnaryMultiCallable[_job_pb2.ListFeedRequest, _job_pb2.ListFeedResponse]  # type: ignore[assignment]
     """ListFeed returns finished public jobs of all accounts, newest first."""
 
@@ -134,7 +138,9 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _job_pb2.DownloadImagesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_job_pb2.DownloadImagesResponse], _abc.AsyncIterator[_job_pb2.DownloadImagesResponse]]:
-        """DownloadImages streams one image, or all images of one job: a header before each file, then its bytes."""
+        """DownloadImages streams one image, or all images of one job: a header before each file, then its bytes. Pictures
+        that the feed shows can be had by everybody.
+        """
 
     @_abc_1.abstractmethod
     def ListFeed(

@@ -116,8 +116,8 @@ async def test_a_role_that_does_not_reach(door: Door) -> None:
 
 
 async def test_somebody_else_s_job_and_no_job_answer_with_the_same_bytes(door: Door) -> None:
-    ann, ben = await door.caller("ann"), await door.caller("ben")
-    job = await ann.create()
+    ann, ben = await door.caller("ann", plan="pro"), await door.caller("ben")
+    job = await ann.create("a fox --private")
     await door.succeed(job.uid)
     nothing = f"accounts/ann/jobs/{uuid.uuid4()}"
     answers = []

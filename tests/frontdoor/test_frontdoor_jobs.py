@@ -328,6 +328,17 @@ async def test_pictures_come_in_pieces_with_their_checksum_first(door: Door) -> 
     assert sent == sum(map(len, pictures)) + len(pictures[2])
 
 
+async def test_anybody_can_look_at_the_pictures_of_the_feed_and_at_nothing_else_of_the_job(door: Door) -> None:
+    ann, ben = await door.caller("ann", plan="pro"), await door.caller("ben")
+    public, private = await ann.create("a fox"), await ann.create("a fox --private")
+    for job in (public, private):
+        await door.succeed(job.uid)
+    (shown,) = (await ben.jobs.ListFeed(job_pb2.ListFeedRequest())).jobs
+    assert len(await ben.download(shown.name)) == 4
+    assert (await refusal(ben.get(shown.name))).reason == "NOT_FOUND_OR_NOT_YOURS"
+    assert (await refusal(ben.download(private.name))).reason == "NOT_FOUND_OR_NOT_YOURS"
+
+
 async def test_moderators_see_the_jobs_of_others_and_cannot_cancel_them(door: Door) -> None:
     ann = await door.caller("ann", plan="pro")
     mod = await door.caller("mod", role=Role.MODERATOR)

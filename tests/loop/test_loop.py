@@ -260,6 +260,7 @@ async def test_old_scheduler_that_wakes_up_writes_nothing_and_ends(stage: Stage)
                 running=[],
                 parameters=Parameters(),
                 now_ms=1,
+                again=False,
             )
         job_id = await stage.submit("ada")
         running = next(task for task in asyncio.all_tasks() if task.get_name() == "loop")

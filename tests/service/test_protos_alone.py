@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ PROTOS = Path(__file__).resolve().parents[2] / "proto"
 CLIENT = Path(__file__).with_name("client_of_protos.py")
 
 
-async def test_a_client_that_knows_only_the_protos_can_do_everything(
+def test_a_client_that_knows_only_the_protos_can_do_everything(
     running: ServiceProcess, tmp_path: Path
 ) -> None:
     # Isolated, and in a folder of its own: neither the checkout nor the environment leads it to our packages.
@@ -33,4 +34,4 @@ async def test_a_client_that_knows_only_the_protos_can_do_everything(
     assert done.returncode == 0, f"{done.stdout}{done.stderr}"
     assert done.stderr == ""
     assert done.stdout.endswith("everything worked\n")
-    await assert_ledger_closes(running.dsn)
+    asyncio.run(assert_ledger_closes(running.dsn))

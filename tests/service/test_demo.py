@@ -1,0 +1,173 @@
+"""`darkroom demo` works on a machine that has nothing, works again, and works after it was killed.
+
+Three starts on one data folder: the first is killed in the middle of its jobs, the others end by themselves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import asyncpg
+import psutil
+import pytest
+from PIL import Image
+
+from billing import invariants
+from scheduler.store.embedded import embedded_postgresql
+
+pytestmark = [pytest.mark.engine, pytest.mark.ray, pytest.mark.faults, pytest.mark.timeout(300)]
+
+JOBS = {"ben 1": "relax", "ben 2": "relax", "ben 3": "relax", "ada": "fast"}
+DEFAULT_SIZE = (256, 256)  # of the stand-in model
+_END_S = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """One start of the demonstration, and what there was to see of it."""
+
+    images: Path
+    status: int
+    said: str
+    processes: list[psutil.Process]
+    """All that belonged to it while its jobs were running."""
+
+    @property
+    def job_ids(self) -> set[str]:
+        return {picture.name[:36] for picture in self.images.iterdir()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demos:
+    """All starts on one data folder."""
+
+    data_dir: Path
+    killed: Demo
+    completed: list[Demo]
+
+
+@pytest.fixture(scope="module")
+def demos() -> Iterator[Demos]:
+    with tempfile.TemporaryDirectory(prefix="dr-", ignore_cleanup_errors=True) as folder:
+        data_dir = Path(folder) / "data"
+        yield Demos(
+            data_dir=data_dir,
+            killed=demonstrate(data_dir, Path(folder) / "killed", kill=True),
+            completed=[demonstrate(data_dir, Path(folder) / name) for name in ("after", "again")],
+        )
+
+
+def demonstrate(data_dir: Path, images: Path, *, kill: bool = False) -> Demo:
+    """Run the demonstration to its end, or kill it once a job has done a few steps."""
+    images.mkdir()
+    said = []
+    processes: list[psutil.Process] = []
+    with subprocess.Popen(
+        [
+            *(Path(sys.executable).with_name("darkroom"), "demo"),
+            *("--data-dir", data_dir, "--images", images),
+        ],
+        cwd=images.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # Wide enough for its tables.
+        env={**os.environ, "COLUMNS": "160"},
+    ) as process:
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                said.append(line)
+                if not processes and re.search(r": step \d+ of \d+", line):
+                    processes = processes_of(process.pid, data_dir)
+                    if kill:
+                        process.kill()
+        finally:
+            process.kill()
+    return Demo(images=images, status=process.returncode, said="".join(said), processes=processes)
+
+
+def processes_of(pid: int, data_dir: Path) -> list[psutil.Process]:
+    """Return a process, all below it, and those with its data folder: PostgreSQL's is nobody's child."""
+    return [
+        *[psutil.Process(pid), *psutil.Process(pid).children(recursive=True)],
+        *[
+            each
+            for each in psutil.process_iter(["cmdline"])
+            if each.pid != pid and any(str(data_dir) in part for part in each.info["cmdline"] or ())
+        ],
+    ]
+
+
+def test_demo_ends_well_and_says_so_and_nothing_else(demos: Demos) -> None:
+    for demo in demos.completed:
+        assert demo.status == 0, demo.said
+        assert not re.search("traceback|warning|error", demo.said, re.IGNORECASE), demo.said
+
+
+def test_demo_was_killed_in_the_middle_of_its_jobs(demos: Demos) -> None:
+    assert demos.killed.status < 0
+    assert "Receipts" not in demos.killed.said
+    assert list(demos.killed.images.iterdir()) == []
+
+
+def test_demo_leaves_four_valid_pictures_of_each_job(demos: Demos) -> None:
+    for demo in demos.completed:
+        pictures = list(demo.images.iterdir())
+        assert sorted(Counter(picture.name[:36] for picture in pictures).values()) == [4, 4, 4, 4]
+        for path in pictures:
+            with Image.open(path) as picture:
+                picture.load()
+                assert (picture.format, picture.size) == ("PNG", DEFAULT_SIZE), path
+                colours = picture.convert("RGB").getextrema()
+            assert any(low < high for low, high in colours), f"{path} is of one colour"
+
+
+def test_demo_shows_progress_and_prints_receipts_and_explains_the_order(demos: Demos) -> None:
+    for demo in demos.completed:
+        for name, tier in JOBS.items():
+            assert re.search(rf"^{name}: step \d+ of \d+$", demo.said, re.MULTILINE), demo.said
+            charge = "relax costs nothing" if tier == "relax" else r"charged [\d.]+ s of fast time"
+            assert re.search(rf"^{name}\b.*{charge}", demo.said, re.MULTILINE), demo.said
+        started = re.findall(
+            r"^[1-4]\. (.+) \((fast|relax)\), submitted at .+, started at .+: \S.+\.$",
+            demo.said,
+            re.MULTILINE,
+        )
+        assert len(started) == len(JOBS)
+        assert dict(started) == JOBS
+
+
+def test_demo_leaves_nothing_running_not_even_of_one_that_was_killed(demos: Demos) -> None:
+    processes = [process for demo in (demos.killed, *demos.completed) for process in demo.processes]
+    assert len(processes) > 3 * len(("itself", "PostgreSQL", "Ray", "scheduler", "worker", "worker"))
+    _, left = psutil.wait_procs(processes, timeout=_END_S)
+    assert left == []
+
+
+def test_demo_leaves_a_ledger_that_closes(demos: Demos) -> None:
+    async def look(dsn: str) -> dict[str, tuple[str, str]]:
+        connection = await asyncpg.connect(dsn)
+        try:
+            assert await invariants.check(connection) == []
+            jobs = await connection.fetch("SELECT job_id::text, tier, state FROM scheduler.job")
+            return {job["job_id"]: (job["tier"], job["state"]) for job in jobs}
+        finally:
+            await connection.close()
+
+    with embedded_postgresql(demos.data_dir / "database") as dsn:
+        jobs = asyncio.run(look(dsn))
+    assert len(jobs) == 3 * len(JOBS)
+    for demo in demos.completed:
+        ended = Counter(jobs[job_id] for job_id in demo.job_ids)
+        assert ended == {("relax", "succeeded"): 3, ("fast", "succeeded"): 1}
+    assert {state for _, state in jobs.values()} <= {"queued", "running", "succeeded"}, "none was lost"
