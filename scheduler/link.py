@@ -45,5 +45,8 @@ class SchedulerLink(Protocol):
         Ends when the attempt ends or the worker is gone.
         """
 
+    def most_memory_bytes(self) -> int | None:
+        """Return the memory of the largest worker the scheduler has met; None while that is not known."""
+
     async def scheduler_ready(self) -> bool:
         """Return whether a leader is taking decisions."""

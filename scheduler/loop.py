@@ -212,6 +212,7 @@ class Loop:
             if running.incarnation != report.incarnation:
                 self._lose(running, f"The GPU worker {worker_id} was restarted.", executed=True)
         self._reports[report.worker_id] = report
+        self._updates.met_worker(report.memory_bytes)
         self._board.apply(
             WorkerJoined(
                 at_ms=now_ms,

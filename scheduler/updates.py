@@ -60,6 +60,8 @@ class UpdateBatch:
     gap: bool
     """Some updates after the asked number were already dropped."""
     updates: tuple[JobUpdate, ...]
+    most_memory_bytes: int | None
+    """Of the largest worker this scheduler has met; None: it has met none."""
 
 
 class Updates:
@@ -67,10 +69,15 @@ class Updates:
 
     def __init__(self, epoch: int) -> None:
         self._epoch = epoch
+        self._most_memory_bytes: int | None = None
         self._newest = 0
         self._dropped_to = 0
         self._by_job: OrderedDict[str, tuple[int, JobUpdate]] = OrderedDict()
         self._changed = asyncio.Event()
+
+    def met_worker(self, memory_bytes: int) -> None:
+        """Remember the largest worker, by which front doors refuse what nobody could ever run."""
+        self._most_memory_bytes = max(memory_bytes, self._most_memory_bytes or 0)
 
     def publish(self, update: JobUpdate) -> None:
         """Make this the newest state of its job."""
@@ -105,4 +112,5 @@ class Updates:
             newest=self._newest,
             gap=number < self._dropped_to,
             updates=tuple(reversed(newer)),
+            most_memory_bytes=self._most_memory_bytes,
         )

@@ -43,6 +43,7 @@ class RayLink:
         self._jobs: set[str] = set()
         self._accounts: set[str] = set()
         self._noted = asyncio.Event()
+        self._most_memory_bytes: int | None = None
         self._newest: dict[str, JobUpdate] = {}
         self._followers: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
 
@@ -101,6 +102,10 @@ class RayLink:
                 worker_id, None
             )  # dead, or not there any more: what becomes of the job comes by `follow`
 
+    def most_memory_bytes(self) -> int | None:
+        """See SchedulerLink.most_memory_bytes."""
+        return self._most_memory_bytes
+
     async def scheduler_ready(self) -> bool:
         """See SchedulerLink.scheduler_ready."""
         try:
@@ -155,6 +160,7 @@ class RayLink:
                 await asyncio.sleep(_ASK_AGAIN_S)
                 continue
             away, epoch, newest = False, batch.epoch, batch.newest
+            self._most_memory_bytes = batch.most_memory_bytes
             for update in batch.updates:
                 self._hand_out(update)
 

@@ -76,6 +76,7 @@ class JobService(job_pb2_grpc.JobServiceServicer):
         category = await self.moderation.category(submission.prompt)
         if category is not None:
             raise ModerationRejected(category=category.value, field="prompt")
+        self._refuse_impossible(submission)
         if request.validate_only:
             foreseen = await intake.rehearse(
                 self.pool,
@@ -227,6 +228,18 @@ class JobService(job_pb2_grpc.JobServiceServicer):
             case _:
                 return translate.nothing(request)
 
+    def _refuse_impossible(self, submission: Submission) -> None:
+        """Raise Impossible for what does not fit the largest GPU there is."""
+        spec = submission.spec
+        needed = self.models.get(spec.model).memory_needed(spec.width, spec.height)
+        most = self.link.most_memory_bytes()
+        if most is not None and needed > most:
+            raise Impossible(
+                missing="gpu_memory",
+                sentence=f"{spec.model} at {spec.width}×{spec.height} needs {needed / 1e9:.1f} GB of GPU memory, "
+                f"and the largest GPU here has {most / 1e9:.1f} GB. Ask for a smaller picture or another model.",
+            )
+
     async def _message(self, job: StoredJob) -> job_pb2.Job:
         return messages.job(job, (await self.standings.of([job])).get(job.job_id))
 
@@ -255,9 +268,7 @@ class JobService(job_pb2_grpc.JobServiceServicer):
 
 
 def _in_feed(job: StoredJob) -> bool:
-    return (
-        job.state is JobState.SUCCEEDED and job.visibility is Visibility.PUBLIC and job.kind in FEED_KINDS
-    )
+    return job.state is JobState.SUCCEEDED and job.visibility is Visibility.PUBLIC and job.kind in FEED_KINDS
 
 
 def submission_refused(metrics: FrontDoorMetrics) -> Callable[[Message, Refusal], None]:

@@ -2,8 +2,8 @@
 
     python -m tests.bench.path [--seconds 10] [--clients 16] [--gpus 4]
 
-Starts the real service (PostgreSQL with fsync, Ray, front door, scheduler, workers) on this machine with an engine
-that takes no time, and prints a table:
+Starts the real service (PostgreSQL with fsync, Ray, front door, scheduler, workers) on this machine with an
+engine that takes no time, and prints a table:
 
 - a bare call: the health check, which touches neither database nor scheduler: the floor of any answer;
 - submit to acknowledge: CreateJob, one at a time, the job durable when it answers;

@@ -54,6 +54,7 @@ class SmallScheduler:
     """The scheduler's end of the link: says what a test lets it say, and remembers what it was told."""
 
     def __init__(self) -> None:
+        self.largest_gpu: int | None = None
         self.ready = True
         self.statuses: dict[str, QueueStatus] = {}
         self.told_jobs: list[str] = []
@@ -71,6 +72,9 @@ class SmallScheduler:
 
     async def queue_statuses(self, job_ids: Sequence[str]) -> Mapping[str, QueueStatus]:
         return {job_id: self.statuses[job_id] for job_id in job_ids if job_id in self.statuses}
+
+    def most_memory_bytes(self) -> int | None:
+        return self.largest_gpu
 
     async def scheduler_ready(self) -> bool:
         return self.ready

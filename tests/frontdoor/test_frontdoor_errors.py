@@ -288,6 +288,17 @@ async def test_a_job_whose_model_is_gone(door: Door) -> None:
     assert refused.message == f"Job {job.uid} was drawn by sd-9, which is not offered any more."
 
 
+async def test_a_picture_too_large_for_every_gpu(door: Door) -> None:
+    ann = await door.caller("ann")
+    door.scheduler.largest_gpu = 1_000_000
+    refused = await refusal(ann.create("a fox"))
+    assert (refused.code, refused.reason) == (Code.FAILED_PRECONDITION, "IMPOSSIBLE")
+    assert refused.metadata == {"missing": "gpu_memory"}
+    assert "the largest GPU here has 0.0 GB" in refused.message
+    door.scheduler.largest_gpu = None
+    assert (await ann.create("a fox")).uid, "while no GPU is known, nothing is impossible"
+
+
 async def test_a_finished_job_is_not_cancelled(door: Door) -> None:
     ann = await door.caller("ann")
     job = await ann.create()

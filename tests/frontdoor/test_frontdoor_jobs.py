@@ -328,7 +328,9 @@ async def test_pictures_come_in_pieces_with_their_checksum_first(door: Door) -> 
     assert sent == sum(map(len, pictures)) + len(pictures[2])
 
 
-async def test_anybody_can_look_at_the_pictures_of_the_feed_and_at_nothing_else_of_the_job(door: Door) -> None:
+async def test_anybody_can_look_at_the_pictures_of_the_feed_and_at_nothing_else_of_the_job(
+    door: Door,
+) -> None:
     ann, ben = await door.caller("ann", plan="pro"), await door.caller("ben")
     public, private = await ann.create("a fox"), await ann.create("a fox --private")
     for job in (public, private):

@@ -91,9 +91,11 @@ def demonstrate(data_dir: Path, images: Path, *, kill: bool = False) -> Demo:
                     processes = processes_of(process.pid, data_dir)
                     if kill:
                         process.kill()
+            status = process.wait(_END_S)
         finally:
-            process.kill()
-    return Demo(images=images, status=process.returncode, said="".join(said), processes=processes)
+            if process.returncode is None:
+                process.kill()
+    return Demo(images=images, status=status, said="".join(said), processes=processes)
 
 
 def processes_of(pid: int, data_dir: Path) -> list[psutil.Process]:
