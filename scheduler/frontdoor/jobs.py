@@ -236,8 +236,9 @@ class JobService(job_pb2_grpc.JobServiceServicer):
         if most is not None and needed > most:
             raise Impossible(
                 missing="gpu_memory",
-                sentence=f"{spec.model} at {spec.width}×{spec.height} needs {needed / 1e9:.1f} GB of GPU memory, "
-                f"and the largest GPU here has {most / 1e9:.1f} GB. Ask for a smaller picture or another model.",
+                sentence=f"{spec.model} at {spec.width}×{spec.height} needs {needed / 1e9:.1f} GB of GPU "
+                f"memory, and the largest GPU here has {most / 1e9:.1f} GB. Ask for a smaller picture or "
+                "another model.",
             )
 
     async def _message(self, job: StoredJob) -> job_pb2.Job:
