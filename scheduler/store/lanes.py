@@ -23,6 +23,8 @@ _LONGEST_WAIT_S = 0.5
 AWAY = (
     OSError,
     asyncpg.InterfaceError,
+    # What the driver makes of a connection that the server cut between two of its messages.
+    asyncpg.InternalClientError,
     asyncpg.PostgresConnectionError,
     asyncpg.CannotConnectNowError,
     asyncpg.AdminShutdownError,

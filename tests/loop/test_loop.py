@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import uuid
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -12,11 +13,12 @@ import pytest
 from billing import ledger
 from gpu_worker.contract import Blame, Outcome
 from scheduler.cluster.local_fleet import LocalFleet
-from scheduler.policy.ids import AccountId, Tier
+from scheduler.policy.decisions import Charge
+from scheduler.policy.ids import AccountId, JobId, Tier
 from scheduler.policy.parameters import Parameters
-from scheduler.store import dispatch, leadership
+from scheduler.store import dispatch, endings, leadership
 from scheduler.store.leadership import Deposed
-from tests.loop.conftest import Stage
+from tests.loop.conftest import PREDICTED_MS, Stage
 
 
 async def used_ms(stage: Stage, account_id: str) -> int:
@@ -331,3 +333,75 @@ async def test_tags_and_usage_in_memory_equal_the_database(stage: Stage) -> None
         assert {Tier(c["tier"]): c["virtual_time"] for c in cells} == {
             tier: board.virtual_time(tier) for tier in Tier
         }
+
+
+async def test_batch_whose_answer_was_lost_is_not_started_twice(stage: Stage) -> None:
+    await stage.open_account("ada")
+    job_id = await stage.submit("ada", Tier.FAST)
+    lead = await leadership.take_lead(stage.connection, "test")
+    await stage.connection.execute("UPDATE scheduler.cell SET decay_origin_ms = $1", lead.now_ms)
+    planned = [
+        dispatch.PlannedAttempt(
+            attempt_id=str(uuid.uuid4()),
+            token=str(uuid.uuid4()),
+            job_id=JobId(job_id),
+            account_id=AccountId("ada"),
+            tier=Tier.FAST,
+            worker_id="here/gpu-0",
+            incarnation="first",
+            charge=Charge(
+                predicted_ms=PREDICTED_MS,
+                weight_milli=1000,
+                charged_at_ms=lead.now_ms,
+                start_tag=0,
+                finish_tag=PREDICTED_MS * 1000,
+                next_tag=None,
+                usage_added=1.0,
+                virtual_time=0,
+                aged=False,
+            ),
+            decision={},
+            sentence="",
+        )
+    ]
+
+    async def start(*, again: bool) -> dispatch.StartOutcome:
+        return await dispatch.start_attempts(
+            stage.connection,
+            epoch=lead.epoch,
+            planned=planned,
+            tags=[],
+            running=[],
+            parameters=Parameters(),
+            now_ms=lead.now_ms,
+            again=again,
+        )
+
+    first, second = await start(again=False), await start(again=True)
+    assert [one.planned for one in first.started] == [one.planned for one in second.started] == planned
+    assert first.started[0].event_seq == second.started[0].event_seq
+    assert len(await stage.attempts(job_id)) == 1
+    assert await stage.connection.fetchval("SELECT count(*) FROM billing.hold") == 1
+
+    end = endings.AttemptEnd(
+        attempt_id=planned[0].attempt_id,
+        token=planned[0].token,
+        verdict=endings.Verdict.SUCCEEDED,
+        gpu_ms=700,
+    )
+
+    async def settle() -> endings.Settled | endings.Unknown:
+        (outcome,) = await endings.settle_attempts(
+            stage.connection, epoch=lead.epoch, ends=[end], parameters=Parameters(), now_ms=lead.now_ms
+        )
+        return outcome
+
+    for outcome in (await settle(), await settle()):
+        assert isinstance(outcome, endings.Settled)
+        assert (outcome.job_state, outcome.gpu_ms) == ("succeeded", 700)
+    assert await used_ms(stage, "ada") == 700
+    forged = replace(end, token=str(uuid.uuid4()))
+    (nothing,) = await endings.settle_attempts(
+        stage.connection, epoch=lead.epoch, ends=[forged], parameters=Parameters(), now_ms=lead.now_ms
+    )
+    assert isinstance(nothing, endings.Unknown)
