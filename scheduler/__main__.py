@@ -170,7 +170,9 @@ async def _demo(settings: Settings, *, prompt: str | None, images_dir: Path, kee
     from scheduler.demo import run_demo
 
     console = Console(highlight=False)
-    console.print("Starting PostgreSQL, Ray with two GPU workers, the scheduler and the front door …")
+    console.print(
+        "Starting PostgreSQL, Ray with two GPU workers, the scheduler and the front door …", soft_wrap=True
+    )
     async with running(settings, new_admin_key=True) as service:
         assert service.admin_key is not None
         await run_demo(

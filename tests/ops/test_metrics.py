@@ -62,6 +62,7 @@ def a_report(worker_id: str = "node-a/gpu-0", incarnation: str = "first", **gpu_
     return WorkerReport(
         worker_id=worker_id,
         incarnation=incarnation,
+        pid=4711,
         release="0.1.0",
         epoch=1,
         device="cpu",

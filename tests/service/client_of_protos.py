@@ -103,11 +103,17 @@ def events(updates: Iterable[job_pb2.WatchJobResponse]) -> list[job_pb2.StateEve
 
 
 def refused(
-    api: Api, call: grpc.UnaryUnaryMultiCallable, request: Message, code: StatusCode, reason: str
+    api: Api,
+    call: grpc.UnaryUnaryMultiCallable | grpc.UnaryStreamMultiCallable,
+    request: Message,
+    code: StatusCode,
+    reason: str,
 ) -> dict[str, Message]:
     """Ask that a call is refused for this reason; return the error's details by the names of their types."""
     try:
         answer = call(request, **api.call)
+        if isinstance(call, grpc.UnaryStreamMultiCallable):
+            answer = next(answer)
     except grpc.RpcError as refusal:
         error = refusal
     else:
@@ -192,7 +198,7 @@ def an_account(channel: grpc.Channel, admin: Api, plan: admin_pb2.Plan) -> Api:
     owner = Api(channel, key.secret)
     assert owner.balance() == balance
     assert balance.available_ms == balance.granted_ms == plan.quota_ms + 5_000
-    print("CreateAccount, CreateApiKey, AdjustBalance: each counts once however often it is sent")
+    print(f"CreateAccount, CreateApiKey, AdjustBalance: {account.name}, each sent twice and done once")
     return owner
 
 
@@ -334,7 +340,7 @@ def downloads(owner: Api, job: job_pb2.Job) -> None:
 
 
 def lists(owner: Api, stranger: Api, jobs: list[job_pb2.Job]) -> None:
-    """Page through one's own jobs, and through the public record, which tells nobody's business."""
+    """Page through one's own jobs, and through the public record, which shows nobody's business."""
     names: list[str] = []
     request = job_pb2.ListJobsRequest(parent="accounts/-", page_size=3, states=[job_pb2.JOB_STATE_SUCCEEDED])
     while not names or request.page_token:
@@ -356,7 +362,13 @@ def lists(owner: Api, stranger: Api, jobs: list[job_pb2.Job]) -> None:
     assert not any(job.HasField("price") or job.HasField("receipt") for job in shown)
     ends_ns = [job.end_time.ToNanoseconds() for job in shown]
     assert ends_ns == sorted(ends_ns, reverse=True)
-    print("ListJobs, ListFeed: page by page, newest first, nothing private in the feed")
+    for job in jobs:
+        if job.name in public:
+            assert stranger.download(job.name) == owner.download(job.name)
+        else:
+            request, call = job_pb2.DownloadImagesRequest(name=job.name), stranger.jobs.DownloadImages
+            refused(stranger, call, request, StatusCode.PERMISSION_DENIED, "NOT_FOUND_OR_NOT_YOURS")
+    print("ListJobs, ListFeed: page by page, newest first; strangers see what is public, and only that")
 
 
 def cancelling(owner: Api) -> None:
@@ -440,7 +452,8 @@ def main() -> None:
         fast = a_fast_job(owner)
         derived = from_a_finished_job(owner, relax)
         downloads(owner, relax)
-        lists(owner, admin, [relax, fast, *derived])
+        stranger = an_account(channel, admin, plan)
+        lists(owner, stranger, [relax, fast, *derived])
         cancelling(owner)
         the_account_itself(owner, plan)
     nothing_of_the_service_is_imported()
