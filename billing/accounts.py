@@ -85,6 +85,7 @@ async def lock(connection: asyncpg.Connection, account_ids: Iterable[str], at: d
     acceptance of its jobs; lots and metered money need no lock beside it. A transaction that locks more than
     once must keep the order. Grants the period's lot at the first touch. Raises UnknownAccount.
     """
+    assert connection.is_in_transaction(), "outside a transaction the lock would end with its statement"
     ids = set(account_ids)
     locked = await connection.fetch(
         """SELECT account_id FROM billing.subscription

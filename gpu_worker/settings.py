@@ -31,6 +31,9 @@ class WorkerSettings:
     threads: int = 1
     """CPU threads of the engine; part of the device type on a CPU."""
     timed_step_ms: int = 0
+    delivery_pauses_s: tuple[float, ...] = (0.5, 1, 2, 4, 8, 15, 30)
+    """Between tries to write finished pictures while the store is away: about a minute, longer than a store's
+    restart, shorter than anybody's patience with a GPU that waits."""
     preview_interval_ms: int = 250
     """Least time between two previews of one attempt."""
     speed_permille: int = 1000

@@ -113,7 +113,7 @@ class Worker:
         self._heed(epoch)
         run = self._active
         if run is not None and (run.request.attempt_id, run.request.token) == (attempt_id, token):
-            run.stop_wanted = True
+            run.stop.set()
 
     async def heartbeat(self, epoch: int, wait_ms: int) -> Heartbeat:
         """Return a report as soon as an attempt ended or the models changed, or after `wait_ms`.
@@ -170,7 +170,8 @@ class Worker:
         self._heed(epoch)
         run = self._active
         if run is not None and run.request.attempt_id == attempt_id:
-            run.stop_wanted = run.forgotten = True
+            run.forgotten = True
+            run.stop.set()
             return
         ended = self._ended.pop(attempt_id, None)
         if ended is not None:
@@ -213,7 +214,7 @@ class Worker:
     async def close(self) -> None:
         """Stop what is in hand and end the GPU thread."""
         if self._active is not None:
-            self._active.stop_wanted = True
+            self._active.stop.set()
         self._mailbox.put(None)
         await asyncio.to_thread(self._thread.join)
         await asyncio.gather(*self._deletions)
@@ -293,7 +294,7 @@ class Worker:
         if rendering is None:
             return result
         try:
-            return self._delivered(result, request, rendering)
+            return self._delivered(result, run, rendering)
         except Exception as error:
             return _failed(result, error)
 
@@ -309,9 +310,17 @@ class Worker:
             self._loop.call_soon_threadsafe(self._tell_news)
         return load_ns
 
-    def _delivered(
-        self, result: AttemptResult, request: RenderRequest, rendering: Rendering
-    ) -> AttemptResult:
+    def _delivered(self, result: AttemptResult, run: _Run, rendering: Rendering) -> AttemptResult:
+        """Write the pictures, and go on trying for a while if the store is away: they are made already."""
+        for pause_s in (*self._settings.delivery_pauses_s, None):
+            try:
+                return self._written(result, run.request, rendering)
+            except ArtifactsUnavailable:
+                if pause_s is None or run.stop.wait(pause_s):
+                    raise
+        raise AssertionError("the last try returns or raises")
+
+    def _written(self, result: AttemptResult, request: RenderRequest, rendering: Rendering) -> AttemptResult:
         folder = attempt_folder(request.job_id, request.attempt_id)
         files = []
         for index, image in enumerate(rendering.images, start=1):
@@ -390,7 +399,7 @@ class _Run:
         self, request: RenderRequest, loop: asyncio.AbstractEventLoop, preview_interval_ms: int
     ) -> None:
         self.request = request
-        self.stop_wanted = False
+        self.stop = threading.Event()
         self.forgotten = False
         self.ended = False
         self.watchers = 0
@@ -406,7 +415,7 @@ class _Run:
         self._wake()
 
     def check(self) -> None:
-        if self.stop_wanted:
+        if self.stop.is_set():
             raise RunStopped
 
     def boundary(self, step: int, steps: int, preview: Callable[[], bytes]) -> None:

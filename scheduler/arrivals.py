@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Sequence
 
-from gpu_worker.models import Models
+from gpu_worker.models import Models, UnknownModel
 from scheduler.clock import LeaderClock, to_ms
 from scheduler.policy.events import (
     AccountRestored,
@@ -29,6 +29,7 @@ _MOST_SWEPT = 5_000
 # Jobs of one model whose needs differ by less wait in one line: the board looks at every line's head each
 # time.
 _MEMORY_STEP = 256 * 1024 * 1024
+_MORE_THAN_ANY_GPU = 2**60
 
 
 class Arrivals:
@@ -117,7 +118,11 @@ class Arrivals:
 
     def job(self, row: live.LiveJob) -> Job:
         """Return a row's job as the policy sees it."""
-        needed = self._models.get(row.model).memory_needed(row.width, row.height)
+        try:
+            needed = self._models.get(row.model).memory_needed(row.width, row.height)
+        except UnknownModel:
+            # It was offered when the job was accepted. The job waits and says that no worker can run it.
+            needed = _MORE_THAN_ANY_GPU
         return Job(
             job_id=row.job_id,
             account_id=row.account_id,

@@ -1,8 +1,9 @@
 """The only way to the board.
 
-Everybody who knows something puts it here; the loop, and nobody else, takes it out. It is bounded: what can
-be found again (a notice of a committed row, swept up later) is dropped when it is full, what cannot
-(a worker's fact, a settled attempt) is always taken, and there are only ever as many of those as workers.
+Everybody who knows something puts it here; the loop, and nobody else, takes it out. It is bounded: a notice
+of jobs, whose rows are swept up later, is dropped when it is full; of a worker's heartbeats, each of which
+says all that the ones before it said, only the newest is kept; and of everything else there is only ever as
+much as there are workers and accounts.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
 
-from scheduler.fleet import FleetFact
+from scheduler.fleet import FleetFact, WorkerHeard
 from scheduler.store.endings import AttemptEnd, Settled, Unknown
 
 _MOST_NOTICES = 100_000
@@ -41,8 +42,7 @@ class AttemptSettled:
     outcome: Settled | Unknown
 
 
-Notice = JobsChanged | AccountsChanged
-Item = Notice | FleetFact | AttemptSettled
+Item = JobsChanged | AccountsChanged | FleetFact | AttemptSettled
 
 
 class Inbox:
@@ -51,21 +51,30 @@ class Inbox:
     def __init__(self) -> None:
         self._items: deque[Item] = deque()
         self._notices = 0
+        self._heard: dict[tuple[str, str], WorkerHeard] = {}
+        """Newest heartbeat of each life of a worker; its place among the items is that of the first."""
         self._filled = asyncio.Event()
 
     def put(self, item: Item) -> None:
         """Leave an item for the next cycle."""
-        if isinstance(item, Notice):
+        if isinstance(item, JobsChanged):
             if self._notices >= _MOST_NOTICES:
                 return  # the sweep finds the rows
             self._notices += 1
+        elif isinstance(item, WorkerHeard):
+            life = _life(item)
+            repeated = life in self._heard
+            self._heard[life] = item
+            if repeated:
+                return
         self._items.append(item)
         self._filled.set()
 
     def drain(self) -> list[Item]:
         """Take everything out."""
-        items = list(self._items)
+        items = [self._heard[_life(item)] if isinstance(item, WorkerHeard) else item for item in self._items]
         self._items.clear()
+        self._heard.clear()
         self._notices = 0
         self._filled.clear()
         return items
@@ -76,3 +85,7 @@ class Inbox:
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._filled.wait()
+
+
+def _life(heard: WorkerHeard) -> tuple[str, str]:
+    return heard.report.worker_id, heard.report.incarnation

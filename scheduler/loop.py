@@ -13,6 +13,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime
 
 import structlog
 
@@ -20,7 +21,7 @@ from billing import ledger
 from gpu_worker.contract import AttemptResult, Blame, Outcome, RenderRequest, WorkerReport
 from gpu_worker.prompt import file_stem
 from scheduler.arrivals import Arrivals
-from scheduler.clock import LeaderClock
+from scheduler.clock import LeaderClock, to_ms
 from scheduler.fleet import Fleet, RenderRefused, WorkerFound, WorkerGone, WorkerHeard
 from scheduler.inbox import AccountsChanged, AttemptSettled, Inbox, Item, JobsChanged
 from scheduler.metrics import RequeueReason, SchedulerMetrics, WorkerState
@@ -56,8 +57,10 @@ _log = structlog.get_logger()
 
 # Rows nobody told of are read in bites, so that a flood of them does not hold up a cycle.
 _MOST_SWEPT = 5_000
-# How often the time is persisted, and the ledger's open holds are shown.
+# How often the time is persisted, accounts without funds are looked at, and open holds are shown.
 _KEEP_TIME_MS = 5_000
+# A report that was made before an attempt arrived does not have it yet.
+_RENDER_GRACE_MS = 30_000
 # Jobs of one model whose needs differ by less wait in one line:
 # the board looks at every line's head each time.
 _MEMORY_STEP = 256 * 1024 * 1024
@@ -112,7 +115,7 @@ class Loop:
         self._running: dict[str, Running] = {}
         self._reports: dict[str, WorkerReport] = {}
         self._settling: dict[str, AttemptResult | None] = {}
-        self._set_aside: set[str] = set()
+        self._set_aside: dict[str, datetime] = {}
         self._closed: set[str] = set()
         """Workers that the board gives nothing new, for whatever reason."""
         self._swept_ms = 0
@@ -149,6 +152,8 @@ class Loop:
             pass
         if now_ms - self._kept_ms >= _KEEP_TIME_MS:
             self._kept_ms = now_ms
+            # Nothing sweeps accounts: whoever granted time may have died before it could say so.
+            self._inbox.put(AccountsChanged(account_ids=tuple(self._board.accounts_held())))
             await self._lane.run(lambda connection: leadership.keep_time(connection, self._epoch, now_ms))
             holds = await self._lane.run(ledger.open_holds)
             self._metrics.holds_seen(holds=holds.count, held_ms=holds.held_ms)
@@ -179,7 +184,7 @@ class Loop:
         *,
         running: Iterable[Running],
         updates: Iterable[JobUpdate],
-        set_aside: Iterable[str],
+        set_aside: Mapping[str, datetime],
     ) -> None:
         """Take over what the rows say; called once, before the first cycle.
 
@@ -188,7 +193,7 @@ class Loop:
         """
         self._apply(restored)
         self._running = {one.attempt_id: one for one in running}
-        self._set_aside = set(set_aside)
+        self._set_aside = dict(set_aside)
         for update in updates:
             self._updates.publish(update)
         for item in self._inbox.drain():
@@ -249,14 +254,25 @@ class Loop:
             if result.attempt_id not in self._settling:
                 running = self._running.get(result.attempt_id)
                 self._settle(running, report.worker_id, end_of(result), result)
-        stranger = report.active is not None and report.active.attempt_id not in self._running
-        if report.active is not None and stranger:
-            self._fleet.forget(report.worker_id, report.active.attempt_id)
+        active = None if report.active is None else report.active.attempt_id
+        # Not ours, or given up already: its loss is being settled, and what it still does counts for nothing.
+        given_up = active in self._settling and self._settling[active] is None
+        stranger = active is not None and (active not in self._running or given_up)
+        if active is not None and stranger:
+            self._fleet.forget(report.worker_id, active)
+        for running in self._running_on(report.worker_id):
+            late = self._clock.now_ms() - running.started_ms > _RENDER_GRACE_MS
+            if late and running.attempt_id not in self._settling and not _has(report, running.attempt_id):
+                self._lose(running, "The GPU worker never got it.", executed=False)
         self._open_or_close(
             report.worker_id,
             # What it has in hand for nobody ends at its next step; until then it would refuse anything else.
-            closed=stranger or not report.healthy or report.worker_id in self._set_aside,
+            closed=stranger or not report.healthy or self._is_set_aside(report.worker_id),
         )
+
+    def _is_set_aside(self, worker_id: str) -> bool:
+        until = self._set_aside.get(worker_id)
+        return until is not None and to_ms(until) > self._clock.now_ms()
 
     def _open_or_close(self, worker_id: str, *, closed: bool) -> None:
         """Let the board give a worker new attempts, or not."""
@@ -320,7 +336,9 @@ class Loop:
             return
         now_ms = self._clock.now_ms()
         if settled.job_state == "queued":
-            self._board.apply(AttemptLost(at_ms=now_ms, attempt_id=AttemptId(attempt_id)))
+            self._board.apply(
+                AttemptLost(at_ms=now_ms, attempt_id=AttemptId(attempt_id), executed=settled.counts_as_loss)
+            )
         else:
             self._board.apply(
                 AttemptFinished(
@@ -330,9 +348,9 @@ class Loop:
                     gpu_ms=settled.gpu_ms,
                 )
             )
-        if settled.slot_set_aside and running.worker_id not in self._set_aside:
-            _log.error("worker set aside after three lost jobs in a row", worker=running.worker_id)
-            self._set_aside.add(running.worker_id)
+        if settled.set_aside_until is not None:
+            _log.error("worker set aside", worker=running.worker_id, until=str(settled.set_aside_until))
+            self._set_aside[running.worker_id] = settled.set_aside_until
             self._open_or_close(running.worker_id, closed=True)
         self._updates.publish(
             JobUpdate(job_id=settled.job_id, event_seq=settled.event_seq, state=settled.job_state)

@@ -9,18 +9,32 @@ from __future__ import annotations
 import asyncio
 import zlib
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+import structlog
 
 from gpu_worker.contract import AttemptResult, Blame, Outcome
 from scheduler.clock import LeaderClock
 from scheduler.inbox import AttemptSettled, Inbox
 from scheduler.policy.parameters import Parameters
-from scheduler.store.endings import AttemptEnd, Settled, Unknown, Verdict, settle_attempts
+from scheduler.store.endings import (
+    REFUSED_VALUE,
+    AttemptEnd,
+    Settled,
+    Unknown,
+    Verdict,
+    settle_attempts,
+)
 from scheduler.store.lanes import Lane
 from scheduler.store.pool import Connection
 
+_log = structlog.get_logger()
+
 # More in one transaction gains little and makes the first wait for the last.
 _MOST_IN_ONE = 200
+_LONGEST_SENTENCE = 500
 
 
 def end_of(result: AttemptResult) -> AttemptEnd:
@@ -39,14 +53,31 @@ def end_of(result: AttemptResult) -> AttemptEnd:
         token=result.token,
         verdict=verdict,
         gpu_ms=result.times.gpu_ms,
-        worker_at_fault=result.blame is Blame.PLATFORM,
+        # An artifact store or a hub that is away, or a picture too large, says nothing about this GPU.
+        worker_at_fault=result.failure_reason == "ENGINE_ERROR" and result.blame is Blame.PLATFORM,
         times=result.times,
         images=result.images,
         latents_path=result.latents_path,
-        reproduction=result.receipt,
+        reproduction=_storable(result.receipt),
         failure_reason=result.failure_reason,
-        sentence=result.failure_sentence or "",
+        sentence=_storable(result.failure_sentence or "")[:_LONGEST_SENTENCE],
     )
+
+
+def _storable(value: Any) -> Any:
+    """Return a JSON value with what PostgreSQL stores in no text taken out: NUL and lone surrogates.
+
+    They come with the texts of errors from below; a result that cannot be stored would be told for ever.
+    """
+    match value:
+        case str():
+            return value.replace("\0", "").encode(errors="replace").decode()
+        case Mapping():
+            return {_storable(key): _storable(inner) for key, inner in value.items()}
+        case list() | tuple():
+            return [_storable(inner) for inner in value]
+        case _:
+            return value
 
 
 def end_of_lost(attempt_id: str, token: str, sentence: str, *, executed: bool) -> AttemptEnd:
@@ -58,6 +89,7 @@ def end_of_lost(attempt_id: str, token: str, sentence: str, *, executed: bool) -
         token=token,
         verdict=Verdict.LOST,
         gpu_ms=None if executed else 0,
+        executed=executed,
         worker_at_fault=executed,
         sentence=sentence,
     )
@@ -118,10 +150,33 @@ class Settlement:
                 self._inbox.put(AttemptSettled(worker_id=claim.worker_id, end=claim.end, outcome=outcome))
 
     async def _settle(self, connection: Connection, claims: list[_Claim]) -> list[Settled | Unknown]:
+        """Settle a batch; if the database refuses something in it, each claim for itself."""
+        try:
+            return await self._settle_ends(connection, [claim.end for claim in claims])
+        except REFUSED_VALUE:
+            return [await self._settle_alone(connection, claim) for claim in claims]
+
+    async def _settle_alone(self, connection: Connection, claim: _Claim) -> Settled | Unknown:
+        """Settle one claim; one that the database cannot store is a loss, or it would be told for ever."""
+        try:
+            (outcome,) = await self._settle_ends(connection, [claim.end])
+        except REFUSED_VALUE:
+            _log.exception("result refused by the database", attempt=claim.end.attempt_id)
+            plain = AttemptEnd(
+                attempt_id=claim.end.attempt_id,
+                token=claim.end.token,
+                verdict=Verdict.LOST,
+                gpu_ms=claim.end.gpu_ms,
+                sentence="The GPU worker's result could not be stored.",
+            )
+            (outcome,) = await self._settle_ends(connection, [plain])
+        return outcome
+
+    async def _settle_ends(self, connection: Connection, ends: list[AttemptEnd]) -> list[Settled | Unknown]:
         return await settle_attempts(
             connection,
             epoch=self._epoch,
-            ends=[claim.end for claim in claims],
+            ends=ends,
             parameters=self._parameters,
             now_ms=self._clock.now_ms(),
         )

@@ -57,6 +57,8 @@ class LocalFleet:
         }
         self._epoch = 0
         self._tell: Callable[[FleetFact], None] = lambda fact: None
+        self.refuse_next = 0
+        """How many renders are still to be refused."""
         self.rendered: list[RenderRequest] = []
         """Every attempt that was begun, in order."""
 
@@ -73,6 +75,10 @@ class LocalFleet:
     def render(self, worker_id: str, request: RenderRequest) -> None:
         """See Fleet.render."""
         stub = self._stubs[worker_id]
+        if self.refuse_next > 0:
+            self.refuse_next -= 1
+            self._tell(RenderRefused(worker_id=worker_id, attempt_id=request.attempt_id, sentence="refused"))
+            return
         if stub.active is not None:
             self._tell(RenderRefused(worker_id=worker_id, attempt_id=request.attempt_id, sentence="busy"))
             return
@@ -108,6 +114,8 @@ class LocalFleet:
         outcome: Outcome = Outcome.SUCCEEDED,
         gpu_ms: int | None = None,
         blame: Blame = Blame.NONE,
+        reason: str = "ENGINE_ERROR",
+        sentence: str = "The stub was told to fail.",
     ) -> AttemptResult:
         """End what a worker has in hand, and tell."""
         stub = self._stubs[worker_id]
@@ -124,8 +132,8 @@ class LocalFleet:
             times=StageTimes(denoise_ms=self._gpu_ms if gpu_ms is None else gpu_ms),
             images=_no_pictures(request) if outcome is Outcome.SUCCEEDED else (),
             blame=blame,
-            failure_reason="ENGINE_ERROR" if failed else None,
-            failure_sentence="The stub was told to fail." if failed else None,
+            failure_reason=reason if failed else None,
+            failure_sentence=sentence if failed else None,
         )
         stub.results[request.attempt_id] = result
         self._tell(WorkerHeard(report=self._report(stub)))
@@ -141,6 +149,14 @@ class LocalFleet:
         stub.warm_models = ()
         self._tell(WorkerGone(worker_id=worker_id, incarnation=before, sentence="The stub was killed."))
         self._tell(WorkerFound(report=self._report(stub)))
+
+    def beat(self, worker_id: str) -> None:
+        """Let a worker's long poll be answered."""
+        self._tell(WorkerHeard(report=self._report(self._stubs[worker_id])))
+
+    def tell_to(self, tell: Callable[[FleetFact], None]) -> None:
+        """Tell every fact from now on to `tell`."""
+        self._tell = tell
 
     def fall_silent(self, worker_id: str) -> None:
         """Let a worker be taken for lost while it goes on with what it has in hand."""

@@ -274,6 +274,10 @@ class Board:
         oldest = self._not_running[tier].first()
         return None if oldest is None else oldest[0]
 
+    def accounts_held(self) -> list[AccountId]:
+        """Return the accounts with jobs that wait for funds."""
+        return list(self._held)
+
     def idle_workers(self) -> int:
         """Return how many workers could start a job now."""
         return self._fleet.idle()
@@ -452,7 +456,7 @@ class Board:
         if live.cancel_wanted:
             return
         live.attempt_id = None
-        live.losses += 1
+        live.losses += event.executed
         self._jobs[live.job.job_id] = live
         self._wait(live)
 

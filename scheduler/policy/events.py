@@ -185,6 +185,8 @@ class AttemptLost:
 
     at_ms: int
     attempt_id: AttemptId
+    executed: bool = True
+    """False: no worker ever took it, so it is none of the losses after which a job is given up."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

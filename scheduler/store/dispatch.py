@@ -15,6 +15,7 @@ from typing import Any
 
 import asyncpg
 
+from billing import accounts as billing_accounts
 from billing import ledger
 from billing.prices import PricingSnapshot
 from scheduler.clock import from_ms
@@ -208,6 +209,9 @@ async def _hold(
             for plan in plans
         ]
 
+    # Before the savepoint: rolling back to it releases the locks taken behind it, and somebody else could
+    # take the time that the first pass found.
+    await billing_accounts.lock(connection, {plan.account_id for plan in fast}, at)
     savepoint = connection.transaction()
     await savepoint.start()
     outcomes = await ledger.place_holds(connection, requests(fast))
@@ -218,7 +222,10 @@ async def _hold(
     await savepoint.rollback()
     first, refusal = poor[0]
     prefix = planned[: planned.index(first)]
-    await ledger.place_holds(connection, requests([plan for plan in prefix if plan.tier is Tier.FAST]))
+    again = await ledger.place_holds(
+        connection, requests([plan for plan in prefix if plan.tier is Tier.FAST])
+    )
+    assert all(isinstance(one, ledger.HoldPlaced) for one in again), "what was there under the lock is there"
     return prefix, [RefusedStart(job_id=first.job_id, because=RefusedBecause.FUNDS, sentence=str(refusal))]
 
 

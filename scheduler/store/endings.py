@@ -18,6 +18,7 @@ from typing import Any
 
 import asyncpg
 
+from billing import accounts as billing_accounts
 from billing import ledger
 from billing.prices import PricingSnapshot
 from gpu_worker.contract import ImageFile, StageTimes
@@ -28,6 +29,9 @@ from scheduler.store.dispatch import record_events
 from scheduler.store.jobs import JobReceipt, images_to_json, receipt_to_json
 from scheduler.store.leadership import require_leader
 from scheduler.store.shares import correction_of, lock_shares
+
+REFUSED_VALUE = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError)
+"""What the database raises about a value of one row, not about itself."""
 
 
 class Verdict(StrEnum):
@@ -48,6 +52,8 @@ class AttemptEnd:
     verdict: Verdict
     gpu_ms: int | None
     """Measured; None for a lost one, whose time since dispatch is absorbed."""
+    executed: bool = True
+    """False: no worker ever took it, so it counts against nobody."""
     worker_at_fault: bool = False
     """The loss counts against the worker's slot."""
     times: StageTimes = field(default_factory=StageTimes)
@@ -77,7 +83,9 @@ class Settled:
     billed_ms: int
     released_ms: int
     """Held and given back."""
-    slot_set_aside: bool = False
+    counts_as_loss: bool = False
+    set_aside_until: datetime | None = None
+    """The worker's slot lost so many jobs in a row that it gets none until then."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +110,9 @@ async def settle_attempts(
     at = from_ms(now_ms)
     async with connection.transaction():
         await require_leader(connection, epoch)
+        # A cancel takes the account's lock before it marks a job; what is read under the lock stays true.
+        accounts = {row["account_id"] for row in (await _attempt_rows(connection, ends)).values()}
+        await billing_accounts.lock(connection, accounts, at)
         rows = await _attempt_rows(connection, ends)
         # A repeat of what was settled before, or a second claim in the same batch, changes nothing.
         fresh: dict[str, AttemptEnd] = {}
@@ -170,6 +181,11 @@ class _Closing:
     absorbed_ms: int
 
     @property
+    def counts_as_loss(self) -> bool:
+        """Whether it is one of the few losses a job may have."""
+        return self.verdict is Verdict.LOST and self.end.executed
+
+    @property
     def ending(self) -> ledger.Ending:
         """Whether its hold is posted or voided."""
         return ledger.Ending.POST if self.verdict in _PAID else ledger.Ending.VOID
@@ -229,7 +245,7 @@ async def _close(
     sequences = await record_events(
         connection, [(c.row["job_id"], c.job_state, _sentence(c)) for c in closings], at
     )
-    set_aside = await _count_losses(connection, closings)
+    set_aside = await _count_losses(connection, closings, at)
     return [
         Settled(
             attempt_id=closing.end.attempt_id,
@@ -245,7 +261,8 @@ async def _close(
             absorbed_ms=closing.absorbed_ms,
             billed_ms=charge.billed_ms,
             released_ms=max(0, closing.row["predicted_ms"] - charge.billed_ms),
-            slot_set_aside=closing.row["worker_id"] in set_aside,
+            counts_as_loss=closing.counts_as_loss,
+            set_aside_until=set_aside.get(closing.row["worker_id"]),
         )
         for closing, charge in zip(closings, charges, strict=True)
     ]
@@ -309,7 +326,7 @@ async def _move_jobs(
             None if closing.job_state == "queued" else json.dumps(receipt_to_json(_receipt(closing, charge)))
             for closing, charge in zip(closings, charges, strict=True)
         ],
-        [int(closing.verdict is Verdict.LOST) for closing in closings],
+        [int(closing.counts_as_loss) for closing in closings],
         [_if_state(c, "failed", c.end.failure_reason or "ENGINE_ERROR") for c in closings],
         at,
         [_if_state(c, "failed", c.end.sentence) for c in closings],
@@ -370,17 +387,21 @@ async def _correct_usage(
 
 # Three different jobs lost in a row are a bad GPU, not three bad jobs.
 _LOSSES_OF_A_BAD_SLOT = 3
+# Then it is tried again, and one more loss sets it aside again: whoever mends a GPU need not tell anybody.
+_SET_ASIDE = timedelta(hours=1)
 
 
-async def _count_losses(connection: asyncpg.Connection, closings: Sequence[_Closing]) -> set[str]:
-    """Count losses per slot in a row; returns the slots that are to be set aside now."""
-    set_aside: set[str] = set()
+async def _count_losses(
+    connection: asyncpg.Connection, closings: Sequence[_Closing], at: datetime
+) -> dict[str, datetime]:
+    """Count losses per slot in a row; returns until when which slots are to be set aside now."""
+    set_aside: dict[str, datetime] = {}
     for closing in closings:
         row, end = closing.row, closing.end
         if closing.verdict in _PAID:
             await connection.execute(
                 """UPDATE scheduler.worker_slot SET losses_in_row = 0, last_lost_job = NULL
-                   WHERE worker_id = $1""",
+                   WHERE worker_id = $1 AND losses_in_row > 0""",
                 row["worker_id"],
             )
         elif end.worker_at_fault:
@@ -388,18 +409,19 @@ async def _count_losses(connection: asyncpg.Connection, closings: Sequence[_Clos
                 """INSERT INTO scheduler.worker_slot (worker_id, losses_in_row, last_lost_job)
                    VALUES ($1, 1, $2)
                    ON CONFLICT (worker_id) DO UPDATE
-                   SET losses_in_row = worker_slot.losses_in_row + (
-                           worker_slot.last_lost_job IS DISTINCT FROM EXCLUDED.last_lost_job
-                       )::int,
+                   SET losses_in_row = worker_slot.losses_in_row
+                           + (worker_slot.last_lost_job IS DISTINCT FROM EXCLUDED.last_lost_job)::int,
                        last_lost_job = EXCLUDED.last_lost_job
                    RETURNING losses_in_row""",
                 row["worker_id"],
                 row["job_id"],
             )
             if losses >= _LOSSES_OF_A_BAD_SLOT:
-                set_aside.add(row["worker_id"])
+                set_aside[row["worker_id"]] = at + _SET_ASIDE
                 await connection.execute(
-                    "UPDATE scheduler.worker_slot SET set_aside = true WHERE worker_id = $1", row["worker_id"]
+                    "UPDATE scheduler.worker_slot SET set_aside_until = $2 WHERE worker_id = $1",
+                    row["worker_id"],
+                    at + _SET_ASIDE,
                 )
     return set_aside
 

@@ -380,7 +380,8 @@ async def cancel_waiting(connection: Connection, job_id: str, receipt: JobReceip
         """WITH event AS (
                INSERT INTO scheduler.job_event (job_id, state, sentence) VALUES ($1, 'cancelled', $2)
                RETURNING seq)
-           UPDATE scheduler.job SET state = 'cancelled', ended_at = now(), receipt = $3, event_seq = event.seq
+           UPDATE scheduler.job
+           SET state = 'cancelled', ended_at = now(), receipt = $3, event_seq = event.seq, noticed_epoch = 0
            FROM event WHERE job_id = $1 AND state = 'queued'""",
         UUID(job_id),
         sentence,

@@ -102,7 +102,7 @@ async def noticed_jobs(
     rows = await connection.fetch(
         f"""WITH stamped AS (
                 UPDATE scheduler.job SET noticed_epoch = $1
-                WHERE job_id = ANY($2::uuid[]) AND state = 'queued' AND noticed_epoch < $1
+                WHERE job_id = ANY($2::uuid[]) AND state IN ('queued', 'cancelled') AND noticed_epoch < $1
                       AND EXISTS (SELECT FROM scheduler.leader WHERE epoch = $1))
             SELECT {_JOB_COLUMNS} FROM scheduler.job WHERE job_id = ANY($2::uuid[]) ORDER BY arrival""",  # noqa: S608
         epoch,
@@ -130,9 +130,14 @@ def _job(row: asyncpg.Record) -> LiveJob:
 
 
 async def unheeded(connection: asyncpg.Connection, *, epoch: int, most: int) -> list[str]:
-    """Return ids of jobs whose notice was lost: waiting without the stamp, or running with a cancel wish."""
+    """Return ids of jobs whose notice was lost.
+
+    They wait without the stamp, were cancelled while they waited, or run with a cancel wish.
+    """
     rows = await connection.fetch(
         """(SELECT job_id::text FROM scheduler.job WHERE state = 'queued' AND noticed_epoch <> $1 LIMIT $2)
+           UNION ALL
+           (SELECT job_id::text FROM scheduler.job WHERE state = 'cancelled' AND noticed_epoch = 0 LIMIT $2)
            UNION ALL
            (SELECT job_id::text FROM scheduler.job WHERE state = 'running' AND cancel_wanted LIMIT $2)""",
         epoch,
@@ -183,7 +188,9 @@ async def standings(
     """Return what these accounts may have and where they stand."""
     if not account_ids:
         return []
-    terms = await billing_accounts.terms(connection, account_ids, from_ms(now_ms))
+    # It may open a period, which is several writes.
+    async with connection.transaction():
+        terms = await billing_accounts.terms(connection, account_ids, from_ms(now_ms))
     shares: dict[str, dict[Tier, FairShare]] = {account_id: {} for account_id in account_ids}
     usage_since: dict[str, datetime] = {}
     for row in await connection.fetch(
@@ -260,7 +267,9 @@ async def rescale_usage(
             await connection.execute("UPDATE scheduler.fair_share SET usage = usage * $1", rescaling.factor)
 
 
-async def slots_set_aside(connection: asyncpg.Connection) -> list[str]:
-    """Return the worker slots that lost three different jobs in a row."""
-    rows = await connection.fetch("SELECT worker_id FROM scheduler.worker_slot WHERE set_aside")
-    return [row["worker_id"] for row in rows]
+async def slots_set_aside(connection: asyncpg.Connection) -> dict[str, datetime]:
+    """Return until when which worker slots get nothing, because they lost three different jobs in a row."""
+    rows = await connection.fetch(
+        "SELECT worker_id, set_aside_until FROM scheduler.worker_slot WHERE set_aside_until > now()"
+    )
+    return {row["worker_id"]: row["set_aside_until"] for row in rows}

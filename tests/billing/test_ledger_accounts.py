@@ -110,8 +110,9 @@ async def test_an_account_needs_a_plan_and_an_id_of_its_own(connection: asyncpg.
         await open_account(connection)
     with pytest.raises(UnknownAccount, match="nobody"):
         await terms_of(connection, "nobody")
-    with pytest.raises(UnknownAccount, match="nobody"):
-        await accounts.lock(connection, ["ann", "nobody"], START)
+    async with connection.transaction():
+        with pytest.raises(UnknownAccount, match="nobody"):
+            await accounts.lock(connection, ["ann", "nobody"], START)
 
 
 async def test_terms_of_many_accounts_come_at_once(connection: asyncpg.Connection) -> None:

@@ -30,7 +30,7 @@ from gpu_worker.contract import (
 )
 from gpu_worker.image_seeds import image_seed
 from gpu_worker.models import read_models
-from gpu_worker.outputs import ArtifactMissing, Artifacts
+from gpu_worker.outputs import ArtifactMissing, Artifacts, ArtifactsUnavailable
 from gpu_worker.run import EngineFailure, Rendering, RunControl, StageClock
 from gpu_worker.timed_engine import TimedEngine
 from gpu_worker.worker import EXIT_GPU_THREAD_ENDED, Worker
@@ -308,11 +308,31 @@ async def test_a_model_that_is_not_there_is_a_failure_of_ours(make_worker: MakeW
 
 async def test_a_store_that_is_away_is_a_failure_of_ours(make_worker: MakeWorker, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    worker = make_worker(artifacts_url=str(tmp_path / "file"))
+    worker = make_worker(artifacts_url=str(tmp_path / "file"), delivery_pauses_s=())
     worker.render(a_request())
     result = await ended(worker)
     assert (result.failure_reason, result.blame) == ("ARTIFACTS_UNAVAILABLE", Blame.PLATFORM)
     assert result.images == ()
+
+
+async def test_a_store_that_is_back_soon_gets_the_pictures_and_nothing_is_drawn_again(tmp_path: Path) -> None:
+    class BackSoon(Artifacts):
+        tries = 0
+
+        def put(self, path: str, content: bytes) -> None:
+            self.tries += 1
+            if self.tries in (1, 3):
+                raise ArtifactsUnavailable("the store is being restarted")
+            super().put(path, content)
+
+    settings = some_settings(tmp_path, delivery_pauses_s=(0, 0))
+    store = BackSoon(settings.artifacts_url)
+    worker = Worker(settings, TimedEngine(read_models(None), settings), store)
+    worker.render(a_request())
+    result = await ended(worker)
+    await worker.close()
+    assert result.outcome is Outcome.SUCCEEDED
+    assert all(store.read(image.path) for image in result.images)
 
 
 async def test_a_variation_of_a_deleted_picture_is_not_tried_again(make_worker: MakeWorker) -> None:

@@ -83,6 +83,8 @@ CREATE TABLE scheduler.job (
 );
 CREATE INDEX job_live ON scheduler.job (account_id) WHERE state IN ('queued', 'running');
 CREATE INDEX job_waiting ON scheduler.job (noticed_epoch) WHERE state = 'queued';
+-- Cancelled while it waited, and its notice may be lost: the board may still have it.
+CREATE INDEX job_withdrawn ON scheduler.job (job_id) WHERE state = 'cancelled' AND noticed_epoch = 0;
 CREATE INDEX job_running ON scheduler.job (job_id) WHERE state = 'running';
 CREATE INDEX job_by_account ON scheduler.job (account_id, arrival DESC);
 CREATE INDEX job_feed ON scheduler.job (ended_at DESC, job_id) WHERE state = 'succeeded' AND visibility = 'public';
@@ -151,9 +153,9 @@ INSERT INTO scheduler.cell (tier) VALUES ('fast'), ('relax');
 
 -- What is known of each slot beyond the life of its process.
 CREATE TABLE scheduler.worker_slot (
-    worker_id      text PRIMARY KEY,
-    -- Different jobs lost in a row; three set the slot aside.
-    losses_in_row  smallint NOT NULL DEFAULT 0,
-    last_lost_job  uuid,
-    set_aside      boolean NOT NULL DEFAULT false
+    worker_id       text PRIMARY KEY,
+    -- Different jobs lost in a row; three set the slot aside for a while.
+    losses_in_row   smallint NOT NULL DEFAULT 0,
+    last_lost_job   uuid,
+    set_aside_until timestamptz
 );
