@@ -61,6 +61,9 @@ _MOST_SWEPT = 5_000
 _KEEP_TIME_MS = 5_000
 # A report that was made before an attempt arrived does not have it yet.
 _RENDER_GRACE_MS = 30_000
+# A GPU that hangs answers every heartbeat, since those come from another thread. No admitted job takes this
+# many times the largest predicted cost.
+_OVERDUE_TIMES = 3
 # Jobs of one model whose needs differ by less wait in one line:
 # the board looks at every line's head each time.
 _MEMORY_STEP = 256 * 1024 * 1024
@@ -261,9 +264,11 @@ class Loop:
         if active is not None and stranger:
             self._fleet.forget(report.worker_id, active)
         for running in self._running_on(report.worker_id):
-            late = self._clock.now_ms() - running.started_ms > _RENDER_GRACE_MS
-            if late and running.attempt_id not in self._settling and not _has(report, running.attempt_id):
+            age_ms = self._clock.now_ms() - running.started_ms
+            if age_ms > _RENDER_GRACE_MS and not _has(report, running.attempt_id):
                 self._lose(running, "The GPU worker never got it.", executed=False)
+            elif age_ms > _OVERDUE_TIMES * self._parameters.max_predicted_ms:
+                self._lose(running, "It ran far longer than any job may: the GPU hangs.", executed=True)
         self._open_or_close(
             report.worker_id,
             # What it has in hand for nobody ends at its next step; until then it would refuse anything else.

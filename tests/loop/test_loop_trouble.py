@@ -19,6 +19,7 @@ from scheduler.cluster.local_fleet import LocalFleet
 from scheduler.fleet import WorkerHeard
 from scheduler.inbox import AccountsChanged, Inbox, JobsChanged
 from scheduler.policy.ids import Tier
+from scheduler.policy.parameters import Parameters
 from scheduler.store import live
 from tests.loop.conftest import Stage
 
@@ -196,6 +197,23 @@ async def test_attempt_that_no_worker_took_is_none_of_a_jobs_losses(stage: Stage
         await stage.until(leader, taken)
         assert (await stage.job(job_id))["losses"] == 0
         assert len(await stage.attempts(job_id)) == 5
+
+
+async def test_attempt_on_a_gpu_that_hangs_is_lost_in_the_end(stage: Stage) -> None:
+    fleet = LocalFleet(workers=2, take_ms=None, gpu_ms=10)
+    await stage.open_account("ada")
+    async with stage.leading(fleet, parameters=Parameters(max_predicted_ms=1)) as leader:
+        job_id = await stage.submit("ada", Tier.FAST)
+        await stage.until_state(leader, job_id, "running")
+        (hanging,) = fleet.busy
+
+        async def elsewhere() -> bool:
+            fleet.beat(hanging)
+            return len(await stage.attempts(job_id)) == 2
+
+        await stage.until(leader, elsewhere)
+        lost, again = await stage.attempts(job_id)
+    assert (lost["state"], again["state"]) == ("lost", "running")
 
 
 async def test_cancel_whose_notice_was_lost_leaves_the_queue(stage: Stage) -> None:
