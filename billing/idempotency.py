@@ -29,6 +29,19 @@ async def claim(
     )
     if claimed:
         return None
+    outcome = await outcome_of(connection, account_id, method, request_id, input_hash)
+    assert outcome is not None, "claims are not deleted"
+    return outcome
+
+
+async def outcome_of(
+    connection: asyncpg.Connection, account_id: str, method: str, request_id: str, input_hash: bytes
+) -> dict[str, Any] | None:
+    """Return the outcome stored under a request id, None if there is none yet; claims and locks nothing.
+
+    For what must be answered before a request is checked again; only `claim` keeps it from being done twice.
+    Raises RequestIdReused.
+    """
     row = await connection.fetchrow(
         """SELECT input_hash, outcome::text FROM billing.idempotency
             WHERE account_id = $1 AND method = $2 AND request_id = $3""",
@@ -36,7 +49,8 @@ async def claim(
         method,
         request_id,
     )
-    assert row is not None, "claims are not deleted"
+    if row is None:
+        return None
     if row["input_hash"] != input_hash:
         raise RequestIdReused(request_id=request_id)
     assert row["outcome"] is not None, "a transaction claimed this id and committed without an outcome"

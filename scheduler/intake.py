@@ -9,6 +9,7 @@ for rows it was not told of. `cancel` takes the same road back.
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import assert_never
@@ -66,6 +67,23 @@ class Accepted:
     """What can be said before the scheduler has looked at it; None once it no longer waits."""
 
 
+async def made_before(
+    pool: Pool, metrics: FrontDoorMetrics, *, account_id: str, request_id: str, digest: bytes
+) -> StoredJob | None:
+    """Return the job that this request made, as it is now; None if it has made none.
+
+    To be asked before the request is checked: what was accepted stays accepted, whatever rule, model or
+    source has changed since. Raises RequestIdReused, NotFoundOrNotYours (the job is gone) or Overloaded.
+    """
+    async with pool.reading() as connection:
+        outcome = await idempotency.outcome_of(connection, account_id, "CreateJob", request_id, digest)
+        if outcome is None:
+            return None
+        job = await _first_job(connection, outcome)
+    metrics.job_submitted(tier=job.tier, outcome=SubmissionOutcome.REPLAYED)
+    return job
+
+
 async def submit(
     pool: Pool,
     link: SchedulerLink,
@@ -91,7 +109,7 @@ async def submit(
                 connection, account_id, "CreateJob", submission.request_id, {"job_id": accepted.job.job_id}
             )
         else:
-            accepted = await _accepted_before(connection, outcome["job_id"])
+            accepted = Accepted(job=await _first_job(connection, outcome), queue_status=None)
     if outcome is None:
         link.jobs_changed([accepted.job.job_id])
     metrics.job_submitted(
@@ -227,11 +245,11 @@ async def _accept(
     return Accepted(job=job, queue_status=status)
 
 
-async def _accepted_before(connection: Connection, job_id: str) -> Accepted:
-    job = await jobs.read_job(connection, job_id)
+async def _first_job(connection: Connection, outcome: Mapping[str, str]) -> StoredJob:
+    job = await jobs.read_job(connection, outcome["job_id"])
     if job is None:
         raise NotFoundOrNotYours
-    return Accepted(job=job, queue_status=None)
+    return job
 
 
 async def _cancel(connection: Connection, account_id: str, job_id: str, at: datetime) -> None:

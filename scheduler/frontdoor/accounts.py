@@ -68,7 +68,8 @@ class AccountService(account_pb2_grpc.AccountServiceServicer):
                 await _change(connection, account_id, wanted, self.clock())
                 await idempotency.store(connection, account_id, "UpdateAccount", request_id, {})
             account = await _account(connection, account_id, self.clock())
-        # Consent may be what a held job waits for.
+        # Consent may be what a held job waits for. Told also of a repeated request: the front door that did
+        # it may have died before it told.
         self.link.accounts_changed([account_id])
         return account
 

@@ -10,7 +10,7 @@ import secrets
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 import grpc
@@ -43,6 +43,11 @@ _Context = grpc.aio.ServicerContext[Any, Any]
 # Far beyond any use, and far within the bigints in which the ledger adds such numbers up.
 _LARGEST = 2**53
 _LARGEST_INT = 2**31 - 1
+# Ten times, and 10,000 units of the currency for a minute. The ledger multiplies milliseconds, after the
+# multiplier, by the price: for the longest job there may be, of ten minutes, that is 6e16, and a bigint ends
+# at 9e18. Beyond it the scheduler could start no job at all: one hold it cannot write fails its whole batch.
+_LARGEST_MULTIPLIER_BP = 100_000
+_LARGEST_PRICE = 10_000_000_000
 
 _EFFECTIVE_FROM = {
     admin_pb2.EFFECTIVE_FROM_NEXT_PERIOD: EffectiveFrom.NEXT_PERIOD,
@@ -166,21 +171,23 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         violations.refuse()
         assert effective_from is not None, "whatever made it None is a violation"
         async with self._deed(AdminAction.UPDATE_PLAN, "UpdatePlan", request, request_id) as deed:
-            if deed.first_answer is not None:
-                return json_format.ParseDict(deed.first_answer, admin_pb2.Plan())
-            version = await plans.update(
-                deed.connection,
-                fields,
-                etag=request.plan.etag,
-                effective_from=effective_from,
-                actor=deed.actor,
-                reason=reason,
-                request_id=request_id,
-                at=deed.at,
-            )
-            answer = messages.plan(version)
-            deed.answer = json_format.MessageToDict(answer)
+            if deed.first_answer is None:
+                version = await plans.update(
+                    deed.connection,
+                    fields,
+                    etag=request.plan.etag,
+                    effective_from=effective_from,
+                    actor=deed.actor,
+                    reason=reason,
+                    request_id=request_id,
+                    at=deed.at,
+                )
+                answer = messages.plan(version)
+                deed.answer = json_format.MessageToDict(answer)
+            else:
+                answer = json_format.ParseDict(deed.first_answer, admin_pb2.Plan())
             known = await store.accounts_known_to_scheduler(deed.connection)
+        # Told also of a repeated request: the front door that did it may have died before it told.
         self.link.accounts_changed(known)
         return answer
 
@@ -195,12 +202,13 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         if request.amount_ms == 0 or abs(request.amount_ms) > _LARGEST:
             violations.add(
                 "amount_ms",
-                "amount_ms must not be 0: positive grants GPU milliseconds, negative takes unused ones.",
+                "amount_ms must be 1 or more GPU milliseconds to grant, -1 or less to take unused ones, and "
+                f"at most {_LARGEST} either way.",
             )
         expires_at = None
         if request.HasField("expire_time"):
-            expires_at = request.expire_time.ToDatetime(tzinfo=UTC)
-            if expires_at <= now:
+            expires_at = violations.time("expire_time", request.expire_time)
+            if expires_at is not None and expires_at <= now:
                 violations.add(
                     "expire_time",
                     "expire_time must lie in the future; leave it out for time that does not expire.",
@@ -212,20 +220,22 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         reason = violations.reason(request.reason)
         violations.refuse()
         async with self._deed(AdminAction.ADJUST_BALANCE, "AdjustBalance", request, request_id) as deed:
-            if deed.first_answer is not None:
-                return json_format.ParseDict(deed.first_answer, billing_pb2.Balance())
-            balance = await admin.adjust_balance(
-                deed.connection,
-                account_id,
-                request.amount_ms,
-                deed.actor,
-                reason,
-                request_id,
-                expires_at,
-                deed.at,
-            )
-            answer = messages.balance(balance)
-            deed.answer = json_format.MessageToDict(answer)
+            if deed.first_answer is None:
+                balance = await admin.adjust_balance(
+                    deed.connection,
+                    account_id,
+                    request.amount_ms,
+                    deed.actor,
+                    reason,
+                    request_id,
+                    expires_at,
+                    deed.at,
+                )
+                answer = messages.balance(balance)
+                deed.answer = json_format.MessageToDict(answer)
+            else:
+                answer = json_format.ParseDict(deed.first_answer, billing_pb2.Balance())
+        # Told also of a repeated request: the front door that did it may have died before it told.
         self.link.accounts_changed([account_id])
         return answer
 
@@ -276,9 +286,11 @@ def _plan_fields(plan: admin_pb2.Plan, violations: Violations) -> PlanFields:
         ),
         relax_weight_milli=within("relax_weight_milli", plan.relax_weight_milli, 1, 1_000_000),
         private_allowed=plan.private_allowed,
-        private_multiplier_bp=within("private_multiplier_bp", plan.private_multiplier_bp, 1, 1_000_000),
+        private_multiplier_bp=within(
+            "private_multiplier_bp", plan.private_multiplier_bp, 1, _LARGEST_MULTIPLIER_BP
+        ),
         overage_micros_per_minute=within(
-            "overage_micros_per_minute", plan.overage_micros_per_minute, 0, 1_000_000_000_000
+            "overage_micros_per_minute", plan.overage_micros_per_minute, 0, _LARGEST_PRICE
         ),
         currency=currency,
     )

@@ -12,9 +12,11 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from scheduler.refusals import FieldViolation, InvalidRequest
 
@@ -68,12 +70,14 @@ class Violations:
 
     def request_id(self, text: str) -> str:
         """Return a request id in its one spelling."""
-        if not _IS_UUID.fullmatch(text):
+        request_id = read_request_id(text)
+        if request_id is None:
             self.add(
                 "request_id",
                 "request_id must be a UUID of your choosing; a request repeated under it counts once.",
             )
-        return text.lower()
+            return ""
+        return request_id
 
     def account(self, field: str, text: str, *, own: str) -> str:
         """Return the id in an account's name; `own` where it is empty or `accounts/-`."""
@@ -141,6 +145,14 @@ class Violations:
             )
         return text.strip()
 
+    def time(self, field: str, timestamp: Timestamp) -> datetime | None:
+        """Return the time that a field says, aware; its numbers may be of no year there is."""
+        try:
+            return timestamp.ToDatetime(tzinfo=UTC)
+        except (ValueError, OverflowError):
+            self.add(field, f"{field} must lie in the years 1 to 9999, with nanos of 0 to 999,999,999.")
+            return None
+
     def page_size(self, asked: int) -> int:
         """Return how many to show: 25 if nothing was asked, never more than 100."""
         if asked < 0:
@@ -161,8 +173,10 @@ class Violations:
             document = json.loads(base64.urlsafe_b64decode(token.encode()))
             if document["of"] == _bound(binding):
                 return read(document["after"])
-        except (KeyError, TypeError, ValueError, OverflowError):
-            pass  # a token that cannot be read and one of another request get the same answer
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
+            # A token that cannot be read and one of another request get the same answer. RecursionError is
+            # what json raises for thousands of brackets within each other.
+            pass
         self.add(
             "page_token",
             "page_token is not one that this request's earlier page returned; leave it empty to start again.",
@@ -178,6 +192,18 @@ def page_token(after: Mapping[str, Any], binding: Iterable[object]) -> str:
     return base64.urlsafe_b64encode(
         json.dumps({"of": _bound(binding), "after": dict(after)}).encode()
     ).decode()
+
+
+def whole_number(value: object) -> int:
+    """Return a number of a page token; raises TypeError for anything else, JSON's 1.5 and true included."""
+    if type(value) is not int:
+        raise TypeError("not a whole number")
+    return value
+
+
+def read_request_id(text: str) -> str | None:
+    """Return a request id in its one spelling, None if it is none."""
+    return text.lower() if _IS_UUID.fullmatch(text) else None
 
 
 def digest(request: Message) -> bytes:

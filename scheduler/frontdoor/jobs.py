@@ -19,7 +19,7 @@ from scheduler import intake
 from scheduler.frontdoor import messages, translate
 from scheduler.frontdoor.artifacts import Artifacts
 from scheduler.frontdoor.auth import Principal
-from scheduler.frontdoor.fields import JobName, Violations, digest, page_token
+from scheduler.frontdoor.fields import JobName, Violations, digest, page_token, read_request_id, whole_number
 from scheduler.frontdoor.gate import caller
 from scheduler.frontdoor.moderation import Moderation
 from scheduler.frontdoor.standings import Standings
@@ -72,6 +72,9 @@ class JobService(job_pb2_grpc.JobServiceServicer):
     async def CreateJob(self, request: job_pb2.CreateJobRequest, context: _Context) -> job_pb2.Job:  # noqa: N802
         """Accept a job, or say what it would cost."""
         principal = caller()
+        first = await self._made_before(request, principal)
+        if first is not None:
+            return await self._message(first)
         submission = await self._submission(request, principal)
         category = await self.moderation.category(submission.prompt)
         if category is not None:
@@ -213,6 +216,18 @@ class JobService(job_pb2_grpc.JobServiceServicer):
             next_page_token=page_token(_feed_token(page[-1]), ("feed",)) if len(listed) > limit else "",
         )
 
+    async def _made_before(self, request: job_pb2.CreateJobRequest, principal: Principal) -> StoredJob | None:
+        request_id = read_request_id(request.request_id)
+        if request_id is None or request.validate_only:
+            return None
+        return await intake.made_before(
+            self.pool,
+            self.metrics,
+            account_id=principal.account_id,
+            request_id=request_id,
+            digest=digest(request),
+        )
+
     async def _submission(self, request: job_pb2.CreateJobRequest, principal: Principal) -> Submission:
         match request.WhichOneof("spec"):
             case "imagine":
@@ -316,12 +331,13 @@ def _feed_token(job: StoredJob) -> dict[str, Any]:
 
 def _feed_place(token: Mapping[str, Any]) -> FeedPlace:
     return FeedPlace(
-        ended_at=_EPOCH + timedelta(microseconds=token["ended_us"]), job_id=str(uuid.UUID(str(token["job"])))
+        ended_at=_EPOCH + timedelta(microseconds=whole_number(token["ended_us"])),
+        job_id=str(uuid.UUID(str(token["job"]))),
     )
 
 
 def _arrival(token: Mapping[str, Any]) -> int:
-    arrival: int = token["arrival"]
+    arrival = whole_number(token["arrival"])
     if not 0 < arrival < 2**63:
         raise ValueError("no row has this number")
     return arrival

@@ -163,6 +163,10 @@ def _from_source(
     frame = _frame(request, Violations())
     # It was accepted once, so it parses. Its flags give way to the request's: nobody can edit them any more.
     flags = prompt_language.parse(source.prompt)
+    # What is made of a private picture shows it. Its account's default may be public by now, and `--public`
+    # may stand in the prompt of a source that its request made private.
+    private = source.visibility is Visibility.PRIVATE
+    inherited = Visibility.PRIVATE if private else _visibility(flags.visibility)
     return Submission(
         request_id=frame.request_id,
         digest=frame.digest,
@@ -171,7 +175,7 @@ def _from_source(
         spec=spec,
         seed_fixed=seed_fixed,
         tier=frame.tier or _tier(flags.tier),
-        visibility=frame.visibility or _visibility(flags.visibility),
+        visibility=frame.visibility or inherited,
         predicted_ms=entry.predicted_ms(spec.kind, spec.width, spec.height),
         source_job_id=source.job_id,
         source_image=image,

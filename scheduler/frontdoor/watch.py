@@ -26,6 +26,9 @@ from scheduler.v1 import job_pb2
 # not tell, for instance a cancellation while it was away.
 _LOOK_ANYWAY_S = 10.0
 
+# A watch may reach the worker before the order to render does, and then hears nothing: so it asks again.
+_ASK_AGAIN_S = 0.5
+
 
 class Watches:
     """The open watches of this front door."""
@@ -76,9 +79,11 @@ class Watches:
             news.look_again()
 
     async def follow_progress(self, worker_id: str, attempt_id: str, news: _News, *, previews: bool) -> None:
-        """Pass on the progress of one attempt."""
-        async for progress in self._link.progress(worker_id, attempt_id, previews):
-            news.progressed(progress)
+        """Pass on the progress of one attempt until cancelled: whether it has ended, the database says."""
+        while True:
+            async for progress in self._link.progress(worker_id, attempt_id, previews):
+                news.progressed(progress)
+            await asyncio.sleep(_ASK_AGAIN_S)
 
     def follow_queue(self, job_id: str, tell: Callable[[QueueStatus], None]) -> ExitStack:
         """Pass on what the scheduler says of a waiting job, until the returned stack is closed."""

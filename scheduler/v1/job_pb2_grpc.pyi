@@ -4,8 +4,8 @@ isort:skip_file
 Jobs: what a client wants drawn, and everything that happens to it.
 
 Every mutating request carries `request_id` (a UUID chosen by the client). Sending the same request again
-under the same id returns the first answer; sending other content under it is refused with
-REQUEST_ID_REUSED. Every error carries google.rpc.ErrorInfo with domain "darkroom" and a stable reason.
+under the same id does nothing twice and returns the job as it is now; sending other content under it is
+refused with REQUEST_ID_REUSED. Every error carries google.rpc.ErrorInfo with domain "darkroom" and a stable reason.
 """
 
 from collections import abc as _abc

@@ -100,6 +100,10 @@ class SmallScheduler:
         for queue in self._followers.get(job_id, ()):
             queue.put_nowait(self._newest[job_id])
 
+    def not_in_hand(self, attempt_id: str) -> None:
+        """End the progress of an attempt once, as a worker does that was not asked to render it yet."""
+        self._progress.setdefault(attempt_id, asyncio.Queue()).put_nowait(None)
+
     def step(self, attempt_id: str, step: int, preview: bytes = b"") -> None:
         """Say that a running attempt did a step of twenty."""
         queue = self._progress.setdefault(attempt_id, asyncio.Queue())
@@ -200,16 +204,18 @@ class Caller:
         )
 
     async def vary(self, source_image: str, **fields: Any) -> job_pb2.Job:
+        request_id = fields.pop("request_id", None) or str(uuid.uuid4())
         return await self.jobs.CreateJob(
             job_pb2.CreateJobRequest(
-                request_id=str(uuid.uuid4()), variation=job_pb2.Variation(source_image=source_image), **fields
+                request_id=request_id, variation=job_pb2.Variation(source_image=source_image), **fields
             )
         )
 
     async def reroll(self, source_job: str, **fields: Any) -> job_pb2.Job:
+        request_id = fields.pop("request_id", None) or str(uuid.uuid4())
         return await self.jobs.CreateJob(
             job_pb2.CreateJobRequest(
-                request_id=str(uuid.uuid4()), reroll=job_pb2.Reroll(source_job=source_job), **fields
+                request_id=request_id, reroll=job_pb2.Reroll(source_job=source_job), **fields
             )
         )
 

@@ -9,11 +9,16 @@ from typing import TypeVar
 
 import grpc
 import pytest
+from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
 
+from billing.holds import HoldPlaced, HoldRequest, place_holds
 from billing.v1 import admin_pb2
+from scheduler.policy.parameters import Parameters
+from scheduler.store import jobs
 from scheduler.store.accounts import Role
-from scheduler.v1 import job_pb2
+from scheduler.v1 import account_pb2, job_pb2
 from tests.frontdoor.door import Caller, Door, refusal
 
 Request = TypeVar("Request", bound=Message)
@@ -100,7 +105,7 @@ async def test_a_plan_changes_by_a_new_version_and_limits_count_at_once(door: Do
     assert changed.etag != standard.etag
     assert await boss.admin.UpdatePlan(request) == changed
     assert (await refusal(ann.create())).metadata == {"depth": "1", "limit": "1"}
-    assert door.scheduler.told_accounts == ["ann"]
+    assert door.scheduler.told_accounts == ["ann", "ann"]
     stale = await refusal(boss.admin.UpdatePlan(_with_new_id(request)))
     assert (stale.code, stale.reason) == (grpc.StatusCode.ABORTED, "ETAG_MISMATCH")
     assert stale.metadata == {"given": standard.etag, "current": changed.etag}
@@ -120,11 +125,104 @@ async def test_time_is_granted_and_taken_once(door: Door, boss: Caller) -> None:
     take.amount_ms = -160_000
     assert (await boss.admin.AdjustBalance(take)).available_ms == 53_900_000
     assert [reason for _, reason, _ in await _audit(door, "AdjustBalance")] == ["sorry", "sorry"]
-    assert door.scheduler.told_accounts == ["ann", "ann"]
+    assert door.scheduler.told_accounts == ["ann", "ann", "ann"]
     too_much = _with_new_id(grant)
     too_much.amount_ms = -60_000_000
     refused = await refusal(boss.admin.AdjustBalance(too_much))
     assert (refused.code, refused.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "ADJUSTMENT_TOO_LARGE")
+
+
+async def test_a_repeated_deed_tells_the_scheduler_again(door: Door, boss: Caller) -> None:
+    """The front door that did it first may have died between its commit and its notice."""
+    ann = await door.caller("ann")
+    await ann.create()
+    (standard,) = [plan for plan in await _plans(boss) if plan.name == "plans/standard"]
+    deeds = (
+        lambda request_id: boss.admin.AdjustBalance(
+            admin_pb2.AdjustBalanceRequest(
+                request_id=request_id, account="accounts/ann", amount_ms=60_000, reason="r"
+            )
+        ),
+        lambda request_id: boss.admin.UpdatePlan(
+            admin_pb2.UpdatePlanRequest(
+                request_id=request_id,
+                plan=standard,
+                effective_from=admin_pb2.EFFECTIVE_FROM_NOW,
+                reason="r",
+            )
+        ),
+        lambda request_id: ann.accounts.UpdateAccount(
+            account_pb2.UpdateAccountRequest(
+                request_id=request_id,
+                account=account_pb2.Account(overage_allowed=True),
+                update_mask=FieldMask(paths=["overage_allowed"]),
+            )
+        ),
+    )
+    for deed in deeds:
+        request_id = str(uuid.uuid4())
+        first = await deed(request_id)
+        door.scheduler.told_accounts.clear()
+        assert await deed(request_id) == first
+        assert door.scheduler.told_accounts == ["ann"]
+
+
+async def test_a_grant_may_expire_at_any_time_there_is_and_at_no_other(door: Door, boss: Caller) -> None:
+    await door.caller("ann")
+    grant = admin_pb2.AdjustBalanceRequest(account="accounts/ann", amount_ms=1, reason="r")
+    for seconds, nanos in ((253402300800, 0), (-(2**63), 0), (2**63 - 1, 0), (2_000_000_000, -1)):
+        grant.request_id = str(uuid.uuid4())
+        grant.expire_time.CopyFrom(Timestamp(seconds=seconds, nanos=nanos))
+        refused = await refusal(boss.admin.AdjustBalance(grant))
+        assert (refused.code, refused.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_PARAMETER")
+        assert refused.violations.keys() == {"expire_time"}
+    grant.expire_time.CopyFrom(Timestamp(seconds=253402300799))
+    assert (await boss.admin.AdjustBalance(grant)).available_ms == 54_000_001
+
+
+async def test_the_dearest_plan_there_may_be_can_still_be_charged(door: Door, boss: Caller) -> None:
+    ann = await door.caller("ann", plan="pro")
+    await ann.create()
+    (pro,) = [plan for plan in await _plans(boss) if plan.name == "plans/pro"]
+    too_dear = admin_pb2.UpdatePlanRequest(
+        request_id=str(uuid.uuid4()),
+        plan=pro,
+        effective_from=admin_pb2.EFFECTIVE_FROM_NOW,
+        reason="r",
+    )
+    too_dear.plan.overage_micros_per_minute = 10_000_000_001
+    too_dear.plan.private_multiplier_bp = 100_001
+    refused = await refusal(boss.admin.UpdatePlan(too_dear))
+    assert (refused.code, refused.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_PARAMETER")
+    assert refused.violations == {
+        "plan.overage_micros_per_minute": "plan.overage_micros_per_minute must be 0 to 10000000000.",
+        "plan.private_multiplier_bp": "plan.private_multiplier_bp must be 1 to 100000.",
+    }
+    dearest = too_dear
+    dearest.plan.overage_micros_per_minute -= 1
+    dearest.plan.private_multiplier_bp -= 1
+    await boss.admin.UpdatePlan(dearest)
+    await door.use_up("ann")
+    await ann.update(overage_allowed=True)
+    job = await ann.create("a fox --private")
+    async with door.pool.transaction() as connection:
+        stored = await jobs.read_job(connection, job.uid)
+        assert stored is not None
+        (hold,) = await place_holds(
+            connection,
+            [
+                HoldRequest(
+                    job_id=job.uid,
+                    attempt_id=str(uuid.uuid4()),
+                    account_id="ann",
+                    predicted_ms=Parameters().max_predicted_ms,
+                    pricing=stored.pricing,
+                    at=door.clock.now,
+                )
+            ],
+        )
+    assert isinstance(hold, HoldPlaced)
+    assert hold.metered_micros == 100 * 10_000_000_000  # ten minutes, ten times
 
 
 async def test_a_grant_lets_an_account_go_on_in_fast(door: Door, boss: Caller) -> None:

@@ -263,7 +263,18 @@ async def test_a_page_token_is_good_for_its_own_request_only(door: Door) -> None
 
 
 @pytest.mark.parametrize(
-    "after", [{}, [], {"arrival": "x"}, {"arrival": 2**70}, {"ended_us": 1, "job": 7}, {"ended_us": 10**30}]
+    "after",
+    [
+        {},
+        [],
+        {"arrival": "x"},
+        {"arrival": 1.5},
+        {"arrival": True},
+        {"arrival": 2**70},
+        {"ended_us": 1, "job": 7},
+        {"ended_us": 1.5, "job": "00000000-0000-0000-0000-000000000000"},
+        {"ended_us": 10**30},
+    ],
 )
 async def test_a_forged_page_token_is_refused_and_breaks_nothing(door: Door, after: Any) -> None:
     ann = await door.caller("ann")
@@ -275,6 +286,20 @@ async def test_a_forged_page_token_is_refused_and_breaks_nothing(door: Door, aft
         forged = json.loads(base64.urlsafe_b64decode(token))
         forged["after"] = after
         refused = await refusal(call(base64.urlsafe_b64encode(json.dumps(forged).encode()).decode()))
+        assert (refused.reason, refused.violations.keys()) == ("INVALID_PARAMETER", {"page_token"})
+
+
+@pytest.mark.parametrize(
+    "token", ["[" * 100_000, '{"of":' * 100_000, '"' + "1" * 5_000 + '"', "9" * 5_000, "\0"]
+)
+async def test_a_page_token_of_any_bytes_is_refused_and_breaks_nothing(door: Door, token: str) -> None:
+    ann = await door.caller("ann")
+    encoded = base64.urlsafe_b64encode(token.encode()).decode()
+    for call in (
+        ann.jobs.ListJobs(job_pb2.ListJobsRequest(page_token=encoded)),
+        ann.jobs.ListFeed(job_pb2.ListFeedRequest(page_token=encoded)),
+    ):
+        refused = await refusal(call)
         assert (refused.reason, refused.violations.keys()) == ("INVALID_PARAMETER", {"page_token"})
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import uuid
+from collections.abc import Sequence
+from typing import Any
 
 import grpc
 import pytest
@@ -12,7 +14,7 @@ import pytest
 from scheduler.store.accounts import Role
 from scheduler.updates import QueueReason, QueueStatus
 from scheduler.v1 import job_pb2
-from tests.frontdoor.door import Door, refusal
+from tests.frontdoor.door import Door, read_refusal, refusal
 
 
 async def test_a_job_is_a_row_before_it_is_acknowledged_and_the_scheduler_is_told(door: Door) -> None:
@@ -111,6 +113,41 @@ async def test_the_same_request_sent_ten_times_at_once_is_one_job(door: Door) ->
     answers = await asyncio.gather(*(ann.create(request_id=request_id) for _ in range(10)))
     assert len({job.uid for job in answers}) == 1
     assert await door.sql("SELECT count(*) FROM scheduler.job") == 1
+
+
+async def test_a_repeated_request_returns_its_job_though_it_would_be_refused_by_now(door: Door) -> None:
+    ann = await door.caller("ann")
+    source = await ann.create("a fox")
+    await door.succeed(source.uid)
+
+    async def send(ids: Sequence[str | None], **fields: bool) -> list[Any]:
+        calls = (
+            ann.create("a purple fox", request_id=ids[0], **fields),
+            ann.create("a hare", request_id=ids[1], **fields),
+            ann.reroll(source.name, request_id=ids[2], **fields),
+            ann.vary(f"{source.name}/images/2", request_id=ids[3], **fields),
+        )
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        return [read_refusal(a) if isinstance(a, grpc.aio.AioRpcError) else a for a in answers]
+
+    ids = [str(uuid.uuid4()) for _ in range(4)]
+    first = await send(ids)
+    await door.sql("INSERT INTO scheduler.moderation_rule VALUES ('purple', 'gore') RETURNING 1")
+    door.clock.pass_s(10)
+    door.scheduler.largest_gpu = 1
+    await door.sql(
+        """UPDATE scheduler.job SET spec = jsonb_set(spec, '{model}', '"sd-9"')
+           WHERE job_id = $1 RETURNING 1""",
+        uuid.UUID(source.uid),
+    )
+    refused_by_now = ["MODERATION_REJECTED", "IMPOSSIBLE", "IMPOSSIBLE", "IMPOSSIBLE"]
+    assert [answer.reason for answer in await send([None] * 4)] == refused_by_now
+    assert [answer.uid for answer in await send(ids)] == [job.uid for job in first]
+    # To ask what a request would meet is not to repeat it.
+    assert [answer.reason for answer in await send(ids, validate_only=True)] == refused_by_now
+    assert (await refusal(ann.create("a purple cat", request_id=ids[0]))).reason == "REQUEST_ID_REUSED"
+    replayed = {"tier": "fast", "outcome": "replayed", "reason": "none"}
+    assert door.metrics.registry.get_sample_value("darkroom_submissions_total", replayed) == 4
 
 
 async def test_a_refused_request_id_can_be_used_again(door: Door) -> None:
@@ -223,6 +260,27 @@ async def test_a_reroll_keeps_a_seed_that_its_prompt_fixes(door: Door) -> None:
     ann = await door.caller("ann")
     source = await ann.create("a fox --seed 7")
     assert (await ann.reroll(source.name)).seed == 7
+
+
+async def test_what_is_made_of_a_private_job_is_private_unless_its_request_says_otherwise(door: Door) -> None:
+    ann = await door.caller("ann", plan="pro")
+    await ann.update(visibility=job_pb2.VISIBILITY_PRIVATE)
+    of_account, of_prompt = await ann.create(), await ann.create("a fox --private")
+    public = await ann.create("a fox --public")
+    await ann.update(visibility=job_pb2.VISIBILITY_PUBLIC)
+    of_request = await ann.create(visibility=job_pb2.VISIBILITY_PRIVATE)
+    # Of a public job, made private by its request alone: its prompt still says --public.
+    of_reroll = await ann.reroll(public.name, visibility=job_pb2.VISIBILITY_PRIVATE)
+    for source in (of_account, of_prompt, of_request, of_reroll):
+        await door.succeed(source.uid)
+        rerolled, varied = await ann.reroll(source.name), await ann.vary(f"{source.name}/images/1")
+        shown = await ann.reroll(source.name, visibility=job_pb2.VISIBILITY_PUBLIC)
+        assert rerolled.visibility == varied.visibility == job_pb2.VISIBILITY_PRIVATE
+        assert rerolled.price.billed_gpu_ms == 2 * rerolled.price.predicted_gpu_ms
+        assert shown.visibility == job_pb2.VISIBILITY_PUBLIC
+        for job in (rerolled, varied, shown):
+            await ann.cancel(job.name)
+    assert (await ann.reroll(public.name)).visibility == job_pb2.VISIBILITY_PUBLIC
 
 
 async def test_a_waiting_job_is_cancelled_at_once_and_costs_nothing(door: Door) -> None:

@@ -120,6 +120,21 @@ async def test_after_a_lost_attempt_the_next_one_is_followed(door: Door) -> None
     assert (await anext(watch)).progress.step == 2
 
 
+async def test_a_watch_that_came_to_the_worker_before_the_job_did_shows_its_progress(door: Door) -> None:
+    ann = await door.caller("ann")
+    job = await ann.create()
+    attempt_id = await door.start(job.uid)
+    door.scheduler.not_in_hand(attempt_id)
+    watch = aiter(ann.watch(job.name, previews=True))
+    await _until_running(watch)
+    door.scheduler.step(attempt_id, 3)
+    assert (await anext(watch)).progress.step == 3
+    assert door.scheduler.previews_asked == [True, True]
+    await door.succeed(job.uid)
+    door.scheduler.update(job.uid)
+    assert [response.event.state async for response in watch] == [job_pb2.JOB_STATE_SUCCEEDED]
+
+
 async def test_two_watches_of_one_job_see_the_same(door: Door) -> None:
     ann = await door.caller("ann")
     job = await ann.create()

@@ -122,6 +122,29 @@ async def test_the_first_start_makes_one_admin_key_however_many_start(database: 
         await connection.close()
 
 
+async def test_an_admin_key_made_anew_replaces_those_that_services_made_and_no_others(
+    connection: asyncpg.Connection,
+) -> None:
+    first = await ensure_admin_key(connection, AT)
+    assert first is not None
+    persons = await accounts.create_key(connection, "admin", Role.ADMIN)
+    second = await ensure_admin_key(connection, AT, anew=True)
+    assert second is not None
+    valid = [
+        await accounts.find_key(connection, secret.split("_")[1]) is not None
+        for secret in (first, persons.secret, second)
+    ]
+    assert valid == [False, True, True]
+    events = await connection.fetch(
+        "SELECT action, target FROM billing.audit_event WHERE actor = 'service' ORDER BY audit_id"
+    )
+    assert [(event["action"], event["target"].rpartition("/")[2]) for event in events] == [
+        ("CreateApiKey", first.split("_")[1]),
+        ("RevokeApiKey", first.split("_")[1]),
+        ("CreateApiKey", second.split("_")[1]),
+    ]
+
+
 async def test_a_job_is_read_as_it_was_written(connection: asyncpg.Connection) -> None:
     written = await _a_job(connection, "ann")
     assert await jobs.read_job(connection, written.job_id) == written
