@@ -55,8 +55,6 @@ from scheduler.updates import JobUpdate, QueueReason, QueueStatus, Updates
 
 _log = structlog.get_logger()
 
-# Rows nobody told of are read in bites, so that a flood of them does not hold up a cycle.
-_MOST_SWEPT = 5_000
 # How often the time is persisted, accounts without funds are looked at, and open holds are shown.
 _KEEP_TIME_MS = 5_000
 # A report that was made before an attempt arrived does not have it yet.
@@ -64,9 +62,6 @@ _RENDER_GRACE_MS = 30_000
 # A GPU that hangs answers every heartbeat, since those come from another thread. No admitted job takes this
 # many times the largest predicted cost.
 _OVERDUE_TIMES = 3
-# Jobs of one model whose needs differ by less wait in one line:
-# the board looks at every line's head each time.
-_MEMORY_STEP = 256 * 1024 * 1024
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -171,17 +171,6 @@ async def running_attempts(connection: asyncpg.Connection) -> list[RunningAttemp
     ]
 
 
-async def ended_attempts(connection: asyncpg.Connection, claims: Sequence[tuple[str, str]]) -> dict[str, str]:
-    """Return the state of those (attempt id, token) claims that name an attempt which has ended."""
-    rows = await connection.fetch(
-        """SELECT attempt_id::text, state FROM unnest($1::uuid[], $2::uuid[]) AS claim (attempt_id, token)
-           JOIN scheduler.attempt USING (attempt_id, token) WHERE state <> 'running'""",
-        [attempt_id for attempt_id, _ in claims],
-        [token for _, token in claims],
-    )
-    return {row["attempt_id"]: row["state"] for row in rows}
-
-
 async def standings(
     connection: asyncpg.Connection, account_ids: Sequence[str], now_ms: int
 ) -> list[AccountStanding]:

@@ -171,6 +171,15 @@ class Stage:
                     self.running.result()  # it failed: say why
                 seen = (await leader.updates.after(seen, 0.2)).newest
 
+    async def until_attempts(self, leader: Leader, job_id: str, count: int) -> None:
+        """Wait until a job's attempt of that number runs."""
+
+        async def runs() -> bool:
+            attempts = await self.attempts(job_id)
+            return len(attempts) == count and attempts[-1]["state"] == "running"
+
+        await self.until(leader, runs)
+
     async def until_state(self, leader: Leader, job_id: str, state: str) -> Mapping[str, Any]:
         async def reached() -> Mapping[str, Any] | None:
             job = await self.job(job_id)

@@ -113,11 +113,7 @@ async def test_lost_worker_costs_the_owner_nothing_and_the_job_runs_again(stage:
         job_id = await stage.submit("ada", Tier.FAST)
         await stage.until_state(leader, job_id, "running")
         fleet.kill("here/gpu-0")
-
-        async def again() -> bool:
-            return len(await stage.attempts(job_id)) == 2
-
-        await stage.until(leader, again)
+        await stage.until_attempts(leader, job_id, 2)
         fleet.finish("here/gpu-0")
         job = await stage.until_state(leader, job_id, "succeeded")
     first, second = await stage.attempts(job_id)
@@ -132,12 +128,7 @@ async def test_job_that_loses_three_workers_fails_and_costs_nothing(stage: Stage
     async with stage.leading(fleet) as leader:
         job_id = await stage.submit("ada", Tier.FAST)
         for number in range(1, 4):
-
-            async def running(number: int = number) -> bool:
-                attempts = await stage.attempts(job_id)
-                return len(attempts) == number and attempts[-1]["state"] == "running"
-
-            await stage.until(leader, running)
+            await stage.until_attempts(leader, job_id, number)
             fleet.kill("here/gpu-0")
         job = await stage.until_state(leader, job_id, "failed")
     assert job["failure_reason"] == "WORKERS_LOST"
@@ -152,11 +143,7 @@ async def test_result_of_an_attempt_that_was_given_up_counts_for_nothing(stage: 
         await stage.until_state(leader, job_id, "running")
         before = fleet.busy["here/gpu-0"]
         fleet.kill("here/gpu-0")
-
-        async def again() -> bool:
-            return len(await stage.attempts(job_id)) == 2
-
-        await stage.until(leader, again)
+        await stage.until_attempts(leader, job_id, 2)
         result = fleet.finish("here/gpu-0")
         await stage.until_state(leader, job_id, "succeeded")
         zombie = replace(result, attempt_id=before.attempt_id, token=before.token)
@@ -189,11 +176,7 @@ async def test_failure_of_ours_is_tried_again_and_one_of_the_clients_is_not(stag
         job_id = await stage.submit("ada", Tier.FAST)
         await stage.until_state(leader, job_id, "running")
         fleet.finish("here/gpu-0", outcome=Outcome.FAILED, blame=Blame.PLATFORM)
-
-        async def again() -> bool:
-            return len(await stage.attempts(job_id)) == 2
-
-        await stage.until(leader, again)
+        await stage.until_attempts(leader, job_id, 2)
         fleet.finish("here/gpu-0", outcome=Outcome.FAILED, blame=Blame.CLIENT)
         job = await stage.until_state(leader, job_id, "failed")
     assert job["failure_sentence"] == "The stub was told to fail."
@@ -239,11 +222,7 @@ async def test_worker_that_died_while_nobody_led_is_a_loss_for_the_next_schedule
         await stage.until_state(leader, job_id, "running")
     fleet.kill("here/gpu-0")
     async with stage.leading(fleet) as leader:
-
-        async def again() -> bool:
-            return len(await stage.attempts(job_id)) == 2
-
-        await stage.until(leader, again)
+        await stage.until_attempts(leader, job_id, 2)
         fleet.finish("here/gpu-0")
         await stage.until_state(leader, job_id, "succeeded")
     assert await used_ms(stage, "ada") == 500
