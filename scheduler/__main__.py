@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,7 +55,8 @@ def serve(
         worker=_given(engine=engine),
     )
     configure_logs(settings.log_level)
-    _run(lambda: _serve(settings))
+    with _expected_trouble():
+        asyncio.run(_serve(settings))
 
 
 @server.command()
@@ -72,7 +74,8 @@ def demo(
         frontdoor=_given(port=None if keep else 0),
         ops=_given(port=None if keep else 0),
     )
-    _run(lambda: _demo(settings, prompt=prompt, images_dir=images, keep=keep))
+    with _expected_trouble():
+        asyncio.run(_demo(settings, prompt=prompt, images_dir=images, keep=keep))
 
 
 @server.command()
@@ -90,12 +93,11 @@ def migrate(data_dir: DataDir = None, dsn: Dsn = None) -> None:
         if not done:
             print("nothing to do: the schema is this release's")
 
-    if settings.database.dsn is not None:
-        given = settings.database.dsn
-        _run(lambda: act(given))
-    else:
-        with embedded_postgresql(settings.data_dir / "database") as embedded:
-            _run(lambda: act(embedded))
+    with _expected_trouble(), ExitStack() as stack:
+        address = settings.database.dsn or stack.enter_context(
+            embedded_postgresql(settings.data_dir / "database")
+        )
+        asyncio.run(act(address))
 
 
 @server.command()
@@ -110,7 +112,7 @@ def stop(
         _errors.print("a local service ends with its `darkroom serve`; give --ray-address for a cluster")
         raise typer.Exit(EXIT_USAGE)
     cluster = RayCluster(address=address)
-    with ray_session(cluster):
+    with _expected_trouble(), ray_session(cluster):
         for name in stop_actors(cluster.namespace):
             print(f"stopped {name}")
 
@@ -135,18 +137,32 @@ def _settings(top: dict[str, Any], **sections: dict[str, Any]) -> Settings:
         raise typer.Exit(EXIT_USAGE) from None
 
 
-def _run(make: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Run to the end; expected trouble is one sentence and exit code 3, a bug keeps its traceback."""
+@contextmanager
+def _expected_trouble() -> Iterator[None]:
+    """Make one sentence and exit code 3 of expected trouble; a bug keeps its traceback."""
+    from gpu_worker.models import ModelsFileWrong
     from scheduler.app import NotReady
     from scheduler.client.errors import DarkroomError
+    from scheduler.refusals import Overloaded
     from scheduler.store.embedded import AlreadyServing
+    from scheduler.store.migrate import DatabaseUnreachable, SchemaChanged, SchemaTooNew
 
     try:
-        asyncio.run(make())
+        yield
     except DarkroomError as refused:
         _errors.print(f"darkroom: {refused}", style="red")
         raise typer.Exit(refused.exit_code) from refused
-    except (AlreadyServing, NotReady, OSError, RuntimeError) as trouble:
+    except (
+        AlreadyServing,
+        DatabaseUnreachable,
+        ModelsFileWrong,
+        NotReady,
+        Overloaded,
+        SchemaChanged,
+        SchemaTooNew,
+        OSError,
+        RuntimeError,
+    ) as trouble:
         _errors.print(f"darkroom: {trouble}", style="red")
         raise typer.Exit(EXIT_TROUBLE) from trouble
     except KeyboardInterrupt:
@@ -162,7 +178,7 @@ async def _serve(settings: Settings) -> None:
         if service.admin_key is not None:
             print(f"The admin's key, shown once: {service.admin_key}")
         sys.stdout.flush()
-        await stopped.wait()
+        await service.unless_it_fails(stopped.wait())
 
 
 async def _demo(settings: Settings, *, prompt: str | None, images_dir: Path, keep: bool) -> None:
@@ -175,18 +191,20 @@ async def _demo(settings: Settings, *, prompt: str | None, images_dir: Path, kee
     )
     async with running(settings, new_admin_key=True) as service:
         assert service.admin_key is not None
-        await run_demo(
-            address=service.address,
-            admin_key=service.admin_key,
-            prompt=prompt,
-            images_dir=images_dir,
-            console=console,
-            keep=keep,
+        await service.unless_it_fails(
+            run_demo(
+                address=service.address,
+                admin_key=service.admin_key,
+                prompt=prompt,
+                images_dir=images_dir,
+                console=console,
+                keep=keep,
+            )
         )
         if keep:
             stopped = _stop_signal()
             console.print("It stays up until you press Ctrl-C.")
-            await stopped.wait()
+            await service.unless_it_fails(stopped.wait())
 
 
 def _stop_signal() -> asyncio.Event:

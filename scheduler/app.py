@@ -7,10 +7,11 @@ What is not given is embedded: PostgreSQL, Ray and the artifact store on this ma
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any, TypeVar
 
 from billing import plans as billing_plans
 from gpu_worker.models import read_models
@@ -25,6 +26,8 @@ from scheduler.store.embedded import embedded_postgresql
 from scheduler.store.leadership import present_holder
 from scheduler.store.migrate import migrate_database
 from scheduler.store.pool import Pool, open_pool
+
+T = TypeVar("T")
 
 _READY_S = 120.0
 _ASK_AGAIN_S = 0.1
@@ -44,6 +47,12 @@ class Service:
     """Of /metrics, /healthz and /readyz, host:port."""
     admin_key: str | None
     """Made now; shown once. None: the database had one already."""
+    background: tuple[asyncio.Task[None], ...]
+    """What the service does by itself; each ends only by failing."""
+
+    async def unless_it_fails(self, work: Coroutine[Any, Any, T]) -> T:
+        """Do `work` and return its result; raise what the service failed of if it does so meanwhile."""
+        return await _unless_failed(work, self.background)
 
 
 @asynccontextmanager
@@ -54,8 +63,9 @@ async def running(
 
     With `new_admin_key` it has one to show even if the database had one before.
 
-    Raises AlreadyServing, NotReady, OSError where a port is taken, and RuntimeError, saying what to do, where
-    Ray or PostgreSQL cannot be had.
+    Raises AlreadyServing, NotReady, ModelsFileWrong, SchemaChanged, SchemaTooNew, DatabaseUnreachable,
+    Overloaded where the database went away meanwhile, OSError where a port is taken, and RuntimeError,
+    saying what to do, where Ray or PostgreSQL cannot be had.
     """
     models = read_models(settings.models_file)
     async with AsyncExitStack() as stack:
@@ -86,14 +96,17 @@ async def running(
                 scheduler_exposition=link.scheduler_metrics,
             )
         )
-        await _until(link.scheduler_ready, "no scheduler took the lead")
+        background = (link.background, front_door.background)
+        await _unless_failed(_until(link.scheduler_ready, "no scheduler took the lead"), background)
         if settings.ray.address is None:
             # On a cluster workers come and go; here a service without its workers has not started.
-            await _until(lambda: _joined(link, settings.ray.local_gpus), "not all GPU workers started")
+            joined = _until(lambda: _joined(link, settings.ray.local_gpus), "not all GPU workers started")
+            await _unless_failed(joined, background)
         yield Service(
             address=f"{settings.frontdoor.host}:{front_door.port}",
             ops_address=f"{settings.ops.host}:{ops.port}",
             admin_key=admin_key,
+            background=background,
         )
 
 
@@ -109,6 +122,18 @@ async def _answers(pool: Pool) -> bool:
 
 async def _joined(link: RayLink, wanted: int) -> bool:
     return await link.workers() >= wanted
+
+
+async def _unless_failed(work: Coroutine[Any, Any, T], background: tuple[asyncio.Task[None], ...]) -> T:
+    doing = asyncio.create_task(work)
+    try:
+        done, _ = await asyncio.wait({doing, *background}, return_when=asyncio.FIRST_COMPLETED)
+        for failed in done - {doing}:
+            failed.result()
+        return doing.result()
+    finally:
+        doing.cancel()
+        await asyncio.gather(doing, return_exceptions=True)
 
 
 async def _until(holds: Callable[[], Awaitable[bool]], otherwise: str) -> None:

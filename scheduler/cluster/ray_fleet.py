@@ -8,14 +8,21 @@ told once (ActorDiedError), not a silence that may or may not end.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
+import ray.util
 import structlog
-from ray.exceptions import ActorDiedError, ActorUnavailableError, ActorUnschedulableError, RayActorError
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    ActorUnschedulableError,
+    RayActorError,
+    RayTaskError,
+)
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from gpu_worker.actor import GpuWorker
@@ -50,25 +57,38 @@ class Slot:
     node_id: str
 
 
-def gpu_slots(nodes: list[dict[str, Any]]) -> list[Slot]:
-    """Return a slot for each GPU of the living nodes (`ray.nodes()`): `<node name>/gpu-<i>`.
+def node_names(
+    nodes: list[dict[str, Any]], known: Mapping[str, str], workers: Collection[str]
+) -> dict[str, str]:
+    """Return a name of its own for each living node (`ray.nodes()`) by its id.
 
-    Nodes that share a name, as several on one machine do, are told apart by the beginning of their ids.
+    A node's name is decided once and kept while it lives: `known` are the names so far, `workers` the ids of
+    the workers that live, among them those that an earlier scheduler named. Of several nodes with one name,
+    as on one machine, the first keeps it and the others add the beginning of their ids.
     """
-    alive = [node for node in nodes if node["Alive"]]
-    names = [node["NodeName"] for node in alive]
-    slots = []
-    for node in alive:
-        name = (
-            node["NodeName"]
-            if names.count(node["NodeName"]) == 1
-            else f"{node['NodeName']}-{node['NodeID'][:8]}"
-        )
-        slots += [
-            Slot(worker_id=f"{name}/gpu-{index}", node_id=node["NodeID"])
-            for index in range(int(node["Resources"].get("GPU", 0)))
-        ]
-    return slots
+    alive = {node["NodeID"]: node["NodeName"] for node in nodes if node["Alive"]}
+    names = {node_id: name for node_id, name in known.items() if node_id in alive}
+    fresh = sorted(alive.keys() - names.keys())
+    longer = {node_id: f"{alive[node_id]}-{node_id[:8]}" for node_id in fresh}
+    at_work = {worker_id.rpartition("/")[0] for worker_id in workers}
+    for node_id in fresh:
+        if longer[node_id] in at_work:
+            names[node_id] = longer[node_id]
+    for node_id in fresh:
+        if node_id not in names:
+            taken = alive[node_id] in names.values()
+            names[node_id] = longer[node_id] if taken else alive[node_id]
+    return names
+
+
+def gpu_slots(nodes: list[dict[str, Any]], names: Mapping[str, str]) -> list[Slot]:
+    """Return a slot for each GPU of the nodes that have a name: `<name>/gpu-<i>`."""
+    return [
+        Slot(worker_id=f"{names[node['NodeID']]}/gpu-{index}", node_id=node["NodeID"])
+        for node in nodes
+        if node["NodeID"] in names
+        for index in range(int(node["Resources"].get("GPU", 0)))
+    ]
 
 
 class RayFleet:
@@ -84,7 +104,9 @@ class RayFleet:
         self._listening: dict[str, asyncio.Task[None]] = {}
         self._answered: dict[str, asyncio.Event] = {}
         self._incarnations: dict[str, str] = {}
+        self._names: dict[str, str] = {}
         self._calls: set[asyncio.Task[None]] = set()
+        self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def open(self, epoch: int, tell: Callable[[FleetFact], None]) -> None:
         """See Fleet.open."""
@@ -100,29 +122,29 @@ class RayFleet:
         """See Fleet.run."""
         try:
             while True:
-                await asyncio.sleep(_NODES_EVERY_S)
+                await asyncio.wait({self._failed}, timeout=_NODES_EVERY_S)
+                if self._failed.done():
+                    self._failed.result()
                 await self._look_at_nodes()
-                for task in [*self._listening.values(), *self._calls]:
-                    if task.done():
-                        task.result()
         finally:
             await self._close()
 
     def render(self, worker_id: str, request: RenderRequest) -> None:
         """See Fleet.render."""
-        self._call(self._render(worker_id, request))
+        self._call(self._render(worker_id, request), f"render {request.attempt_id}")
 
     def stop(self, worker_id: str, attempt_id: str, token: str) -> None:
         """See Fleet.stop."""
-        self._call(self._ask(worker_id, "stop", self._epoch, attempt_id, token))
+        self._call(self._ask(worker_id, "stop", self._epoch, attempt_id, token), f"stop {attempt_id}")
 
     def acknowledge(self, worker_id: str, result: AttemptResult) -> None:
         """See Fleet.acknowledge."""
-        self._call(self._ask(worker_id, "acknowledge", self._epoch, result.attempt_id))
+        asking = self._ask(worker_id, "acknowledge", self._epoch, result.attempt_id)
+        self._call(asking, f"acknowledge {result.attempt_id}")
 
     def forget(self, worker_id: str, attempt_id: str) -> None:
         """See Fleet.forget."""
-        self._call(self._ask(worker_id, "forget", self._epoch, attempt_id))
+        self._call(self._forget(worker_id, attempt_id), f"forget {attempt_id}")
 
     @property
     def _silence_s(self) -> float:
@@ -130,7 +152,16 @@ class RayFleet:
 
     async def _look_at_nodes(self) -> list[str]:
         """Listen to every slot of the living nodes; returns the workers that were alive already."""
-        slots = {slot.worker_id: slot for slot in gpu_slots(await asyncio.to_thread(ray.nodes))}
+        nodes = await asyncio.to_thread(ray.nodes)
+        if self._names.keys() != {node["NodeID"] for node in nodes if node["Alive"]}:
+            workers = await asyncio.to_thread(self._living_workers)
+            self._names = node_names(nodes, self._names, workers)
+            wanted = {slot.worker_id for slot in gpu_slots(nodes, self._names)}
+            for worker_id in workers - wanted:
+                # Nobody would listen to it, and it would keep its GPU from the worker that is wanted there.
+                _log.warning("worker without a slot ended", worker=worker_id)
+                await asyncio.to_thread(self._kill, worker_id)
+        slots = {slot.worker_id: slot for slot in gpu_slots(nodes, self._names)}
         for worker_id in self._listening.keys() - slots.keys():
             _log.info("slot gone with its node", worker=worker_id)
             self._listening.pop(worker_id).cancel()
@@ -141,10 +172,24 @@ class RayFleet:
                 if await asyncio.to_thread(self._find, worker_id) is not None:
                     found.append(worker_id)
                 self._answered[worker_id] = asyncio.Event()
-                self._listening[worker_id] = asyncio.create_task(
-                    self._listen(slot), name=f"listen {worker_id}"
-                )
+                listening = asyncio.create_task(self._listen(slot), name=f"listen {worker_id}")
+                listening.add_done_callback(self._notice_failure)
+                self._listening[worker_id] = listening
         return found
+
+    def _living_workers(self) -> set[str]:
+        """Return the ids of the workers of this release that Ray knows, whoever started them."""
+        prefix = actor_name("worker") + "-"
+        return {
+            actor["name"].removeprefix(prefix)
+            for actor in ray.util.list_named_actors(all_namespaces=True)
+            if actor["namespace"] == self._namespace and actor["name"].startswith(prefix)
+        }
+
+    def _kill(self, worker_id: str) -> None:
+        actor = self._find(worker_id)
+        if actor is not None:
+            ray.kill(actor, no_restart=True)
 
     def _find(self, worker_id: str) -> Any | None:
         try:
@@ -225,23 +270,50 @@ class RayFleet:
 
     async def _render(self, worker_id: str, request: RenderRequest) -> None:
         try:
-            await self._actors[worker_id].render.remote(request)
+            await self._ask(worker_id, "render", request)
         except WorkerBusy as busy:
             self._tell(RenderRefused(worker_id=worker_id, attempt_id=request.attempt_id, sentence=str(busy)))
-        except (RayActorError, StaleEpoch) as gone:
-            # A dead worker's long poll tells of its death, and a newer scheduler's epoch ends this one.
-            _log.info("render not delivered", worker=worker_id, trouble=type(gone).__name__)
+
+    async def _forget(self, worker_id: str, attempt_id: str) -> None:
+        try:
+            await self._ask(worker_id, "forget", self._epoch, attempt_id)
+        except RayTaskError as trouble:
+            # The artifact store did not delete the pictures. The result is dropped all the same, and nothing
+            # depends on the files.
+            _log.warning(
+                "pictures not deleted", worker=worker_id, attempt=attempt_id, error=str(trouble.cause)
+            )
 
     async def _ask(self, worker_id: str, method: str, *arguments: Any) -> None:
-        try:
-            await getattr(self._actors[worker_id], method).remote(*arguments)
-        except (RayActorError, StaleEpoch) as gone:
-            _log.info("worker not reached", worker=worker_id, method=method, trouble=type(gone).__name__)
+        """Call a worker until it has answered or its present life is over: every method may be repeated.
 
-    def _call(self, call: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(call)
+        Raises what the worker raises, but for StaleEpoch.
+        """
+        actor, life = self._actors[worker_id], self._incarnations.get(worker_id)
+        while True:
+            try:
+                await getattr(actor, method).remote(*arguments)
+                return
+            except ActorUnavailableError:
+                # Lost on the way, in one direction or the other.
+                await asyncio.sleep(_ASK_AGAIN_S)
+                if self._incarnations.get(worker_id) != life:
+                    return  # whatever it had in hand has been told lost
+            except (RayActorError, StaleEpoch) as gone:
+                # A dead worker's long poll tells of its death, and a newer scheduler's epoch ends this one.
+                _log.info("worker not reached", worker=worker_id, method=method, trouble=type(gone).__name__)
+                return
+
+    def _call(self, call: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.create_task(call, name=name)
         self._calls.add(task)
         task.add_done_callback(self._calls.discard)
+        task.add_done_callback(self._notice_failure)
+
+    def _notice_failure(self, task: asyncio.Task[None]) -> None:
+        """Let `run` end with what a call or a long poll raised: it is a bug."""
+        if not task.cancelled() and (failure := task.exception()) is not None and not self._failed.done():
+            self._failed.set_exception(failure)
 
 
 def _nobody_listens(fact: FleetFact) -> None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -20,6 +21,7 @@ from ray.exceptions import RayError
 from gpu_worker.contract import Progress
 from scheduler.cluster.ray_fleet import actor_name
 from scheduler.cluster.scheduler_actor import StillStarting
+from scheduler.refusals import Overloaded
 from scheduler.updates import JobUpdate, QueueStatus
 
 _log = structlog.get_logger()
@@ -27,8 +29,17 @@ _log = structlog.get_logger()
 _POLL_S = 5.0
 _ASK_AGAIN_S = 0.2
 _ANSWER_S = 2.0
-# The scheduler is away: it may be busy with a million rows, or be started anew by Ray.
-_AWAY = (RayError, StillStarting, TimeoutError, ValueError)
+# Notices that wait for the scheduler to come back. Jobs beyond are found by its sweep.
+_MOST_JOBS_NOTED = 100_000
+
+
+class _NoSuchActor(Exception):
+    """Nobody of that name is in the cluster."""
+
+
+# The scheduler is away: it may be busy with a million rows, or be started anew by Ray; or the database is,
+# and nobody can tell who leads.
+_AWAY = (RayError, StillStarting, TimeoutError, _NoSuchActor, Overloaded)
 
 
 class RayLink:
@@ -46,10 +57,13 @@ class RayLink:
         self._most_memory_bytes: int | None = None
         self._newest: dict[str, JobUpdate] = {}
         self._followers: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
+        self._streams: dict[tuple[str, bool], _ProgressStream] = {}
+        self.background = asyncio.create_task(self._run(), name="link")
+        """Polls and notifies. Ends only by failing: whoever keeps the service up awaits it too."""
 
     def jobs_changed(self, job_ids: Sequence[str]) -> None:
         """See SchedulerLink.jobs_changed."""
-        self._jobs.update(job_ids)
+        self._note_jobs(job_ids)
         self._noted.set()
 
     def accounts_changed(self, account_ids: Sequence[str]) -> None:
@@ -93,14 +107,19 @@ class RayLink:
 
     async def progress(self, worker_id: str, attempt_id: str, previews: bool) -> AsyncIterator[Progress]:
         """See SchedulerLink.progress."""
+        key = (attempt_id, previews)
+        stream = self._streams.get(key)
+        if stream is None or stream.ended:
+            stream = self._streams[key] = _ProgressStream(self._watch(worker_id, attempt_id, previews))
         try:
-            worker = await self._worker(worker_id)
-            async for reference in worker.watch.options(num_returns="streaming").remote(attempt_id, previews):
-                yield await reference
-        except (RayError, ValueError):
-            self._workers.pop(
-                worker_id, None
-            )  # dead, or not there any more: what becomes of the job comes by `follow`
+            async with aclosing(stream.follow()) as newest:
+                async for progress in newest:
+                    yield progress
+        finally:
+            if not stream.followers:
+                stream.reading.cancel()
+                if self._streams.get(key) is stream:
+                    del self._streams[key]
 
     def most_memory_bytes(self) -> int | None:
         """See SchedulerLink.most_memory_bytes."""
@@ -133,8 +152,7 @@ class RayLink:
             raise TimeoutError("the scheduler does not answer") from away
         return text
 
-    async def run(self) -> None:
-        """Poll and notify until cancelled."""
+    async def _run(self) -> None:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._poll(), name="poll updates")
             group.create_task(self._notify(), name="notify scheduler")
@@ -177,12 +195,14 @@ class RayLink:
                 if accounts:
                     await _within(_ANSWER_S, actor.accounts_changed.remote(accounts))
             except _AWAY:
-                # Jobs are swept up by whoever leads next, but nothing sweeps accounts.
+                self._note_jobs(jobs)
                 self._accounts |= set(accounts)
                 self._actor = None
                 await asyncio.sleep(_ASK_AGAIN_S)
-                if self._accounts:
-                    self._noted.set()
+                self._noted.set()
+
+    def _note_jobs(self, job_ids: Sequence[str]) -> None:
+        self._jobs.update(job_ids[: max(0, _MOST_JOBS_NOTED - len(self._jobs))])
 
     def _hand_out(self, update: JobUpdate) -> None:
         followers = self._followers.get(update.job_id)
@@ -205,27 +225,101 @@ class RayLink:
 
     async def _scheduler(self) -> Any:
         if self._actor is None:
-            name = await self._holder() or actor_name("scheduler")
-            self._actor = await asyncio.to_thread(ray.get_actor, name, self._namespace)
+            self._actor = await self._named(await self._holder() or actor_name("scheduler"))
         return self._actor
 
     async def _worker(self, worker_id: str) -> Any:
         if worker_id not in self._workers:
-            name = actor_name("worker", worker_id)
-            self._workers[worker_id] = await asyncio.to_thread(ray.get_actor, name, self._namespace)
+            self._workers[worker_id] = await self._named(actor_name("worker", worker_id))
         return self._workers[worker_id]
+
+    async def _named(self, name: str) -> Any:
+        try:
+            return await asyncio.to_thread(ray.get_actor, name, self._namespace)
+        except ValueError as missing:
+            raise _NoSuchActor(name) from missing
+
+    async def _watch(self, worker_id: str, attempt_id: str, previews: bool) -> AsyncGenerator[Progress, None]:
+        references = None
+        try:
+            worker = await self._worker(worker_id)
+            references = worker.watch.options(num_returns="streaming").remote(attempt_id, previews)
+            async for reference in references:
+                yield await reference
+        except (RayError, _NoSuchActor):
+            # Dead, or not there any more: what becomes of the job comes by `follow`.
+            self._workers.pop(worker_id, None)
+        finally:
+            if references is not None:
+                # Dropping them is not enough: the worker's `watch` would go on for nobody, and an actor runs
+                # a thousand calls at once and then none.
+                ray.cancel(references)
+
+
+class _ProgressStream:
+    """One stream from a worker for all who watch the same attempt here: each gets the newest, at its pace."""
+
+    def __init__(self, source: AsyncGenerator[Progress, None]) -> None:
+        self.followers: set[asyncio.Event] = set()
+        self.ended = False
+        self._newest: Progress | None = None
+        self._newest_preview: Progress | None = None
+        self.reading = asyncio.create_task(self._read(source), name="progress")
+
+    async def follow(self) -> AsyncGenerator[Progress, None]:
+        """Yield the newest progress, with the newest preview where one came since the last."""
+        came = asyncio.Event()
+        self.followers.add(came)
+        told: Progress | None = None
+        told_preview: Progress | None = None
+        try:
+            while True:
+                came.clear()
+                newest, preview = self._newest, self._newest_preview
+                if newest is not None and newest is not told:
+                    told = newest
+                    if preview is not None and preview is not told_preview:
+                        told_preview = preview
+                        newest = replace(
+                            newest,
+                            preview=preview.preview,
+                            preview_content_type=preview.preview_content_type,
+                        )
+                    yield newest
+                elif self.ended:
+                    await self.reading  # what it raised is a bug, and is raised here
+                    return
+                else:
+                    await came.wait()
+        finally:
+            self.followers.discard(came)
+
+    async def _read(self, source: AsyncGenerator[Progress, None]) -> None:
+        try:
+            async with aclosing(source):
+                async for progress in source:
+                    self._newest = progress
+                    if progress.preview:
+                        self._newest_preview = progress
+                    self._wake()
+        finally:
+            self.ended = True
+            self._wake()
+
+    def _wake(self) -> None:
+        for follower in self.followers:
+            follower.set()
 
 
 @asynccontextmanager
 async def ray_link(*, namespace: str, holder: Callable[[], Awaitable[str]]) -> AsyncIterator[RayLink]:
     """Open a front door's line and keep it open inside the context."""
     link = RayLink(namespace=namespace, holder=holder)
-    running = asyncio.create_task(link.run(), name="link")
     try:
         yield link
     finally:
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)
+        link.background.cancel()
+        await asyncio.gather(link.background, return_exceptions=True)
 
 
 async def _within(seconds: float, reference: Awaitable[Any]) -> Any:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -15,6 +19,11 @@ from scheduler.cluster.scheduler_actor import SchedulerActor
 from scheduler.settings import RayCluster, Settings
 
 LOCAL_NODE = "local"
+
+# A Unix socket's path ends at 107 bytes, so the folders of local Rays are short ones.
+_FOLDERS = Path("/tmp")  # noqa: S108 - each is made by mkdtemp, which leaves nothing to guess
+# Not the `dr-ray-` of releases that held no lock: theirs look free while they are in use.
+_PREFIX = "dr-local-"
 
 _SchedulerActor: Any = SchedulerActor  # Ray's decorator adds what no type says
 
@@ -34,8 +43,8 @@ def ray_session(cluster: RayCluster, *, show_logs: bool = False) -> Iterator[Non
         finally:
             ray.shutdown()
         return
-    # A Unix socket's path ends at 107 bytes, so the folder is a short one.
-    with tempfile.TemporaryDirectory(prefix="dr-ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+    remove_left_folders()
+    with local_folder() as folder:
         ray.init(
             address="local",
             namespace=cluster.namespace,
@@ -47,12 +56,49 @@ def ray_session(cluster: RayCluster, *, show_logs: bool = False) -> Iterator[Non
             log_to_driver=show_logs,
             logging_level="ERROR",
             _node_name=LOCAL_NODE,
-            _temp_dir=folder,
+            _temp_dir=str(folder),
         )
         try:
             yield
         finally:
             ray.shutdown()
+
+
+@contextmanager
+def local_folder(parent: Path = _FOLDERS) -> Iterator[Path]:
+    """Make a folder for a local Ray, held while the context is open, then remove it.
+
+    A folder whose process was killed is held no more, and `remove_left_folders` of the next finds it.
+    """
+    made = Path(tempfile.mkdtemp(prefix="dr-new-", dir=parent))
+    held = os.open(made, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        # It gets the name that is looked for once it is held, so nobody finds it free in between.
+        folder = made.rename(made.with_name(made.name.replace("dr-new-", _PREFIX)))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(held)
+
+
+def remove_left_folders(parent: Path = _FOLDERS) -> None:
+    """Remove the folders of local Rays whose processes were killed; those of other users stay."""
+    for folder in parent.glob(f"{_PREFIX}*"):
+        try:
+            held = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
+        except OSError:
+            continue  # another user's, or removed by another process meanwhile
+        try:
+            if os.fstat(held).st_uid == os.getuid():
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+        except BlockingIOError:
+            continue  # in use
+        finally:
+            os.close(held)
 
 
 def ensure_scheduler(settings: Settings, dsn: str) -> None:
@@ -79,15 +125,16 @@ def stop_actors(namespace: str) -> list[str]:
 
     Rows keep everything that waits.
     """
-    stopped = []
-    for named in ray.util.list_named_actors(all_namespaces=True):
-        name = named["name"]
-        if named["namespace"] == namespace and name.startswith(
-            (actor_name("scheduler"), actor_name("worker"))
-        ):
-            ray.kill(ray.get_actor(name, namespace=namespace), no_restart=True)
-            stopped.append(name)
-    return stopped
+    ours = (actor_name("scheduler"), actor_name("worker"))
+    names = [
+        actor["name"]
+        for actor in ray.util.list_named_actors(all_namespaces=True)
+        if actor["namespace"] == namespace and actor["name"].startswith(ours)
+    ]
+    # The scheduler's name sorts first: one that lives starts another worker for each that dies.
+    for name in sorted(names):
+        ray.kill(ray.get_actor(name, namespace=namespace), no_restart=True)
+    return sorted(names)
 
 
 def _join(address: str, namespace: str, *, show_logs: bool) -> None:

@@ -30,18 +30,45 @@ AWAY = (
     asyncpg.AdminShutdownError,
     asyncpg.CrashShutdownError,
     asyncpg.TooManyConnectionsError,
+    # What was a transaction of ours has been rolled back meanwhile, and its connection is gone.
+    asyncpg.IdleInTransactionSessionTimeoutError,
 )
-"""What says that the database is away or was, not that the work is wrong."""
+"""What says that the database is away or was, not that the work is wrong. OSError includes TimeoutError."""
+
+IDLE_IN_TRANSACTION_MS = 10_000
+"""A process that stopped in the middle of a transaction holds its locks no longer than this."""
+
+# Longer than reading a million waiting jobs takes, which is the longest statement there is.
+_STATEMENT_S = 60.0
 
 _AGAIN = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError)
+
+
+def session_settings(
+    application: str, idle_in_transaction_ms: int = IDLE_IN_TRANSACTION_MS
+) -> dict[str, str]:
+    """Return what every session of ours asks of the server: a name, and an end when its client is gone.
+
+    A frozen client is told by the idle transaction, a vanished machine by TCP (after 25 s at most; by the
+    defaults it would be two hours). On a Unix socket the TCP settings are ignored.
+    """
+    return {
+        "application_name": application,
+        "idle_in_transaction_session_timeout": str(idle_in_transaction_ms),
+        "tcp_keepalives_idle": "10",
+        "tcp_keepalives_interval": "5",
+        "tcp_keepalives_count": "3",
+        "tcp_user_timeout": "25000",
+    }
 
 
 class Lane:
     """One writer's connection to PostgreSQL, opened at first use and again after it broke."""
 
-    def __init__(self, dsn: str, name: str) -> None:
+    def __init__(self, dsn: str, name: str, *, idle_in_transaction_ms: int = IDLE_IN_TRANSACTION_MS) -> None:
         self._dsn = dsn
         self._name = name
+        self._idle_in_transaction_ms = idle_in_transaction_ms
         self._connection: asyncpg.Connection | None = None
 
     async def run(self, work: Callable[[asyncpg.Connection], Awaitable[T]]) -> T:
@@ -69,6 +96,9 @@ class Lane:
     async def _connected(self) -> asyncpg.Connection:
         if self._connection is None or self._connection.is_closed():
             self._connection = await asyncpg.connect(
-                self._dsn, timeout=5, server_settings={"application_name": f"darkroom {self._name}"}
+                self._dsn,
+                timeout=5,
+                command_timeout=_STATEMENT_S,
+                server_settings=session_settings(f"darkroom {self._name}", self._idle_in_transaction_ms),
             )
         return self._connection

@@ -15,6 +15,7 @@ import billing
 
 # Any fixed number: it only has to differ from other users' advisory locks in this database.
 _LOCK = 0x6461726B
+_CONNECT_S = 10.0
 
 FOLDERS: tuple[tuple[str, Path], ...] = (
     ("billing", Path(billing.__file__).parent / "migrations"),
@@ -30,6 +31,10 @@ class SchemaChanged(Exception):
 
 class SchemaTooNew(Exception):
     """The database was migrated by a newer release: upgrade this one, or restore the database's backup."""
+
+
+class DatabaseUnreachable(Exception):
+    """PostgreSQL cannot be connected to: check that it runs, the DSN, and the password."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,9 +105,15 @@ async def migrate(connection: asyncpg.Connection) -> list[Migration]:
 async def migrate_database(dsn: str) -> list[Migration]:
     """Open a connection of its own and `migrate`.
 
-    Give a direct DSN: locks do not pass a transaction pooler.
+    Give a direct DSN: locks do not pass a transaction pooler. Raises what `migrate` does, and
+    DatabaseUnreachable.
     """
-    connection = await asyncpg.connect(dsn)
+    try:
+        connection = await asyncpg.connect(dsn, timeout=_CONNECT_S)
+    except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as trouble:
+        # The DSN may hold a password, so it is not repeated; and a timeout has no words of its own.
+        why = str(trouble) or "it did not answer in time"
+        raise DatabaseUnreachable(f"cannot connect to PostgreSQL: {why}") from trouble
     try:
         return await migrate(connection)
     finally:

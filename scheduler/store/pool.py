@@ -14,7 +14,7 @@ from typing import Any, TypeAlias, cast
 import asyncpg
 
 from scheduler.refusals import Overloaded
-from scheduler.store.lanes import AWAY
+from scheduler.store.lanes import AWAY, session_settings
 
 Connection: TypeAlias = asyncpg.Connection
 """One connection, inside the caller's transaction."""
@@ -115,7 +115,7 @@ async def open_pool(dsn: str, size: int, *, application: str = "darkroom frontdo
                 max_size=size,
                 timeout=_ACQUIRE_S,
                 command_timeout=_STATEMENT_S,
-                server_settings={"application_name": application},
+                server_settings=session_settings(application),
                 reset=_nothing_to_reset,
             )
         )

@@ -41,6 +41,10 @@ class ServiceProcess:
         """The embedded database, for looking at what the service wrote."""
         return f"postgresql://postgres@/postgres?host={self._data_dir}/database/postgresql"
 
+    def wait_for_worker(self, worker_id: str) -> None:
+        """Return once this worker has joined."""
+        self._wait_for(rf'"worker": "{worker_id}".*"event": "worker joined"')
+
     def kill_worker(self, worker_id: str) -> None:
         """SIGKILL the process of a slot's worker."""
         joined = [json.loads(found.group()) for found in self._all(r'\{.*"event": "worker joined".*\}')]

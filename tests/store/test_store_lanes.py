@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import asyncpg
 import pytest
 
-from scheduler.store.lanes import Lane
+from scheduler.store.lanes import AWAY, Lane
+from scheduler.store.leadership import Deposed, require_leader, take_lead
+from scheduler.store.pool import open_pool
 
 
 async def test_work_is_done_again_on_a_new_connection_when_the_database_cut_it(
@@ -42,3 +46,34 @@ async def test_a_bug_is_not_repeated(database: str) -> None:
         await lane.run(work)
     await lane.close()
     assert times == 1
+
+
+async def test_leader_that_fell_silent_in_a_transaction_does_not_keep_the_lead(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    lane = Lane(database, "frozen", idle_in_transaction_ms=200)
+    first = await take_lead(connection, "first")
+    troubles = []
+
+    async def freeze(lanes_own: asyncpg.Connection) -> None:
+        try:
+            async with lanes_own.transaction():
+                await require_leader(lanes_own, first.epoch)
+                await take_lead(connection, "second")
+                await lanes_own.execute("SELECT 'it wakes up'")
+        except AWAY as trouble:
+            troubles.append(trouble)
+            raise
+
+    async with asyncio.timeout(10):
+        with pytest.raises(Deposed):
+            await lane.run(freeze)
+    await lane.close()
+    assert len(troubles) == 1, "what it had begun is rolled back, and the next try finds it deposed"
+
+
+async def test_front_door_that_fell_silent_in_a_transaction_loses_its_locks_too(database: str) -> None:
+    pool = await open_pool(database, 1)
+    async with pool.reading() as connection:
+        assert await connection.fetchval("SHOW idle_in_transaction_session_timeout") == "10s"
+    await pool.close()

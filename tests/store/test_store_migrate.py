@@ -8,7 +8,14 @@ import asyncpg
 import pytest
 
 from scheduler.store.embedded import with_database
-from scheduler.store.migrate import SchemaChanged, SchemaTooNew, migrate, migrate_database, migrations
+from scheduler.store.migrate import (
+    DatabaseUnreachable,
+    SchemaChanged,
+    SchemaTooNew,
+    migrate,
+    migrate_database,
+    migrations,
+)
 
 
 async def test_a_migrated_database_has_nothing_left_to_do(connection: asyncpg.Connection) -> None:
@@ -39,3 +46,22 @@ async def test_a_database_of_a_newer_release_is_refused(connection: asyncpg.Conn
     await connection.execute("INSERT INTO public.darkroom_migration VALUES ('scheduler', '9999_later', '')")
     with pytest.raises(SchemaTooNew, match="9999_later"):
         await migrate(connection)
+
+
+@pytest.mark.parametrize(
+    "dsn",
+    [
+        "postgresql://ann:secret@127.0.0.1:1/darkroom",
+        "postgresql://ann:secret@/darkroom?host=/nowhere",
+        "nonsense",
+    ],
+)
+async def test_a_server_that_is_not_there_is_unreachable_and_no_password_is_repeated(dsn: str) -> None:
+    with pytest.raises(DatabaseUnreachable) as unreachable:
+        await migrate_database(dsn)
+    assert "secret" not in str(unreachable.value)
+
+
+async def test_a_database_that_does_not_exist_is_unreachable(postgresql: str) -> None:
+    with pytest.raises(DatabaseUnreachable, match="no_such_database"):
+        await migrate_database(with_database(postgresql, "no_such_database"))

@@ -1,0 +1,178 @@
+"""The fleet over a real Ray, and what it makes of calls that Ray could not deliver."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.exceptions import ActorUnavailableError, RayTaskError
+
+from gpu_worker.contract import Outcome, RenderKind, RenderRequest, RenderSpec, WorkerBusy
+from gpu_worker.settings import WorkerSettings
+from scheduler.cluster.ray_fleet import RayFleet, actor_name
+from scheduler.cluster.ray_session import stop_actors
+from scheduler.fleet import FleetFact, RenderRefused, WorkerFound, WorkerHeard
+from tests.cluster.small_ray import NAMESPACE, NODE
+
+_WORKER = f"{NODE}/gpu-0"
+
+
+def a_request() -> RenderRequest:
+    return RenderRequest(
+        job_id=str(uuid.uuid4()),
+        attempt_id=str(uuid.uuid4()),
+        token="token",
+        epoch=1,
+        tier="fast",
+        file_stem="fox",
+        spec=RenderSpec(
+            kind=RenderKind.IMAGINE,
+            model="stand-in",
+            prompt="a fox",
+            width=64,
+            height=64,
+            steps=2,
+            guidance_milli=5000,
+            seed=7,
+        ),
+    )
+
+
+def a_fleet(folder: Path) -> RayFleet:
+    worker = WorkerSettings(
+        worker_id="",
+        release="test",
+        artifacts_url=str(folder / "artifacts"),
+        cache_dir=folder / "cache",
+        engine="timed",
+        device="cpu",
+        timed_step_ms=0,
+    )
+    return RayFleet(worker=worker, namespace=NAMESPACE, heartbeat_ms=3_000)
+
+
+@asynccontextmanager
+async def opened(fleet: RayFleet) -> AsyncIterator[asyncio.Queue[FleetFact]]:
+    """Run a fleet and yield its facts; then end its workers."""
+    facts: asyncio.Queue[FleetFact] = asyncio.Queue()
+    await fleet.open(1, facts.put_nowait)
+    running = asyncio.create_task(fleet.run())
+    try:
+        async with asyncio.timeout(60):
+            yield facts
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        stop_actors(NAMESPACE)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+async def test_worker_that_no_slot_wants_is_ended_and_its_gpu_goes_to_one_that_is_wanted(
+    tmp_path: Path,
+) -> None:
+    @ray.remote(num_cpus=0, num_gpus=2)
+    class Squatter:
+        def here(self) -> None: ...
+
+    squatter = Squatter.options(  # type: ignore[attr-defined]
+        name=actor_name("worker", "renamed/gpu-0"), namespace=NAMESPACE, lifetime="detached"
+    ).remote()
+    await squatter.here.remote()
+    async with opened(a_fleet(tmp_path)) as facts:
+        found = [await facts.get(), await facts.get()]
+        assert {fact.report.worker_id for fact in found if isinstance(fact, WorkerFound)} == {
+            f"{NODE}/gpu-0",
+            f"{NODE}/gpu-1",
+        }
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+async def test_an_attempt_is_rendered_and_its_result_heard(tmp_path: Path) -> None:
+    fleet = a_fleet(tmp_path)
+    async with opened(fleet) as facts:
+        request = a_request()
+        given = False
+        while True:
+            fact = await facts.get()
+            if not given and isinstance(fact, WorkerFound):
+                fleet.render(fact.report.worker_id, request)
+                given = True
+            if isinstance(fact, WorkerHeard) and fact.report.unacknowledged:
+                (result,) = fact.report.unacknowledged
+                assert (result.attempt_id, result.outcome) == (request.attempt_id, Outcome.SUCCEEDED)
+                return
+
+
+class Line:
+    """In the place of an actor's handle: each call meets the next of these troubles, and then an answer."""
+
+    def __init__(self, *troubles: Exception) -> None:
+        self._troubles = list(troubles)
+        self.answered = asyncio.Event()
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __getattr__(self, method: str) -> Line:
+        return self
+
+    async def remote(self, *arguments: Any) -> None:
+        self.calls.append(arguments)
+        if self._troubles:
+            raise self._troubles.pop(0)
+        self.answered.set()
+
+
+def over(line: Line, folder: Path, tell: Callable[[FleetFact], None] = lambda _: None) -> RayFleet:
+    fleet = a_fleet(folder)
+    fleet._actors[_WORKER] = line
+    fleet._tell = tell
+    return fleet
+
+
+def unavailable() -> ActorUnavailableError:
+    return ActorUnavailableError("the network", None)
+
+
+async def test_call_lost_on_the_way_is_made_again(tmp_path: Path) -> None:
+    for act in (
+        lambda fleet: fleet.render(_WORKER, a_request()),
+        lambda fleet: fleet.stop(_WORKER, "attempt", "token"),
+        lambda fleet: fleet.forget(_WORKER, "attempt"),
+    ):
+        line = Line(unavailable(), unavailable())
+        act(over(line, tmp_path))
+        async with asyncio.timeout(10):
+            await line.answered.wait()
+        assert line.calls == 3 * line.calls[:1]
+
+
+async def test_worker_that_is_busy_after_a_lost_call_is_told(tmp_path: Path) -> None:
+    facts: asyncio.Queue[FleetFact] = asyncio.Queue()
+    fleet = over(Line(unavailable(), WorkerBusy("busy")), tmp_path, facts.put_nowait)
+    fleet.render(_WORKER, a_request())
+    async with asyncio.timeout(10):
+        assert isinstance(await facts.get(), RenderRefused)
+
+
+async def test_pictures_that_could_not_be_deleted_end_nothing(tmp_path: Path) -> None:
+    line = Line(RayTaskError("forget", "", OSError("the artifact store is away")))
+    fleet = over(line, tmp_path)
+    fleet.forget(_WORKER, "attempt")
+    fleet.stop(_WORKER, "attempt", "token")
+    await line.answered.wait()
+    assert not fleet._failed.done()
+
+
+async def test_bug_in_a_call_ends_the_fleet(tmp_path: Path) -> None:
+    fleet = over(Line(AssertionError("a bug")), tmp_path)
+    fleet.stop(_WORKER, "attempt", "token")
+    async with asyncio.timeout(10):
+        with pytest.raises(AssertionError, match="a bug"):
+            await fleet.run()
