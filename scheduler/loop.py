@@ -12,7 +12,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 
 import structlog
@@ -181,13 +181,14 @@ class Loop:
         restored: Iterable[events.Event],
         *,
         running: Iterable[Running],
+        requests: Mapping[str, RenderRequest],
         updates: Iterable[JobUpdate],
         set_aside: Mapping[str, datetime],
     ) -> None:
         """Take over what the rows say; called once, before the first cycle.
 
         The reports of the workers that live are in the inbox already. A running attempt whose worker did not
-        report, or reported another life, is lost; one that its worker never got was never executed.
+        report, or reported another life, is lost; one that its worker never got is given to it now.
         """
         self._apply(restored)
         self._running = {one.attempt_id: one for one in running}
@@ -200,8 +201,10 @@ class Loop:
             report = self._reports.get(one.worker_id)
             if report is None:
                 self._lose(one, "Its GPU worker was lost while the scheduler was away.", executed=True)
-            elif not _has(report, one.attempt_id):
-                self._lose(one, "The scheduler was lost before the GPU worker got it.", executed=False)
+            elif one.attempt_id not in self._settling and not _has(report, one.attempt_id):
+                # The scheduler died between its row and its call. A worker that gets it twice draws it once.
+                self._running[one.attempt_id] = replace(one, started_ms=self._clock.now_ms())
+                self._fleet.render(one.worker_id, requests[one.attempt_id])
 
     def _apply(self, facts: Iterable[events.Event]) -> None:
         for fact in facts:

@@ -158,6 +158,10 @@ class LocalFleet:
         """Tell every fact from now on to `tell`."""
         self._tell = tell
 
+    def never_got(self, worker_id: str) -> None:
+        """Undo that a worker got what it has in hand, as if the call had been lost."""
+        self._drop(self._stubs[worker_id])
+
     def fall_silent(self, worker_id: str) -> None:
         """Let a worker be taken for lost while it goes on with what it has in hand."""
         stub = self._stubs[worker_id]

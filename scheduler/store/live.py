@@ -6,6 +6,7 @@ the rows it was told of, and once in a while those that nobody told it of.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -13,11 +14,13 @@ from datetime import datetime
 import asyncpg
 
 from billing import accounts as billing_accounts
+from gpu_worker.contract import RenderSpec
 from scheduler.clock import from_ms
 from scheduler.policy.events import FairShare
 from scheduler.policy.ids import AccountId, JobId, Tier
 from scheduler.policy.limits import Limits
 from scheduler.policy.usage import Rescaling
+from scheduler.store.jobs import spec_from_json
 from scheduler.store.leadership import require_leader
 
 _JOB_COLUMNS = """job_id::text, account_id, tier, state, arrival, predicted_ms, losses, cancel_wanted,
@@ -59,6 +62,7 @@ class RunningAttempt:
     charged_at_ms: int
     weight_milli: int
     started_at: datetime
+    spec: RenderSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +154,7 @@ async def running_attempts(connection: asyncpg.Connection) -> list[RunningAttemp
     """Return every running attempt."""
     rows = await connection.fetch(
         """SELECT attempt_id::text, token::text, job_id::text, account_id, tier, worker_id, incarnation,
-                  attempt.predicted_ms, charged_at_ms, weight_milli, attempt.started_at
+                  attempt.predicted_ms, charged_at_ms, weight_milli, attempt.started_at, spec
            FROM scheduler.attempt JOIN scheduler.job USING (job_id) WHERE attempt.state = 'running'"""
     )
     return [
@@ -166,6 +170,7 @@ async def running_attempts(connection: asyncpg.Connection) -> list[RunningAttemp
             charged_at_ms=row["charged_at_ms"],
             weight_milli=row["weight_milli"],
             started_at=row["started_at"],
+            spec=spec_from_json(json.loads(row["spec"])),
         )
         for row in rows
     ]

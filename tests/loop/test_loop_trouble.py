@@ -268,3 +268,18 @@ async def test_decision_is_kept_with_the_numbers_it_was_made_by(stage: Stage) ->
     decision = json.loads(attempt["decision"])
     assert decision["chosen"]["account_id"] == "ada"
     assert decision["reason"] == "No other account waited in relax for a GPU that was free."
+
+
+async def test_attempt_whose_scheduler_died_before_it_called_is_given_to_its_worker(stage: Stage) -> None:
+    fleet = LocalFleet(workers=1, take_ms=None, gpu_ms=500)
+    await stage.open_account("ada")
+    async with stage.leading(fleet) as leader:
+        job_id = await stage.submit("ada", Tier.FAST)
+        await stage.until_state(leader, job_id, "running")
+    fleet.never_got(WORKER)
+    async with stage.leading(fleet) as leader:
+        await stage.until(leader, lambda: fleet.busy)
+        fleet.finish(WORKER)
+        await stage.until_state(leader, job_id, "succeeded")
+    (attempt,) = await stage.attempts(job_id)
+    assert attempt["state"] == "succeeded"
