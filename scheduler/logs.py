@@ -19,5 +19,6 @@ def configure_logs(level: str = "info") -> None:
             structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        # Written, not printed: in a driver Ray replaces `print` by one of its own.
+        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
     )

@@ -14,9 +14,14 @@ from pathlib import Path
 
 import asyncpg
 import pytest
+import structlog
 
 from scheduler.store.embedded import embedded_postgresql, with_database
 from scheduler.store.migrate import migrate
+
+# Ray replaces `print`, by which structlog logs unless told otherwise, by one that keeps the standard output
+# of the test that started it.
+structlog.configure(logger_factory=structlog.WriteLoggerFactory())
 
 _numbers = itertools.count()
 
