@@ -19,6 +19,7 @@ def configure_logs(level: str = "info") -> None:
             structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
-        # Written, not printed: in a driver Ray replaces `print` by one of its own.
-        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+        # Written, not printed: in a driver Ray replaces `print` by one of its own. And to what standard error
+        # is then, which a test or a daemon may have replaced.
+        logger_factory=lambda *_: structlog.WriteLogger(sys.stderr),
     )
