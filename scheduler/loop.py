@@ -18,7 +18,7 @@ from datetime import datetime
 import structlog
 
 from billing import ledger
-from gpu_worker.contract import AttemptResult, Blame, Outcome, RenderRequest, WorkerReport
+from gpu_worker.contract import AttemptResult, Blame, Outcome, RenderRequest, RenderSpec, WorkerReport
 from gpu_worker.prompt import file_stem
 from scheduler.arrivals import Arrivals
 from scheduler.clock import LeaderClock, to_ms
@@ -47,7 +47,7 @@ from scheduler.policy.ids import AccountId, AttemptId, JobId, Tier, WorkerId
 from scheduler.policy.parameters import Parameters
 from scheduler.policy.worker import Worker
 from scheduler.settlement import Settlement, end_of, end_of_lost
-from scheduler.store import dispatch, endings, leadership
+from scheduler.store import dispatch, endings, leadership, live
 from scheduler.store.endings import AttemptEnd, Settled, Verdict
 from scheduler.store.jobs import spec_from_json
 from scheduler.store.lanes import Lane
@@ -77,6 +77,21 @@ class Running:
     worker_id: str
     incarnation: str
     started_ms: int
+
+
+def render_request(
+    attempt: dispatch.PlannedAttempt | live.RunningAttempt, spec: RenderSpec, *, epoch: int
+) -> RenderRequest:
+    """Return what a worker is given for an attempt that is a row."""
+    return RenderRequest(
+        job_id=attempt.job_id,
+        attempt_id=attempt.attempt_id,
+        token=attempt.token,
+        epoch=epoch,
+        tier=attempt.tier.value,
+        spec=spec,
+        file_stem=file_stem(spec.prompt),
+    )
 
 
 class Loop:
@@ -471,15 +486,7 @@ class Loop:
         )
         self._fleet.render(
             plan.worker_id,
-            RenderRequest(
-                job_id=plan.job_id,
-                attempt_id=plan.attempt_id,
-                token=plan.token,
-                epoch=self._epoch,
-                tier=plan.tier.value,
-                spec=spec,
-                file_stem=file_stem(spec.prompt),
-            ),
+            render_request(plan, spec, epoch=self._epoch),
         )
 
     def _stop(self, stop: Stop) -> None:

@@ -6,11 +6,9 @@ events a scheduler that never died would have seen.
 
 from __future__ import annotations
 
-from gpu_worker.contract import RenderRequest
-from gpu_worker.prompt import file_stem
 from scheduler.arrivals import Arrivals
 from scheduler.clock import LeaderClock, to_ms
-from scheduler.loop import Loop, Running
+from scheduler.loop import Loop, Running, render_request
 from scheduler.policy.events import AttemptRestored, CellRestored, Event, RecoveryEnded
 from scheduler.policy.ids import AttemptId, WorkerId
 from scheduler.policy.parameters import Parameters
@@ -63,7 +61,9 @@ async def restore(
     loop.adopt(
         events,
         running=[_running(attempt, rows[attempt.job_id]) for attempt in attempts],
-        requests={attempt.attempt_id: _request(attempt, epoch) for attempt in attempts},
+        requests={
+            attempt.attempt_id: render_request(attempt, attempt.spec, epoch=epoch) for attempt in attempts
+        },
         updates=[_update(attempt, rows[attempt.job_id]) for attempt in attempts],
         set_aside=set_aside,
     )
@@ -93,18 +93,6 @@ def _running(attempt: live.RunningAttempt, job: live.LiveJob) -> Running:
         worker_id=attempt.worker_id,
         incarnation=attempt.incarnation,
         started_ms=to_ms(attempt.started_at),
-    )
-
-
-def _request(attempt: live.RunningAttempt, epoch: int) -> RenderRequest:
-    return RenderRequest(
-        job_id=attempt.job_id,
-        attempt_id=attempt.attempt_id,
-        token=attempt.token,
-        epoch=epoch,
-        tier=attempt.tier.value,
-        spec=attempt.spec,
-        file_stem=file_stem(attempt.spec.prompt),
     )
 
 

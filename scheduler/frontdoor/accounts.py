@@ -19,7 +19,7 @@ from scheduler.link import SchedulerLink
 from scheduler.refusals import NotFoundOrNotYours
 from scheduler.store import accounts as store
 from scheduler.store import jobs
-from scheduler.store.accounts import Role, Visibility
+from scheduler.store.accounts import Visibility
 from scheduler.store.pool import Connection, Pool
 from scheduler.v1 import account_pb2, account_pb2_grpc
 
@@ -43,7 +43,7 @@ class AccountService(account_pb2_grpc.AccountServiceServicer):
         violations = Violations()
         account_id = violations.account("name", request.name, own=principal.account_id)
         violations.refuse()
-        if account_id != principal.account_id and not principal.role.reaches(Role.ADMIN):
+        if not principal.reads_account(account_id):
             raise NotFoundOrNotYours
         async with self.pool.transaction() as connection:
             return await _account(connection, account_id, self.clock())

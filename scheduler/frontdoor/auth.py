@@ -69,6 +69,10 @@ class Principal:
         """Return whether jobs of other accounts, also private ones, are shown."""
         return self.role.reaches(Role.MODERATOR)
 
+    def reads_account(self, account_id: str) -> bool:
+        """Return whether the caller may look at an account: their own, or any as an admin."""
+        return account_id == self.account_id or self.role.reaches(Role.ADMIN)
+
     @property
     def actor(self) -> str:
         """Name in audit events."""

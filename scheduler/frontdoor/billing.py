@@ -16,7 +16,6 @@ from scheduler.frontdoor import messages
 from scheduler.frontdoor.fields import Violations
 from scheduler.frontdoor.gate import caller
 from scheduler.refusals import NotFoundOrNotYours
-from scheduler.store.accounts import Role
 from scheduler.store.pool import Pool
 
 _Context = grpc.aio.ServicerContext[Any, Any]
@@ -37,7 +36,7 @@ class BillingService(billing_pb2_grpc.BillingServiceServicer):
         violations = Violations()
         account_id = violations.account("account", request.account, own=principal.account_id)
         violations.refuse()
-        if account_id != principal.account_id and not principal.role.reaches(Role.ADMIN):
+        if not principal.reads_account(account_id):
             raise NotFoundOrNotYours
         async with self.pool.transaction() as connection:
             try:
