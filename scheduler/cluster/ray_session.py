@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 import ray.util
+import structlog
 
 from scheduler.cluster.ray_fleet import actor_name
 from scheduler.cluster.scheduler_actor import SchedulerActor
@@ -24,6 +25,11 @@ LOCAL_NODE = "local"
 _FOLDERS = Path("/tmp")  # noqa: S108 - each is made by mkdtemp, which leaves nothing to guess
 # Not the `dr-ray-` of releases that held no lock: theirs look free while they are in use.
 _PREFIX = "dr-local-"
+
+# How often a local Ray is started before it is given up.
+_STARTS = 3
+
+_log = structlog.get_logger()
 
 _SchedulerActor: Any = SchedulerActor  # Ray's decorator adds what no type says
 
@@ -45,23 +51,46 @@ def ray_session(cluster: RayCluster, *, show_logs: bool = False) -> Iterator[Non
         return
     remove_left_folders()
     with local_folder() as folder:
-        ray.init(
-            address="local",
-            namespace=cluster.namespace,
-            # The loop, the front door and the workers are processes of ours that claim no CPU;
-            # Ray needs one to exist.
-            num_cpus=1,
-            num_gpus=cluster.local_gpus,
-            include_dashboard=False,
-            log_to_driver=show_logs,
-            logging_level="ERROR",
-            _node_name=LOCAL_NODE,
-            _temp_dir=str(folder),
-        )
+        start_local_ray(folder, gpus=cluster.local_gpus, namespace=cluster.namespace, show_logs=show_logs)
         try:
             yield
         finally:
             ray.shutdown()
+
+
+def start_local_ray(
+    folder: Path, *, gpus: int, namespace: str, node_name: str = LOCAL_NODE, show_logs: bool = False
+) -> None:
+    """Start a Ray of this process with `gpus` logical GPUs, its files in `folder`.
+
+    Ray's processes find their ports by trying, and give each other 30 s to come up: on a busy machine one of
+    many starts fails. So a failed start is cleared away and tried again; raises RuntimeError, saying what
+    to look at, if that happens three times.
+    """
+    for number in range(1, _STARTS + 1):
+        try:
+            ray.init(
+                address="local",
+                namespace=namespace,
+                # The loop, the front door and the workers are processes of ours that claim no CPU;
+                # Ray needs one to exist.
+                num_cpus=1,
+                num_gpus=gpus,
+                include_dashboard=False,
+                log_to_driver=show_logs,
+                logging_level="ERROR",
+                _node_name=node_name,
+                _temp_dir=str(folder / f"start-{number}"),
+            )
+            return
+        except Exception as trouble:  # Ray raises a bare Exception for a start that took too long
+            ray.shutdown()
+            _log.warning("ray did not start", number=number, trouble=str(trouble))
+            if number == _STARTS:
+                raise RuntimeError(
+                    f"Ray did not start on this machine in {_STARTS} tries: {trouble}. Is there memory "
+                    f"and disk? Its logs were in {folder}, which is removed when this process ends"
+                ) from trouble
 
 
 @contextmanager

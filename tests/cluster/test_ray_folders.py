@@ -1,13 +1,17 @@
-"""The folders of local Rays: one that is in use stays, one whose process was killed goes."""
+"""Local Rays: a start that failed is tried again, and only folders of killed processes are removed."""
 
 from __future__ import annotations
 
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
-from scheduler.cluster.ray_session import local_folder, remove_left_folders
+import pytest
+import ray
+
+from scheduler.cluster.ray_session import local_folder, remove_left_folders, start_local_ray
 
 _HOLD = """
 import sys
@@ -42,3 +46,23 @@ def test_folder_is_removed_at_the_end(tmp_path: Path) -> None:
     with local_folder(tmp_path) as folder:
         assert folder.is_dir()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_local_ray_that_failed_to_start_is_started_again() -> None:
+    with tempfile.TemporaryDirectory(prefix="dr-", ignore_cleanup_errors=True) as folder:
+        # Where the first start would put its files.
+        (Path(folder) / "start-1").touch()
+        start_local_ray(Path(folder), gpus=1, namespace="again")
+        try:
+            assert ray.cluster_resources()["GPU"] == 1
+        finally:
+            ray.shutdown()
+
+
+def test_a_local_ray_that_cannot_start_says_where_to_look() -> None:
+    with tempfile.TemporaryDirectory(prefix="dr-") as folder:
+        for number in (1, 2, 3):
+            (Path(folder) / f"start-{number}").touch()
+        with pytest.raises(RuntimeError, match=r"did not start on this machine in 3 tries.*Its logs were in"):
+            start_local_ray(Path(folder), gpus=1, namespace="never")
+    assert not ray.is_initialized()
