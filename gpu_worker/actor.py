@@ -50,6 +50,9 @@ class GpuWorker:
     async def stop(self, epoch: int, attempt_id: str, token: str) -> None:
         self._worker.stop(epoch, attempt_id, token)
 
+    async def resume(self, epoch: int, attempt_id: str) -> None:
+        self._worker.resume(epoch, attempt_id)
+
     async def heartbeat(self, epoch: int, wait_ms: int) -> Heartbeat:
         return await self._worker.heartbeat(epoch, wait_ms)
 
@@ -59,8 +62,8 @@ class GpuWorker:
     async def acknowledge(self, epoch: int, attempt_id: str) -> None:
         self._worker.acknowledge(epoch, attempt_id)
 
-    async def forget(self, epoch: int, attempt_id: str) -> None:
-        await self._worker.forget(epoch, attempt_id)
+    async def forget(self, epoch: int, attempt_id: str, kept: bool = False) -> None:
+        await self._worker.forget(epoch, attempt_id, kept)
 
     async def watch(self, attempt_id: str, previews: bool) -> AsyncIterator[Progress]:
         async for progress in self._worker.watch(attempt_id, previews):

@@ -57,6 +57,42 @@ class RenderSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StageTimes:
+    """Device time of one attempt by stage. Loading a model is the fleet's cost, not the attempt's."""
+
+    encode_ms: int = 0
+    denoise_ms: int = 0
+    decode_ms: int = 0
+
+    @property
+    def gpu_ms(self) -> int:
+        """What is measured for the attempt: the sum of its stages."""
+        return self.encode_ms + self.denoise_ms + self.decode_ms
+
+    def __add__(self, other: StageTimes) -> StageTimes:
+        return StageTimes(
+            encode_ms=self.encode_ms + other.encode_ms,
+            denoise_ms=self.denoise_ms + other.denoise_ms,
+            decode_ms=self.decode_ms + other.decode_ms,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A run cut at a step boundary and stored, with which any worker of its device type can go on."""
+
+    path: str
+    """Relative to the artifact store's root."""
+    step: int
+    """Denoising steps that are done."""
+    steps: int
+    kept: StageTimes
+    """What the run took up to there, over all attempts; billed with the attempt that ends the job."""
+    device: str
+    """Device type that drew it: the bits are promised on no other."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RenderRequest:
     """One attempt at one job, given to one worker."""
 
@@ -70,6 +106,11 @@ class RenderRequest:
     spec: RenderSpec
     file_stem: str
     """Image files are named `<job_id>_<file_stem>_<index>.png`."""
+    parks: str | None = None
+    """Attempt that gives up the GPU at its next boundary and waits, parked, until this one ends. It may be
+    parked already, or have ended: then this one begins at once."""
+    checkpoint: Checkpoint | None = None
+    """Where an earlier attempt at the job got to. It costs an encode to go on from there, and no step."""
 
 
 class Outcome(StrEnum):
@@ -86,20 +127,6 @@ class Blame(StrEnum):
     NONE = "none"
     CLIENT = "client"
     PLATFORM = "platform"
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageTimes:
-    """Device time of one attempt by stage. Loading a model is the fleet's cost, not the attempt's."""
-
-    encode_ms: int = 0
-    denoise_ms: int = 0
-    decode_ms: int = 0
-
-    @property
-    def gpu_ms(self) -> int:
-        """What is measured for the attempt: the sum of its stages."""
-        return self.encode_ms + self.denoise_ms + self.decode_ms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +157,11 @@ class AttemptResult:
     """UUID of the worker's process start."""
     outcome: Outcome
     times: StageTimes
+    """Of this attempt alone, without what it did again."""
+    kept: StageTimes = field(default_factory=StageTimes)
+    """What the checkpoint it went on from had taken; 0 where it began at the beginning."""
+    redone_ms: int = 0
+    """Device time it took to get to where the checkpoint was; billed to nobody."""
     load_ms: int = 0
     """Time this attempt waited for its model to load; billed to nobody."""
     images: tuple[ImageFile, ...] = ()
@@ -145,17 +177,19 @@ class AttemptResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ActiveRun:
-    """The run a worker has in hand."""
+class RunInHand:
+    """A run that a worker has begun or is about to begin, and has not ended."""
 
     job_id: str
     attempt_id: str
     token: str
+    checkpoint: Checkpoint | None = None
+    """The newest that is stored."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GpuTime:
-    """Wall time of the GPU thread since the worker's process started, by use: a closed account.
+    """Wall time of the GPU since the worker's process started, by use: a closed account.
 
     Time of an attempt is open until the scheduler has acknowledged or forgotten its result, since only
     then is it known whether it was of use. So all but `open_ms` only grow, and together they are the wall
@@ -166,7 +200,7 @@ class GpuTime:
     relax_ms: int = 0
     load_ms: int = 0
     wasted_ms: int = 0
-    """Of failed and of forgotten attempts."""
+    """Of failed and of forgotten attempts, and what was done again to get to a checkpoint."""
     idle_ms: int = 0
     open_ms: int = 0
 
@@ -189,9 +223,12 @@ class WorkerReport:
     memory_bytes: int
     memory_used_bytes: int
     warm_models: tuple[str, ...]
-    active: ActiveRun | None
+    active: RunInHand | None
+    """The run that has the GPU or writes its pictures, or gets the GPU where another is to be parked."""
     unacknowledged: tuple[AttemptResult, ...]
     gpu_time: GpuTime
+    parked: tuple[RunInHand, ...] = ()
+    """Runs that wait for the active one to end, the newest last; it goes on by itself."""
     healthy: bool = True
     sentence: str = ""
     """Why it is not healthy."""

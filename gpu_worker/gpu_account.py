@@ -1,6 +1,6 @@
-"""Where the time of one GPU thread went: a closed account, each instant in exactly one use.
+"""Where the time of one GPU went: a closed account, each instant in exactly one use.
 
-Loading and idling are measured here, by the instants at which the thread passes from one to the other.
+Loading and idling are measured here, by the instants at which the GPU passes from one to the other.
 Time of attempts comes from the engine's stage clock, to the millisecond that money is counted by, and stays
 open until it is known whether it was of use. That the parts add up to the wall time is therefore a
 statement about the measurements, and tested as one.
@@ -17,7 +17,7 @@ _NS_PER_MS = 1_000_000
 
 
 class Doing(StrEnum):
-    """What the GPU thread is doing. Waiting for work and delivering pictures both leave the GPU idle."""
+    """What whoever has the GPU does with it. While nobody has it, it is idle."""
 
     IDLE = "idle"
     LOAD = "load"
@@ -25,7 +25,7 @@ class Doing(StrEnum):
 
 
 class GpuAccount:
-    """Written by the GPU thread, read and settled from the event loop's."""
+    """Written by the thread that has the GPU, read and settled from the event loop's."""
 
     def __init__(self, now_ns: int) -> None:
         self._lock = threading.Lock()
@@ -44,9 +44,8 @@ class GpuAccount:
             self._doing, self._since_ns = doing, now_ns
             return spent_ns
 
-    def end_run(self, gpu_ms: int, now_ns: int) -> None:
-        """End a run for which the stage clock measured `gpu_ms`; the thread is idle from now on."""
-        self.turn_to(Doing.IDLE, now_ns)
+    def count(self, gpu_ms: int) -> None:
+        """Add what the stage clock of a run has measured since it was last asked; open until settled."""
         with self._lock:
             self._open_ms += gpu_ms
 

@@ -18,8 +18,8 @@ from gpu_worker.prompt import SIDE_STEP
 STAND_IN_SOURCE = "builtin:stand-in"
 _PACKAGED = Path(__file__).with_name("models.toml")
 _BUILTIN = "builtin:"
-# Time of a grid against its pixels, from 60,000 service times of the Stable Diffusion beta (August 2022).
-_PIXELS_EXPONENT = 1.6
+PIXELS_EXPONENT = 1.6
+"""Time of a grid against its pixels, from 60,000 service times of the Stable Diffusion beta (August 2022)."""
 
 
 class ModelsFileWrong(Exception):
@@ -104,7 +104,7 @@ class ModelEntry:
         """
         at_default = self.variation_ms if kind is RenderKind.VARIATION else self.imagine_ms
         ratio = (width * height) / (self.default_width * self.default_height)
-        return max(1, round(at_default * math.pow(ratio, _PIXELS_EXPONENT)))
+        return max(1, round(at_default * math.pow(ratio, PIXELS_EXPONENT)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,6 +34,11 @@ def attempt_folder(job_id: str, attempt_id: str) -> str:
     return f"jobs/{job_id}/{attempt_id}"
 
 
+def checkpoint_path(job_id: str, attempt_id: str) -> str:
+    """Return the file of an attempt's newest checkpoint: beside what it delivers, since it may outlive it."""
+    return f"jobs/{job_id}/checkpoint-{attempt_id}.safetensors"
+
+
 def image_name(job_id: str, file_stem: str, index: int) -> str:
     """Return the file name of picture `index`, 1 to 4."""
     return f"{job_id}_{file_stem}_{index}.png"
@@ -73,8 +78,8 @@ class Artifacts:
         assert isinstance(content, bytes)
         return content
 
-    def delete_folder(self, path: str) -> None:
-        """Delete a folder and all in it; it may be gone already.
+    def delete(self, path: str) -> None:
+        """Delete a file, or a folder and all in it; it may be gone already.
 
         Raises ArtifactsUnavailable and PathOutsideStore.
         """

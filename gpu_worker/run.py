@@ -1,8 +1,10 @@
 """A run: an attempt's life inside a worker, as the worker and an engine see it together.
 
 The worker asks an `Engine` to render and gives it two things to hold on to: a `RunControl`, through which
-the engine offers a step boundary after each denoising step, and the engine's own `StageClock`, which the
-worker reads also where the run ends by an exception. No torch here: engines bring their own.
+the engine offers a boundary after each denoising step and before each other piece of work, and the engine's
+own `StageClock`, which the worker reads also where the run ends by an exception. A call to the control may
+last: a run that is parked waits inside it, and has the device again when it returns. No torch here: engines
+bring their own.
 """
 
 from __future__ import annotations
@@ -49,21 +51,48 @@ class StageClock(Protocol):
     def enter(self, stage: Stage) -> None:
         """Give the time from now on to `stage`, and end the stage before."""
 
+    def pause(self) -> None:
+        """Wait for the device; the time from now on is not this run's."""
+
+    def resume(self) -> None:
+        """Give the time from now on to the stage that was paused."""
+
+    def set_aside(self) -> None:
+        """Count all time so far as spent on getting to where a checkpoint was."""
+
     def times(self) -> StageTimes:
-        """End the stage in hand, wait for the device, and return the sums. Called once, at any ending."""
+        """Wait for the device and return the sums so far, without what was set aside."""
+
+    def redone_ms(self) -> int:
+        """Return what was set aside, as of the last `times`."""
+
+
+Snapshot = Callable[[], bytes]
+"""A copy of a run's state. Called, by any thread that has time for it, it gives a checkpoint's content."""
 
 
 class RunControl(Protocol):
     """What an engine must tell and ask while it renders. Called on the device thread."""
 
     def check(self) -> None:
-        """Raise RunStopped if the run was asked to stop. For before each piece of work that is not a step."""
+        """Park here if the GPU is wanted. For before each piece of work that is not a step.
 
-    def boundary(self, step: int, steps: int, preview: Callable[[], bytes]) -> None:
-        """Say that `step` of `steps` is done; raise RunStopped if the run was asked to stop.
+        Raises RunStopped if the run was asked to stop.
+        """
+
+    def boundary(
+        self, step: int, steps: int, preview: Callable[[], bytes], snapshot: Callable[[], Snapshot]
+    ) -> None:
+        """Say that `step` of `steps` is done; park here if the GPU is wanted.
 
         `preview` makes the grid so far as a PNG. It is called only when somebody watches and one is due.
+        `snapshot` copies what the run needs to go on from here elsewhere. It is called only when a checkpoint
+        is due, here or at a later `check`: no step may come between. Raises RunStopped if the run was asked
+        to stop.
         """
+
+    def restored(self) -> None:
+        """Say that the run is where its checkpoint was: the time so far went into getting there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +118,11 @@ class Rendering:
 
 
 class Engine(Protocol):
-    """Draws pictures on one device. `load` and `render` are called on one thread, never at once."""
+    """Draws pictures on one device.
+
+    `load` and `render` are called by whoever has the GPU. Renders overlap, each on its own thread: all but
+    one wait inside their RunControl.
+    """
 
     @property
     def device_type(self) -> str:
@@ -111,12 +144,19 @@ class Engine(Protocol):
         """Return a new clock for one run on this engine's device."""
 
     def render(
-        self, spec: RenderSpec, source_latents: bytes | None, control: RunControl, clock: StageClock
+        self,
+        spec: RenderSpec,
+        source_latents: bytes | None,
+        control: RunControl,
+        clock: StageClock,
+        checkpoint: bytes | None = None,
     ) -> Rendering:
         """Draw `spec` with a loaded model.
 
         `source_latents` is the grid that a variation starts from, as an earlier render gave it back.
-        Raises RunStopped where `control` does, and EngineFailure.
+        `checkpoint` is where an earlier render of the same spec got to: if it was made by the same software
+        and weights on the same device type, this one goes on from there and says so to `control`; else it
+        begins at the beginning. Raises RunStopped where `control` does, and EngineFailure.
         """
 
 
@@ -126,19 +166,40 @@ class WallStageClock:
     def __init__(self, now_ns: Callable[[], int] = time.monotonic_ns) -> None:
         self._now_ns = now_ns
         self._spent_ns = dict.fromkeys(Stage, 0)
+        self._redone_ns = 0
         self._stage: Stage | None = None
+        self._running = False
         self._since_ns = 0
 
     def enter(self, stage: Stage) -> None:
-        now_ns = self._now_ns()
-        if self._stage is not None:
-            self._spent_ns[self._stage] += now_ns - self._since_ns
-        self._stage, self._since_ns = stage, now_ns
+        self._count()
+        self._stage, self._running = stage, True
+
+    def pause(self) -> None:
+        self._count()
+        self._running = False
+
+    def resume(self) -> None:
+        self._since_ns = self._now_ns()
+        self._running = self._stage is not None
+
+    def set_aside(self) -> None:
+        self._count()
+        self._redone_ns += sum(self._spent_ns.values())
+        self._spent_ns = dict.fromkeys(Stage, 0)
 
     def times(self) -> StageTimes:
-        if self._stage is not None:
-            self.enter(self._stage)
+        self._count()
         return stage_times({stage: spent / _NS_PER_MS for stage, spent in self._spent_ns.items()})
+
+    def redone_ms(self) -> int:
+        return round(self._redone_ns / _NS_PER_MS)
+
+    def _count(self) -> None:
+        now_ns = self._now_ns()
+        if self._running and self._stage is not None:
+            self._spent_ns[self._stage] += now_ns - self._since_ns
+        self._since_ns = now_ns
 
 
 def stage_times(spent_ms: Mapping[Stage, float]) -> StageTimes:

@@ -36,6 +36,13 @@ class WorkerSettings:
     restart, shorter than anybody's patience with a GPU that waits."""
     preview_interval_ms: int = 250
     """Least time between two previews of one attempt."""
+    most_parked: int = 3
+    """Runs that may wait for a newer one to end; each keeps its latents on the GPU."""
+    checkpoint_every_steps: int = 5
+    """Steps after which a run is stored, so that another worker can go on from there; also at every park."""
+    checkpoint_interval_ms: int = 250
+    """Least time between two checkpoints of a run that goes on. Steps that take less are sooner done again
+    than stored."""
     speed_permille: int = 1000
     """Speed against the reference class: 1000 is 1."""
     memory_bytes: int | None = None

@@ -1,11 +1,13 @@
 """An engine that draws nothing and takes a set time for each step.
 
-For whatever is about everything around an engine: scheduling over real workers, cancellation, watching,
-and the cost of the path itself at 0 ms a step. It gives back valid pictures, of one colour each.
+For whatever is about everything around an engine: scheduling over real workers, preemption, checkpoints,
+cancellation, watching, and the cost of the path itself at 0 ms a step. It gives back valid pictures, of one
+colour each. The number of its last step is all the state that a run has.
 """
 
 from __future__ import annotations
 
+import functools
 import io
 import time
 
@@ -19,6 +21,7 @@ from gpu_worker.run import (
     RenderedImage,
     Rendering,
     RunControl,
+    Snapshot,
     Stage,
     StageClock,
     WallStageClock,
@@ -62,14 +65,32 @@ class TimedEngine:
         return WallStageClock()
 
     def render(
-        self, spec: RenderSpec, source_latents: bytes | None, control: RunControl, clock: StageClock
+        self,
+        spec: RenderSpec,
+        source_latents: bytes | None,
+        control: RunControl,
+        clock: StageClock,
+        checkpoint: bytes | None = None,
     ) -> Rendering:
+        clock.enter(Stage.ENCODE)
+        control.check()
+        done = 0
+        if checkpoint is not None:
+            done = int(checkpoint)
+            control.restored()
         clock.enter(Stage.DENOISE)
-        for step in range(1, spec.steps + 1):
+        for step in range(done + 1, spec.steps + 1):
             if self._step_ms:
                 time.sleep(self._step_ms / 1000)
-            control.boundary(step, spec.steps, lambda: _one_colour_png(spec.width, spec.height, spec.seed))
+            control.boundary(
+                step,
+                spec.steps,
+                preview=lambda: _one_colour_png(spec.width, spec.height, spec.seed),
+                snapshot=functools.partial(_snapshot, step),
+            )
         clock.enter(Stage.DECODE)
+        for _ in range(spec.images):
+            control.check()
         seeds = [image_seed(spec.seed, index) for index in range(1, spec.images + 1)]
         return Rendering(
             images=tuple(
@@ -84,6 +105,10 @@ class TimedEngine:
             latents=_NO_LATENTS,
             receipt={"engine": "timed", "model": spec.model, "steps": spec.steps, "device": self.device_type},
         )
+
+
+def _snapshot(step: int) -> Snapshot:
+    return lambda: str(step).encode()
 
 
 def _one_colour_png(width: int, height: int, seed: int) -> bytes:

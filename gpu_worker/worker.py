@@ -1,10 +1,13 @@
-"""The life of a worker: one engine, one GPU thread behind a mailbox, and whoever asks.
+"""The life of a worker: one engine, one GPU, a thread for each run, and whoever asks.
 
-All of a worker's state belongs to the event loop it was made on; the GPU thread owns the engine and hands
-each finished attempt back to the loop. What a worker promises:
+All of a worker's state belongs to the event loop it was made on; the threads of runs take turns with the
+engine and hand each finished attempt back to the loop. What a worker promises:
 
 - `render` returns at once, and asking again for the same attempt changes nothing;
-- every attempt it was given ends in exactly one result, kept until it is acknowledged or forgotten;
+- every attempt it was given ends in exactly one result, kept until it is acknowledged or forgotten; until
+  that is there, each report has the attempt in hand;
+- a run that is parked gives up the GPU at its next boundary and goes on by itself, to the same bits, when
+  those above it have ended; meanwhile it bills nothing and can be stopped at once;
 - a caller with an older epoch than the newest seen is refused, whatever it asks;
 - an attempt that fails, for whatever reason, leaves the worker able to take the next.
 
@@ -14,25 +17,19 @@ No Ray here: `actor.py` is the thin layer that makes this reachable.
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import io
 import logging
 import os
-import queue
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass, replace
 
-from PIL import Image
-
 from gpu_worker.contract import (
-    ActiveRun,
     AttemptResult,
     Blame,
+    Checkpoint,
     Heartbeat,
-    ImageFile,
     Outcome,
     Progress,
     RenderRequest,
@@ -41,15 +38,18 @@ from gpu_worker.contract import (
     WorkerBusy,
     WorkerReport,
 )
+from gpu_worker.delivery import deliver
 from gpu_worker.gpu_account import Doing, GpuAccount
+from gpu_worker.held_run import Cut, HeldRun
 from gpu_worker.outputs import (
     ArtifactMissing,
     Artifacts,
     ArtifactsUnavailable,
     attempt_folder,
-    image_name,
+    checkpoint_path,
 )
-from gpu_worker.run import Engine, EngineFailure, RenderedImage, Rendering, RunStopped
+from gpu_worker.run import Engine, EngineFailure, Rendering, RunStopped
+from gpu_worker.run_stack import RunStack
 from gpu_worker.settings import WorkerSettings
 
 _log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ _NS_PER_MS = 1_000_000
 _PNG = "image/png"
 
 EXIT_GPU_THREAD_ENDED = 70
-"""Exit status of a process whose GPU thread could not go on."""
+"""Exit status of a process in which the thread of a run could not go on."""
 
 
 class Worker:
@@ -71,17 +71,17 @@ class Worker:
         self._loop = asyncio.get_running_loop()
         self._incarnation = str(uuid.uuid4())
         self._epoch = 0
-        self._active: _Run | None = None
+        # In the order in which they were begun, the newest last: also those that are only delivering.
+        self._hands: list[HeldRun] = []
+        self._threads: set[threading.Thread] = set()
         self._ended: dict[str, _Ended] = {}
-        self._deletions: set[asyncio.Task[None]] = set()
+        self._chores: set[asyncio.Task[None]] = set()
         # Raised whenever something happened that a scheduler should hear of at once.
         self._news = 0
         self._news_told = 0
         self._news_came = asyncio.Event()
         self._account = GpuAccount(time.monotonic_ns())
-        self._mailbox: queue.SimpleQueue[_Run | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name="gpu", daemon=True)
-        self._thread.start()
+        self._stack = RunStack()
 
     @property
     def incarnation(self) -> str:
@@ -91,33 +91,59 @@ class Worker:
     def render(self, request: RenderRequest) -> None:
         """Take an attempt in hand and return; its result comes with a later heartbeat.
 
-        Raises StaleEpoch, and WorkerBusy while another attempt is in hand.
+        A run that has the GPU, and that `request.parks` names, gives it up at its next boundary. Raises
+        StaleEpoch, and WorkerBusy where another run has the GPU or too many are parked.
         """
         self._heed(request.epoch)
-        if request.attempt_id in self._ended:
+        if request.attempt_id in self._ended or self._held(request.attempt_id) is not None:
             return
-        if self._active is not None:
-            if self._active.request.attempt_id == request.attempt_id:
-                return
-            raise WorkerBusy(
-                f"{self._settings.worker_id} has attempt {self._active.request.attempt_id} in hand"
-            )
-        self._active = _Run(request, self._loop, self._settings.preview_interval_ms)
-        self._mailbox.put(self._active)
+        drawing = [run for run in self._hands if not run.drawn and not run.forgotten]
+        if drawing and drawing[-1].attempt_id != request.parks:
+            raise WorkerBusy(f"{self._settings.worker_id} has attempt {drawing[-1].attempt_id} in hand")
+        if len(drawing) > self._settings.most_parked:
+            raise WorkerBusy(f"{self._settings.worker_id} has {len(drawing)} attempts in hand")
+        run = HeldRun(
+            request,
+            clock=self._engine.stage_clock(),
+            stack=self._stack,
+            account=self._account,
+            settings=self._settings,
+            loop=self._loop,
+            keep=self._keep,
+        )
+        self._hands.append(run)
+        thread = threading.Thread(target=self._work, args=(run,), name="run", daemon=True)
+        self._threads.add(thread)
+        thread.start()
 
     def stop(self, epoch: int, attempt_id: str, token: str) -> None:
-        """Ask a run to end at its next step; nothing happens where no such attempt is in hand.
+        """Ask a run to end at its next boundary; nothing happens where no such attempt is in hand.
 
-        It ends as CANCELLED, or as it would have if it was past its last boundary. Raises StaleEpoch.
+        It ends as CANCELLED, or as it would have if it was past its last boundary; one that is parked ends at
+        once. Raises StaleEpoch.
         """
         self._heed(epoch)
-        run = self._active
-        if run is not None and (run.request.attempt_id, run.request.token) == (attempt_id, token):
-            run.stop.set()
+        run = self._held(attempt_id)
+        if run is not None and run.request.token == token:
+            run.stop()
+
+    def resume(self, epoch: int, attempt_id: str) -> None:
+        """Let a parked run go on as soon as the newest run in hand has ended.
+
+        The newest parked run does so by itself; nothing happens where the attempt has the GPU, or is not in
+        hand. Raises StaleEpoch.
+        """
+        self._heed(epoch)
+        run = self._held(attempt_id)
+        if run is not None and run is not self._hands[-1]:
+            run.lift()
+            self._hands.remove(run)
+            self._hands.insert(-1, run)
 
     async def heartbeat(self, epoch: int, wait_ms: int) -> Heartbeat:
-        """Return a report as soon as an attempt ended or the models changed, or after `wait_ms`.
+        """Return a report as soon as there is news, or after `wait_ms`.
 
+        News is an attempt that ended, a checkpoint that was stored, and a change of the models in memory.
         Raises StaleEpoch, also to a caller that a newer epoch overtook while it waited.
         """
         self._heed(epoch)
@@ -130,13 +156,14 @@ class Worker:
         return Heartbeat(report=self.report(epoch))
 
     def report(self, epoch: int) -> WorkerReport:
-        """Return what this worker is and has. Raises StaleEpoch."""
+        """Return what this worker is and has. Raises StaleEpoch.
+
+        The newest run in hand is the active one, also while it only writes its pictures: who asked for it to
+        park another hears of it as such until its result is there.
+        """
         self._heed(epoch)
         self._news_told = self._news
-        active = None
-        if self._active is not None:
-            request = self._active.request
-            active = ActiveRun(job_id=request.job_id, attempt_id=request.attempt_id, token=request.token)
+        hands = [run.in_hand for run in self._hands]
         return WorkerReport(
             worker_id=self._settings.worker_id,
             incarnation=self._incarnation,
@@ -148,44 +175,55 @@ class Worker:
             memory_bytes=self._engine.memory_bytes,
             memory_used_bytes=self._engine.memory_used_bytes(),
             warm_models=self._engine.warm_models(),
-            active=active,
+            active=hands[-1] if hands else None,
+            parked=tuple(hands[:-1]),
             unacknowledged=tuple(ended.result for ended in self._ended.values()),
             gpu_time=self._account.read(time.monotonic_ns()),
         )
 
     def acknowledge(self, epoch: int, attempt_id: str) -> None:
-        """Drop a result that the scheduler has settled; again is harmless. Raises StaleEpoch."""
+        """Drop a result that the scheduler has settled; again is harmless. Raises StaleEpoch.
+
+        Its checkpoints go, unless the job will be tried again from them.
+        """
         self._heed(epoch)
         ended = self._ended.pop(attempt_id, None)
-        if ended is not None:
-            use = "wasted" if ended.result.outcome is Outcome.FAILED else ended.tier
-            self._account.settle(ended.result.times.gpu_ms, use)
+        if ended is None:
+            return
+        result, run = ended.result, ended.run
+        failed = result.outcome is Outcome.FAILED
+        self._account.settle(result.times.gpu_ms, "wasted" if failed else run.request.tier)
+        if not (failed and result.blame is Blame.PLATFORM):
+            self._begin(self._delete_checkpoints(run))
 
-    async def forget(self, epoch: int, attempt_id: str) -> None:
+    async def forget(self, epoch: int, attempt_id: str, kept: bool = False) -> None:
         """Drop an attempt that no longer counts: its pictures are deleted and its time was wasted.
 
-        One that is in hand is stopped, and dropped when it ends. Again is harmless. Raises StaleEpoch, and
+        With `kept`, another attempt goes on from its newest checkpoint, and the time that this keeps was of
+        use. Checkpoints stay in either case: the job may be going on from one, and they end with it. One that
+        is in hand is stopped, and dropped when it ends. Again is harmless. Raises StaleEpoch, and
         ArtifactsUnavailable where the pictures cannot be deleted now; the result is dropped all the same.
         """
         self._heed(epoch)
-        run = self._active
-        if run is not None and run.request.attempt_id == attempt_id:
-            run.forgotten = True
-            run.stop.set()
+        run = self._held(attempt_id)
+        if run is not None:
+            run.forgotten, run.of_use = True, kept
+            run.stop()
             return
         ended = self._ended.pop(attempt_id, None)
         if ended is not None:
-            self._account.settle(ended.result.times.gpu_ms, "wasted")
+            ended.run.of_use = kept
+            self._settle_forgotten(ended.run, ended.result)
             folder = attempt_folder(ended.result.job_id, attempt_id)
-            await asyncio.to_thread(self._artifacts.delete_folder, folder)
+            await asyncio.to_thread(self._artifacts.delete, folder)
 
     async def watch(self, attempt_id: str, previews: bool) -> AsyncIterator[Progress]:
         """Yield the newest progress of an attempt whenever there is some, until the attempt ends.
 
         What comes faster than it is taken is skipped. Ends at once where the attempt is not in hand.
         """
-        run = self._active
-        if run is None or run.request.attempt_id != attempt_id:
+        run = self._held(attempt_id)
+        if run is None:
             return
         run.watchers += 1
         run.preview_watchers += previews
@@ -212,12 +250,12 @@ class Worker:
             run.preview_watchers -= previews
 
     async def close(self) -> None:
-        """Stop what is in hand and end the GPU thread."""
-        if self._active is not None:
-            self._active.stop.set()
-        self._mailbox.put(None)
-        await asyncio.to_thread(self._thread.join)
-        await asyncio.gather(*self._deletions)
+        """Stop what is in hand, parked or not, and end all threads."""
+        for run in self._hands:
+            run.stop()
+        for thread in tuple(self._threads):
+            await asyncio.to_thread(thread.join)
+        await asyncio.gather(*self._chores)
 
     def _heed(self, epoch: int) -> None:
         if epoch < self._epoch:
@@ -225,6 +263,9 @@ class Worker:
         if epoch > self._epoch:
             self._epoch = epoch
             self._wake_heartbeats()
+
+    def _held(self, attempt_id: str) -> HeldRun | None:
+        return next((run for run in self._hands if run.attempt_id == attempt_id), None)
 
     def _tell_news(self) -> None:
         self._news += 1
@@ -234,40 +275,87 @@ class Worker:
         self._news_came.set()
         self._news_came = asyncio.Event()
 
-    def _take_result(self, run: _Run, result: AttemptResult) -> None:
-        """Called on the loop when the GPU thread is done with a run."""
-        assert run is self._active
-        self._active = None
+    def _begin(self, chore: Coroutine[object, object, None]) -> asyncio.Task[None]:
+        task = self._loop.create_task(chore)
+        self._chores.add(task)
+        task.add_done_callback(self._chores.discard)
+        return task
+
+    def _take_result(self, run: HeldRun, result: AttemptResult, thread: threading.Thread) -> None:
+        """Called on the loop when a run's thread is done with it."""
+        self._threads.discard(thread)
+        self._hands.remove(run)
         run.end()
         if run.forgotten:
-            self._account.settle(result.times.gpu_ms, "wasted")
-            folder = attempt_folder(result.job_id, result.attempt_id)
-            deletion = self._loop.create_task(asyncio.to_thread(self._artifacts.delete_folder, folder))
-            self._deletions.add(deletion)
-            deletion.add_done_callback(self._deletions.discard)
+            self._settle_forgotten(run, result)
+            self._begin(self._delete(attempt_folder(result.job_id, result.attempt_id)))
         else:
-            self._ended[result.attempt_id] = _Ended(result=result, tier=run.request.tier)
+            self._ended[result.attempt_id] = _Ended(result=result, run=run)
         self._tell_news()
 
-    # From here on: the GPU thread.
+    def _settle_forgotten(self, run: HeldRun, result: AttemptResult) -> None:
+        of_use_ms = run.stored_ms if run.of_use else 0
+        self._account.settle(of_use_ms, run.request.tier)
+        self._account.settle(result.times.gpu_ms - of_use_ms, "wasted")
 
-    def _work(self) -> None:
+    def _keep(self, run: HeldRun, cut: Cut) -> None:
+        """Called on the loop with each cut of a run; of those that wait, the newest is stored."""
+        run.unstored = cut
+        if run.storing is None:
+            run.storing = self._begin(self._store(run))
+
+    async def _store(self, run: HeldRun) -> None:
+        # One path, written over: should this worker die before the scheduler heard of the newest, the next
+        # attempt finds more done than it was told, and the time of that is not billed. A path for each step
+        # could name one that is deleted by then.
+        path = checkpoint_path(run.request.job_id, run.attempt_id)
+        while (cut := run.unstored) is not None:
+            run.unstored = None
+            try:
+                await asyncio.to_thread(self._store_cut, path, cut)
+            except ArtifactsUnavailable as error:
+                # The run goes on, and the next cut is tried again.
+                _log.warning("checkpoint not stored attempt=%s: %s", run.attempt_id, error)
+                continue
+            run.stored = Checkpoint(
+                path=path, step=cut.step, steps=cut.steps, kept=cut.kept, device=self._engine.device_type
+            )
+            self._tell_news()
+        run.storing = None
+
+    async def _delete_checkpoints(self, run: HeldRun) -> None:
+        if run.storing is not None:
+            await run.storing
+        for checkpoint in (run.stored, run.request.checkpoint):
+            if checkpoint is not None:
+                await self._delete(checkpoint.path)
+
+    async def _delete(self, path: str) -> None:
         try:
-            while (run := self._mailbox.get()) is not None:
-                result = self._attempt(run)
-                self._loop.call_soon_threadsafe(self._take_result, run, result)
+            await asyncio.to_thread(self._artifacts.delete, path)
+        except ArtifactsUnavailable as error:
+            # Nothing refers to it any more; it goes with the job's folder.
+            _log.warning("file not deleted: %s", error)
+
+    def _store_cut(self, path: str, cut: Cut) -> None:
+        self._artifacts.put(path, cut.snapshot())
+
+    # From here on: the threads of runs.
+
+    def _work(self, run: HeldRun) -> None:
+        try:
+            result = self._attempt(run)
+            self._loop.call_soon_threadsafe(self._take_result, run, result, threading.current_thread())
         except BaseException:
             # What gets past _attempt is a bug or a device that is gone for good: some CUDA errors fail every
             # later call of the process. A worker that stayed would look alive and hold its attempt for ever;
-            # ended, its attempt is lost like any other and a fresh process takes its place.
-            _log.critical("gpu thread ended, and the process with it", exc_info=True)
+            # ended, its attempts are lost like any other and a fresh process takes its place.
+            _log.critical("thread of a run ended, and the process with it", exc_info=True)
             os._exit(EXIT_GPU_THREAD_ENDED)
 
-    def _attempt(self, run: _Run) -> AttemptResult:
+    def _attempt(self, run: HeldRun) -> AttemptResult:
         request = run.request
-        clock = self._engine.stage_clock()
         rendering: Rendering | None = None
-        load_ns = 0
         result = AttemptResult(
             job_id=request.job_id,
             attempt_id=request.attempt_id,
@@ -277,31 +365,67 @@ class Worker:
             times=StageTimes(),
         )
         try:
-            source = request.spec.source
-            source_latents = self._artifacts.read(source.latents_path) if source else None
-            run.check()
-            load_ns = self._load(request.spec.model)
-            run.check()
-            self._account.turn_to(Doing.RUN, time.monotonic_ns())
-            rendering = self._engine.render(request.spec, source_latents, run, clock)
+            rendering = self._drawn(run)
         except RunStopped:
             result = replace(result, outcome=Outcome.CANCELLED)
         except Exception as error:
             result = _failed(result, error)
-        times = clock.times()
-        self._account.end_run(times.gpu_ms, time.monotonic_ns())
-        result = replace(result, times=times, load_ms=load_ns // _NS_PER_MS)
+        times, redone_ms = run.leave_gpu()
+        result = replace(
+            result, times=times, kept=run.kept, redone_ms=redone_ms, load_ms=run.load_ns // _NS_PER_MS
+        )
         if rendering is None:
             return result
         try:
-            return self._delivered(result, run, rendering)
+            delivered = deliver(
+                self._artifacts,
+                request,
+                rendering,
+                pauses_s=self._settings.delivery_pauses_s,
+                stop=run.stopping,
+            )
         except Exception as error:
             return _failed(result, error)
+        return replace(
+            result,
+            images=delivered.images,
+            latents_path=delivered.latents_path,
+            receipt=rendering.receipt,
+        )
+
+    def _drawn(self, run: HeldRun) -> Rendering:
+        spec = run.request.spec
+        # Before it has the GPU, which is another run's until this one can use it.
+        source = self._artifacts.read(spec.source.latents_path) if spec.source else None
+        checkpoint = self._checkpoint(run)
+        run.take_gpu()
+        run.check()
+        while spec.model not in self._engine.warm_models():
+            run.load_ns += self._load(spec.model)
+            # It may be parked here, and find that what it loaded had to make room.
+            run.check()
+        self._account.turn_to(Doing.RUN, time.monotonic_ns())
+        return self._engine.render(spec, source, run, run.clock, checkpoint)
+
+    def _checkpoint(self, run: HeldRun) -> bytes | None:
+        """Return the content of the checkpoint that a run is to go on from.
+
+        One that is gone costs the steps again, not the picture: it ends with its job, and another attempt may
+        have ended the job by now.
+        """
+        checkpoint = run.request.checkpoint
+        if checkpoint is None:
+            return None
+        try:
+            content = self._artifacts.read(checkpoint.path)
+        except ArtifactMissing:
+            _log.warning("checkpoint is gone attempt=%s path=%s", run.attempt_id, checkpoint.path)
+            return None
+        run.goes_on_from(checkpoint)
+        return content
 
     def _load(self, model: str) -> int:
-        """Bring the model into memory and return the nanoseconds that took; 0 where it was there."""
-        if model in self._engine.warm_models():
-            return 0
+        """Bring the model into memory and return the nanoseconds that took."""
         self._account.turn_to(Doing.LOAD, time.monotonic_ns())
         try:
             self._engine.load(model)
@@ -309,47 +433,6 @@ class Worker:
             load_ns = self._account.turn_to(Doing.IDLE, time.monotonic_ns())
             self._loop.call_soon_threadsafe(self._tell_news)
         return load_ns
-
-    def _delivered(self, result: AttemptResult, run: _Run, rendering: Rendering) -> AttemptResult:
-        """Write the pictures, and go on trying for a while if the store is away: they are made already."""
-        for pause_s in (*self._settings.delivery_pauses_s, None):
-            try:
-                return self._written(result, run.request, rendering)
-            except ArtifactsUnavailable:
-                if pause_s is None or run.stop.wait(pause_s):
-                    raise
-        raise AssertionError("the last try returns or raises")
-
-    def _written(self, result: AttemptResult, request: RenderRequest, rendering: Rendering) -> AttemptResult:
-        folder = attempt_folder(request.job_id, request.attempt_id)
-        files = []
-        for index, image in enumerate(rendering.images, start=1):
-            name = image_name(request.job_id, request.file_stem, index)
-            path = f"{folder}/{name}"
-            content = _png(image)
-            self._artifacts.put(path, content)
-            files.append(
-                ImageFile(
-                    index=index,
-                    path=path,
-                    file_name=name,
-                    content_type=_PNG,
-                    size_bytes=len(content),
-                    sha256=hashlib.sha256(content).hexdigest(),
-                    width=image.width,
-                    height=image.height,
-                    seed=image.seed,
-                )
-            )
-        latents_path = f"{folder}/latents.safetensors"
-        self._artifacts.put(latents_path, rendering.latents)
-        return replace(result, images=tuple(files), latents_path=latents_path, receipt=rendering.receipt)
-
-
-def _png(image: RenderedImage) -> bytes:
-    file = io.BytesIO()
-    Image.frombytes("RGB", (image.width, image.height), image.pixels).save(file, "PNG")
-    return file.getvalue()
 
 
 def _failed(result: AttemptResult, error: Exception) -> AttemptResult:
@@ -371,67 +454,7 @@ def _failed(result: AttemptResult, error: Exception) -> AttemptResult:
 
 @dataclass(frozen=True, kw_only=True)
 class _Ended:
-    """A result that waits to be acknowledged, and the tier its time is counted under."""
+    """A result that waits to be acknowledged, and the run that it is of."""
 
     result: AttemptResult
-    tier: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Boundary:
-    """The newest boundary a run has passed. Replaced whole, so that a reader never sees half of two."""
-
-    number: int = 0
-    step: int = 0
-    steps: int = 0
-    preview: bytes = b""
-    preview_number: int = 0
-    """Number of the boundary at which the preview was made; 0 for none yet."""
-
-
-class _Run:
-    """The attempt in hand: the GPU thread's RunControl, and what the loop knows of it.
-
-    The loop writes the wishes and the counts of watchers; the GPU thread writes `newest`.
-    """
-
-    def __init__(
-        self, request: RenderRequest, loop: asyncio.AbstractEventLoop, preview_interval_ms: int
-    ) -> None:
-        self.request = request
-        self.stop = threading.Event()
-        self.forgotten = False
-        self.ended = False
-        self.watchers = 0
-        self.preview_watchers = 0
-        self.newest = _Boundary()
-        self.came = asyncio.Event()
-        self._loop = loop
-        self._preview_interval_ns = preview_interval_ms * _NS_PER_MS
-        self._preview_due_ns = 0
-
-    def end(self) -> None:
-        self.ended = True
-        self._wake()
-
-    def check(self) -> None:
-        if self.stop.is_set():
-            raise RunStopped
-
-    def boundary(self, step: int, steps: int, preview: Callable[[], bytes]) -> None:
-        self.check()
-        number = self.newest.number + 1
-        shown, shown_number = self.newest.preview, self.newest.preview_number
-        now_ns = time.monotonic_ns()
-        if self.preview_watchers and now_ns >= self._preview_due_ns:
-            shown, shown_number = preview(), number
-            self._preview_due_ns = now_ns + self._preview_interval_ns
-        self.newest = _Boundary(
-            number=number, step=step, steps=steps, preview=shown, preview_number=shown_number
-        )
-        if self.watchers:
-            self._loop.call_soon_threadsafe(self._wake)
-
-    def _wake(self) -> None:
-        self.came.set()
-        self.came = asyncio.Event()
+    run: HeldRun

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -47,20 +48,48 @@ class CudaStageClock:
     """A stage clock of CUDA events: the time at which the GPU got there, not at which it was asked to."""
 
     def __init__(self) -> None:
-        self._marks: list[tuple[Stage, torch.cuda.Event]] = []
+        self._spent_ms = dict.fromkeys(Stage, 0.0)
+        self._redone_ms = 0.0
+        # From each mark on, time is its stage's; nobody's where that is None.
+        self._marks: list[tuple[Stage | None, torch.cuda.Event]] = []
+        self._paused: Stage | None = None
 
     def enter(self, stage: Stage) -> None:
         self._marks.append((stage, _recorded()))
 
-    def times(self) -> StageTimes:
-        spent_ms = dict.fromkeys(Stage, 0.0)
+    def pause(self) -> None:
         if self._marks:
-            end = _recorded()
-            end.synchronize()
-            ends = [event for _, event in self._marks[1:]] + [end]
-            for (stage, begin), until in zip(self._marks, ends, strict=True):
-                spent_ms[stage] += begin.elapsed_time(until)
-        return stage_times(spent_ms)
+            self._paused = self._marks[-1][0]
+            self._marks.append((None, _recorded()))
+            self._count()
+
+    def resume(self) -> None:
+        if self._paused is not None:
+            self.enter(self._paused)
+
+    def set_aside(self) -> None:
+        self.times()
+        self._redone_ms += sum(self._spent_ms.values())
+        self._spent_ms = dict.fromkeys(Stage, 0.0)
+
+    def times(self) -> StageTimes:
+        if self._marks and self._marks[-1][0] is not None:
+            self._marks.append((self._marks[-1][0], _recorded()))
+        self._count()
+        return stage_times(self._spent_ms)
+
+    def redone_ms(self) -> int:
+        return round(self._redone_ms)
+
+    def _count(self) -> None:
+        """Wait for the newest mark and count the time up to it."""
+        if not self._marks:
+            return
+        self._marks[-1][1].synchronize()
+        for (stage, begin), (_, until) in pairwise(self._marks):
+            if stage is not None:
+                self._spent_ms[stage] += begin.elapsed_time(until)
+        del self._marks[:-1]
 
 
 class Leash:

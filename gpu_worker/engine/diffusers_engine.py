@@ -1,14 +1,15 @@
 """Draws with stock diffusers pipelines, on a GPU or on the CPU.
 
-The same request gives the same bits on the same device type with the same software, whoever watches. Each
-run has its own scheduler and its own shallow copy of the pipeline over shared weights; each picture has
-its own noise, drawn on the CPU, so that it is the same on every device.
+The same request gives the same bits on the same device type with the same software, whoever watches, and
+however often it was parked, or cut and continued elsewhere. Each run has its own scheduler and its own
+shallow copy of the pipeline over shared weights, so that runs on several threads may wait for each other in
+the middle; each picture has its own noise, drawn on the CPU, so that it is the same on every device.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import diffusers
@@ -17,6 +18,7 @@ import torch
 import transformers
 
 from gpu_worker.contract import RenderKind, RenderSpec
+from gpu_worker.engine.checkpoint import RunState, SkippingDenoiser, WayBack
 from gpu_worker.engine.device import (
     Leash,
     chosen_device,
@@ -29,16 +31,27 @@ from gpu_worker.engine.loading import LoadedModel, loaded_model
 from gpu_worker.engine.step_boundary import Predict, with_boundary
 from gpu_worker.image_seeds import image_seed
 from gpu_worker.models import Models
-from gpu_worker.run import EngineFailure, RenderedImage, Rendering, RunControl, Stage, StageClock
+from gpu_worker.run import (
+    EngineFailure,
+    RenderedImage,
+    Rendering,
+    RunControl,
+    Snapshot,
+    Stage,
+    StageClock,
+)
 from gpu_worker.settings import WorkerSettings
 
 _LATENTS = "latents"
+# What pipelines call their denoiser, a U-Net or a transformer.
+_DENOISERS = ("unet", "transformer")
 
 
 class DiffusersEngine:
     """One device and the models in its memory."""
 
     def __init__(self, models: Models, settings: WorkerSettings) -> None:
+        self._threads = settings.threads
         torch.set_num_threads(settings.threads)
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.benchmark = False
@@ -78,6 +91,7 @@ class DiffusersEngine:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
         try:
+            torch.set_num_threads(self._threads)
             self._loaded[model] = loaded_model(entry, self._device, self._cache_dir)
         except torch.OutOfMemoryError as error:
             raise _out_of_memory(model) from error
@@ -86,11 +100,18 @@ class DiffusersEngine:
         return stage_clock(self._device)
 
     def render(
-        self, spec: RenderSpec, source_latents: bytes | None, control: RunControl, clock: StageClock
+        self,
+        spec: RenderSpec,
+        source_latents: bytes | None,
+        control: RunControl,
+        clock: StageClock,
+        checkpoint: bytes | None = None,
     ) -> Rendering:
+        # Both are settings of a thread, and each run has its own. The number of threads decides bits.
+        torch.set_num_threads(self._threads)
         try:
             with torch.no_grad():
-                return self._render(spec, source_latents, control, clock)
+                return self._render(spec, source_latents, control, clock, checkpoint)
         except torch.OutOfMemoryError as error:
             raise _out_of_memory(spec.model) from error
 
@@ -98,16 +119,22 @@ class DiffusersEngine:
         return sum(model.entry.memory_bytes for model in self._loaded.values())
 
     def _render(
-        self, spec: RenderSpec, source_latents: bytes | None, control: RunControl, clock: StageClock
+        self,
+        spec: RenderSpec,
+        source_latents: bytes | None,
+        control: RunControl,
+        clock: StageClock,
+        checkpoint: bytes | None,
     ) -> Rendering:
         model = self._loaded[spec.model]
         seeds = [image_seed(spec.seed, index) for index in range(1, spec.images + 1)]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         arguments: dict[str, Any] = {
             "prompt": spec.prompt,
             "num_inference_steps": spec.steps,
             "guidance_scale": spec.guidance_milli / 1000,
             "num_images_per_prompt": spec.images,
-            "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
+            "generator": generators,
             # Decoding is ours: one picture at a time, so that a run can be stopped between two.
             "output_type": "latent",
         }
@@ -125,14 +152,25 @@ class DiffusersEngine:
             shared = model.text_to_image
             arguments["width"], arguments["height"] = spec.width, spec.height
 
+        pipeline = copy.copy(shared)
+        receipt = self._receipt(spec, model, pipeline, seeds)
+        state = RunState.read(checkpoint, receipt) if checkpoint is not None else None
+        way = None
+        if state is not None:
+            way = WayBack(state, generators=generators, device=self._device, restored=control.restored)
+            name = next(name for name in _DENOISERS if hasattr(pipeline, name))
+            # Not by setattr, which would write the stand-in's class into the configuration.
+            vars(pipeline)[name] = SkippingDenoiser(getattr(pipeline, name), way)
         listener = _Listener(
             control=control,
             clock=clock,
             skipped=skipped,
             leash=Leash(self._device),
             preview=lambda latents: contact_sheet(latents, model.latent_to_rgb),
+            generators=generators,
+            receipt=receipt,
+            way=way,
         )
-        pipeline = copy.copy(shared)
         pipeline.scheduler = with_boundary(shared.scheduler, listener)
         clock.enter(Stage.ENCODE)
         latents = pipeline(**arguments).images
@@ -152,7 +190,7 @@ class DiffusersEngine:
         return Rendering(
             images=tuple(images),
             latents=safetensors.torch.save({_LATENTS: latents.cpu().contiguous()}),
-            receipt=self._receipt(spec, model, pipeline, seeds),
+            receipt=receipt,
         )
 
     def _receipt(
@@ -194,24 +232,48 @@ class _Listener:
         skipped: int,
         leash: Leash,
         preview: Callable[[torch.Tensor], bytes],
+        generators: Sequence[torch.Generator],
+        receipt: Mapping[str, object],
+        way: WayBack | None,
     ) -> None:
         self._control = control
         self._clock = clock
         self._skipped = skipped
         self._leash = leash
         self._preview = preview
+        self._generators = generators
+        self._receipt = receipt
+        self._way = way
         self._step = 0
 
     def denoising_begins(self) -> None:
         self._control.check()
         self._clock.enter(Stage.DENOISE)
 
-    def step_ended(self, scheduler: Any, predict: Predict) -> None:
+    def skipped(self, scheduler: Any, sample: torch.Tensor) -> torch.Tensor | None:
+        way = self._way
+        if way is None or not way.under_way:
+            return None
+        self._step += 1
+        return way.skip(scheduler, sample)
+
+    def step_ended(self, scheduler: Any, latents: torch.Tensor, predict: Predict) -> None:
         self._leash.step()
         self._step += 1
         # A scheduler's own table, not the number asked for: second-order schedulers step more often.
         steps = len(scheduler.timesteps) - self._skipped * scheduler.order
-        self._control.boundary(self._step, steps, lambda: self._preview(predict()))
+        self._control.boundary(
+            self._step,
+            steps,
+            preview=lambda: self._preview(predict()),
+            snapshot=lambda: self._snapshot(scheduler, latents),
+        )
+
+    def _snapshot(self, scheduler: Any, latents: torch.Tensor) -> Snapshot:
+        state = RunState.of(
+            step=self._step, latents=latents, scheduler=scheduler, generators=self._generators
+        )
+        return lambda: state.content(self._receipt)
 
 
 def _source(source_latents: bytes, spec: RenderSpec) -> torch.Tensor:

@@ -15,6 +15,7 @@ import torch
 import transformers
 from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
 
+from gpu_worker.engine.checkpoint import NotCheckpointable, RunState
 from gpu_worker.engine.latents import fitted_latent_to_rgb
 from gpu_worker.engine.stand_in import stand_in_folder
 from gpu_worker.engine.step_boundary import has_boundary
@@ -25,6 +26,8 @@ diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
 
 _GRID = 4
+# PNDM makes its table of timesteps from no fewer.
+_WARMING_STEPS = 4
 
 # Checkers and watermarks change a picture after it was drawn. Moderation is the front door's.
 _LEFT_OUT: Mapping[str, Any] = {
@@ -95,14 +98,18 @@ def loaded_model(entry: ModelEntry, device: torch.device, cache_dir: Path) -> Lo
         # The first kernels of a shape are slow: paid here, by the fleet, not by the first job.
         warmed = copy.copy(pipeline)
         warmed.scheduler = copy.deepcopy(pipeline.scheduler)
-        warmed(
+        latents = warmed(
             "",
-            num_inference_steps=1,
+            num_inference_steps=_WARMING_STEPS,
             num_images_per_prompt=_GRID,
             width=entry.default_width,
             height=entry.default_height,
             output_type="latent",
-        )
+        ).images
+    try:
+        RunState.of(step=1, latents=latents, scheduler=warmed.scheduler, generators=())
+    except NotCheckpointable as error:
+        raise _unusable(entry, f"its runs cannot be cut: {error}") from error
     modules = [module for module in pipeline.components.values() if isinstance(module, torch.nn.Module)]
     return LoadedModel(
         entry=entry,

@@ -14,6 +14,7 @@ from copy import deepcopy
 from typing import Any, Protocol
 
 import torch
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
 Predict = Callable[[], torch.Tensor]
 
@@ -24,8 +25,14 @@ class StepListener(Protocol):
     def denoising_begins(self) -> None:
         """Called when the pipeline sets its timesteps: encoding is over."""
 
-    def step_ended(self, scheduler: Any, predict: Predict) -> None:
-        """Called after each step. `predict` returns the picture as the model sees it now, as latents."""
+    def skipped(self, scheduler: Any, sample: torch.Tensor) -> torch.Tensor | None:
+        """Called before each step. Returns what it gives back, if it is not to be taken."""
+
+    def step_ended(self, scheduler: Any, latents: torch.Tensor, predict: Predict) -> None:
+        """Called after each step that was taken, with the latents that it gives back.
+
+        `predict` returns the picture as the model sees it now, as latents.
+        """
 
 
 def with_boundary(scheduler: Any, listener: StepListener) -> Any:
@@ -61,9 +68,15 @@ def _bounded_class(base: Any) -> Any:
             return_dict: bool = True,
             **kwargs: Any,
         ) -> Any:
+            listener = self.boundary_listener
+            latents = listener.skipped(self, sample)
+            if latents is not None:
+                return SchedulerOutput(prev_sample=latents) if return_dict else (latents,)
             output = base.step(self, model_output, timestep, sample, *args, return_dict=True, **kwargs)
-            self.boundary_listener.step_ended(
-                self, lambda: _predicted(self, output, model_output, timestep, sample)
+            listener.step_ended(
+                self,
+                output.prev_sample,
+                lambda: _predicted(self, output, model_output, timestep, sample),
             )
             return output if return_dict else output.to_tuple()
 

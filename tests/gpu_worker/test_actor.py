@@ -19,6 +19,7 @@ from worker_builders import a_request, some_settings
 
 from gpu_worker.actor import GpuWorker
 from gpu_worker.contract import Outcome, StaleEpoch, WorkerBusy, WorkerReport
+from scheduler.cluster.ray_session import start_local_ray
 
 pytestmark = pytest.mark.ray
 
@@ -29,14 +30,7 @@ _LONG_MS = 60_000
 def cluster() -> Iterator[None]:
     # A short path: a Unix socket's name ends at 107 bytes.
     with tempfile.TemporaryDirectory(prefix="dr-") as folder:
-        ray.init(
-            address="local",
-            num_gpus=4,
-            include_dashboard=False,
-            namespace="test",
-            log_to_driver=False,
-            _temp_dir=folder,
-        )
+        start_local_ray(Path(folder), gpus=4, namespace="test")
         yield
         ray.shutdown()
 
@@ -88,6 +82,29 @@ async def test_a_run_is_stopped_while_a_heartbeat_waits(make_actor: Callable[...
     await actor.stop.remote(1, request.attempt_id, request.token)
     (result,) = (await waiting).report.unacknowledged
     assert (result.outcome, result.images) == (Outcome.CANCELLED, ())
+
+
+async def test_a_run_is_parked_resumed_and_given_to_another_worker(make_actor: Callable[..., Any]) -> None:
+    one, other = make_actor(timed_step_ms=20), make_actor(timed_step_ms=20)
+    relax = a_request(tier="relax", spec={"steps": 50})
+    await one.render.remote(relax)
+    watch = one.watch.remote(relax.attempt_id, False)
+    assert (await (await anext(watch))).step >= 1
+    await one.render.remote(a_request(spec={"steps": 10_000}, parks=relax.attempt_id))
+    await one.resume.remote(1, relax.attempt_id)
+    report: WorkerReport = await one.report.remote(1)
+    while not report.parked or report.parked[0].checkpoint is None:
+        report = (await one.heartbeat.remote(1, _LONG_MS)).report
+    checkpoint = report.parked[0].checkpoint
+    await other.render.remote(
+        a_request(job_id=relax.job_id, tier="relax", spec={"steps": 50}, checkpoint=checkpoint)
+    )
+    await one.forget.remote(1, relax.attempt_id, kept=True)
+    while report.parked:
+        report = (await one.heartbeat.remote(1, _LONG_MS)).report
+    assert report.gpu_time.relax_ms == checkpoint.kept.gpu_ms > 0
+    (result,) = (await ended(other)).unacknowledged
+    assert (result.outcome, result.kept) == (Outcome.SUCCEEDED, checkpoint.kept)
 
 
 async def test_refusals_arrive_as_their_own_class(make_actor: Callable[..., Any]) -> None:

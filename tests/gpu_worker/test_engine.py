@@ -27,7 +27,7 @@ from gpu_worker.engine.latents import contact_sheet, decoded
 from gpu_worker.engine.step_boundary import has_boundary, with_boundary
 from gpu_worker.image_seeds import image_seed
 from gpu_worker.models import ModelEntry, Models, read_models
-from gpu_worker.run import EngineFailure, Rendering, RunStopped
+from gpu_worker.run import EngineFailure, Rendering, RunStopped, Snapshot
 from gpu_worker.worker import Worker
 
 pytestmark = [
@@ -58,7 +58,12 @@ class Control:
             if self._checks_left == 0:
                 raise RunStopped
 
-    def boundary(self, step: int, steps: int, preview: Callable[[], bytes]) -> None:
+    def restored(self) -> None:
+        raise AssertionError("nothing was given to go on from")
+
+    def boundary(
+        self, step: int, steps: int, preview: Callable[[], bytes], snapshot: Callable[[], Snapshot]
+    ) -> None:
         if step == self._stop_at:
             raise RunStopped
         self.boundaries.append((step, steps))
@@ -308,7 +313,10 @@ class CountingListener:
     def denoising_begins(self) -> None:
         self.begun += 1
 
-    def step_ended(self, scheduler: Any, predict: Callable[[], torch.Tensor]) -> None:
+    def skipped(self, scheduler: Any, sample: torch.Tensor) -> torch.Tensor | None:
+        return None
+
+    def step_ended(self, scheduler: Any, latents: torch.Tensor, predict: Callable[[], torch.Tensor]) -> None:
         self.steps += 1
         self.predicted = predict()
 

@@ -16,7 +16,8 @@ def test_each_instant_has_one_use() -> None:
     account = GpuAccount(0)
     account.turn_to(Doing.LOAD, 10 * _MS)
     account.turn_to(Doing.RUN, 30 * _MS)
-    account.end_run(40, 70 * _MS)
+    account.turn_to(Doing.IDLE, 70 * _MS)
+    account.count(40)
     assert account.read(75 * _MS) == GpuTime(idle_ms=15, load_ms=20, open_ms=40)
     account.settle(40, "relax")
     assert account.read(75 * _MS) == GpuTime(idle_ms=15, load_ms=20, relax_ms=40)
@@ -37,7 +38,7 @@ def test_uses_add_up_to_the_wall_time_however_the_thread_turns(turns: list[tuple
     for following, spent_ms in turns:
         now_ms += spent_ms
         if doing is Doing.RUN:
-            account.end_run(spent_ms, now_ms * _MS)
+            account.count(spent_ms)
             account.settle(spent_ms, "wasted" if spent_ms % 2 else "fast")
         account.turn_to(following, now_ms * _MS)
         doing = following

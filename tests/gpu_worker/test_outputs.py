@@ -22,7 +22,7 @@ def test_the_same_in_an_object_store() -> None:
     store = Artifacts(f"memory://{uuid.uuid4()}")
     store.put("jobs/a/b/c.png", b"one")
     assert store.read("jobs/a/b/c.png") == b"one"
-    store.delete_folder("jobs/a")
+    store.delete("jobs/a")
     with pytest.raises(ArtifactMissing):
         store.read("jobs/a/b/c.png")
 
@@ -31,8 +31,8 @@ def test_a_deleted_folder_is_gone_and_deleting_it_again_is_harmless(tmp_path: Pa
     store = Artifacts(str(tmp_path))
     store.put("jobs/a/b/c.png", b"one")
     store.put("jobs/a/other/c.png", b"two")
-    store.delete_folder("jobs/a/b")
-    store.delete_folder("jobs/a/b")
+    store.delete("jobs/a/b")
+    store.delete("jobs/a/b")
     with pytest.raises(ArtifactMissing):
         store.read("jobs/a/b/c.png")
     assert store.read("jobs/a/other/c.png") == b"two"
@@ -43,7 +43,7 @@ def test_a_deleted_folder_is_gone_and_deleting_it_again_is_harmless(tmp_path: Pa
 )
 def test_no_path_leaves_the_root(tmp_path: Path, path: str) -> None:
     store = Artifacts(str(tmp_path / "store"))
-    for act in (lambda: store.put(path, b""), lambda: store.read(path), lambda: store.delete_folder(path)):
+    for act in (lambda: store.put(path, b""), lambda: store.read(path), lambda: store.delete(path)):
         with pytest.raises(PathOutsideStore):
             act()
 

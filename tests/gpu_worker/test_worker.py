@@ -67,9 +67,14 @@ class FailingEngine(TimedEngine):
         self.error: Exception | None = error
 
     def render(
-        self, spec: RenderSpec, source_latents: bytes | None, control: RunControl, clock: StageClock
+        self,
+        spec: RenderSpec,
+        source_latents: bytes | None,
+        control: RunControl,
+        clock: StageClock,
+        checkpoint: bytes | None = None,
     ) -> Rendering:
-        rendering = super().render(spec, source_latents, control, clock)
+        rendering = super().render(spec, source_latents, control, clock, checkpoint)
         if self.error is not None:
             raise self.error
         return rendering

@@ -1,0 +1,250 @@
+"""A run in a worker's hands: the engine's RunControl, and what the worker's event loop knows of the run.
+
+Here a run is parked and cut. Parked, it waits inside the call in which the engine offered a boundary, and
+bills nothing. A cut is a copy of its state taken at a boundary, from which the worker makes a checkpoint
+while the run goes on or waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from gpu_worker.contract import Checkpoint, RenderRequest, RunInHand, StageTimes
+from gpu_worker.gpu_account import Doing, GpuAccount
+from gpu_worker.run import RunStopped, Snapshot, StageClock
+from gpu_worker.run_stack import Place, RunStack
+from gpu_worker.settings import WorkerSettings
+
+_NS_PER_MS = 1_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Boundary:
+    """The newest boundary a run has passed. Replaced whole, so that a reader never sees half of two."""
+
+    number: int = 0
+    step: int = 0
+    steps: int = 0
+    preview: bytes = b""
+    preview_number: int = 0
+    """Number of the boundary at which the preview was made; 0 for none yet."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """A copy of a run's state at a boundary, not stored yet."""
+
+    step: int
+    steps: int
+    kept: StageTimes
+    snapshot: Snapshot
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Offer:
+    """A boundary at which the engine can be asked for the run's state, until the next step."""
+
+    step: int
+    steps: int
+    snapshot: Callable[[], Snapshot]
+
+
+class HeldRun:
+    """One attempt. The loop writes wishes, watchers and what is stored; the run's thread writes the rest."""
+
+    def __init__(
+        self,
+        request: RenderRequest,
+        *,
+        clock: StageClock,
+        stack: RunStack,
+        account: GpuAccount,
+        settings: WorkerSettings,
+        loop: asyncio.AbstractEventLoop,
+        keep: Callable[[HeldRun, Cut], None],
+    ) -> None:
+        """`keep` is called on the loop with each cut."""
+        self.request = request
+        self.clock = clock
+        self.stopping = threading.Event()
+        self.forgotten = False
+        self.of_use = False
+        """Where it is forgotten: whether what its checkpoint keeps goes on elsewhere."""
+        self.ended = False
+        self.watchers = 0
+        self.preview_watchers = 0
+        self.newest = Boundary()
+        self.came = asyncio.Event()
+        self.stored: Checkpoint | None = None
+        """The newest checkpoint of this attempt in the store."""
+        self.unstored: Cut | None = None
+        self.storing: asyncio.Task[None] | None = None
+        self.drawn = False
+        """It does not need the GPU any more."""
+        self.kept = StageTimes()
+        """What the checkpoint it goes on from had taken."""
+        self.load_ns = 0
+        self._restoring = False
+        self._place = Place()
+        self._stack = stack
+        self._account = account
+        self._settings = settings
+        self._loop = loop
+        self._keep = keep
+        self._has_gpu = False
+        self._accounted_ms = 0
+        self._offer: _Offer | None = None
+        self._cut_step = 0
+        self._cut_ns = 0
+        self._preview_due_ns = 0
+        stack.enter(self._place, ready=request.spec.source is None and request.checkpoint is None)
+
+    # On the loop.
+
+    @property
+    def attempt_id(self) -> str:
+        return self.request.attempt_id
+
+    @property
+    def in_hand(self) -> RunInHand:
+        """What a report says of it."""
+        return RunInHand(
+            job_id=self.request.job_id,
+            attempt_id=self.request.attempt_id,
+            token=self.request.token,
+            checkpoint=self.stored or self.request.checkpoint,
+        )
+
+    @property
+    def stored_ms(self) -> int:
+        """Of this attempt's own time, what its newest stored checkpoint keeps."""
+        return self.stored.kept.gpu_ms - self.kept.gpu_ms if self.stored else 0
+
+    def stop(self) -> None:
+        """End it at its next boundary; at once where it is parked."""
+        self.stopping.set()
+        self._stack.stop(self._place)
+
+    def lift(self) -> None:
+        """Let it go on as soon as the newest run ends."""
+        self._stack.lift(self._place)
+
+    def end(self) -> None:
+        """Let whoever watches know that nothing more will come."""
+        self.ended = True
+        self._wake()
+
+    # On the run's own thread.
+
+    def goes_on_from(self, checkpoint: Checkpoint) -> None:
+        """Say, before it takes the GPU, that the engine is given this checkpoint."""
+        self.kept, self._restoring = checkpoint.kept, True
+
+    def take_gpu(self) -> None:
+        """Wait until the GPU is this run's. Raises RunStopped."""
+        self._stack.take(self._place)
+        self._has_gpu = True
+        self._cut_ns = time.monotonic_ns()
+
+    def leave_gpu(self) -> tuple[StageTimes, int]:
+        """Give up the GPU for good; return its times, and the milliseconds that it spent on getting to its
+        checkpoint.
+        """
+        if self._restoring:
+            self.clock.set_aside()
+        times = self._count()
+        redone_ms = self.clock.redone_ms()
+        self._account.settle(redone_ms, "wasted")
+        self._offer = None
+        self.drawn = True
+        self._stack.leave(self._place)
+        return times, redone_ms
+
+    def check(self) -> None:
+        if self.stopping.is_set():
+            raise RunStopped
+        if self._stack.gives_way(self._place):
+            self._park()
+
+    def boundary(
+        self, step: int, steps: int, preview: Callable[[], bytes], snapshot: Callable[[], Snapshot]
+    ) -> None:
+        if self.stopping.is_set():
+            raise RunStopped
+        if self._restoring:
+            # A step before anything was put back: the engine could not use the checkpoint.
+            self._restoring, self.kept = False, StageTimes()
+        self._offer = _Offer(step=step, steps=steps, snapshot=snapshot)
+        number = self.newest.number + 1
+        shown, shown_number = self.newest.preview, self.newest.preview_number
+        now_ns = time.monotonic_ns()
+        if self.preview_watchers and now_ns >= self._preview_due_ns:
+            shown, shown_number = preview(), number
+            self._preview_due_ns = now_ns + self._settings.preview_interval_ms * _NS_PER_MS
+        self._tell(
+            Boundary(number=number, step=step, steps=steps, preview=shown, preview_number=shown_number)
+        )
+        if self._stack.gives_way(self._place):
+            self._park()
+        elif self._checkpoint_due(step, steps, now_ns):
+            self._cut(self._offer.snapshot())
+
+    def restored(self) -> None:
+        self._restoring = False
+        self.clock.set_aside()
+
+    def _park(self) -> None:
+        offer = self._offer
+        snapshot = offer.snapshot() if offer is not None and offer.step != self._cut_step else None
+        self.clock.pause()
+        self._count()
+        self._has_gpu = False
+        self._stack.put_down(self._place)
+        # What is slow about a checkpoint comes after the next run has the GPU.
+        if snapshot is not None:
+            self._cut(snapshot)
+        self.take_gpu()
+        self._account.turn_to(Doing.RUN, time.monotonic_ns())
+        self.clock.resume()
+
+    def _cut(self, snapshot: Snapshot) -> None:
+        assert self._offer is not None
+        cut = Cut(
+            step=self._offer.step,
+            steps=self._offer.steps,
+            # Decodes are not in a checkpoint: who goes on from it does them all.
+            kept=self.kept + replace(self.clock.times(), decode_ms=0),
+            snapshot=snapshot,
+        )
+        self._cut_step, self._cut_ns = cut.step, time.monotonic_ns()
+        self._loop.call_soon_threadsafe(self._keep, self, cut)
+
+    def _checkpoint_due(self, step: int, steps: int, now_ns: int) -> bool:
+        return (
+            step % self._settings.checkpoint_every_steps == 0
+            and step < steps
+            and now_ns - self._cut_ns >= self._settings.checkpoint_interval_ms * _NS_PER_MS
+        )
+
+    def _count(self) -> StageTimes:
+        """Bring what the clock measured into the account, and leave the GPU idle."""
+        times = self.clock.times()
+        measured_ms = times.gpu_ms + self.clock.redone_ms()
+        self._account.count(measured_ms - self._accounted_ms)
+        self._accounted_ms = measured_ms
+        if self._has_gpu:
+            self._account.turn_to(Doing.IDLE, time.monotonic_ns())
+        return times
+
+    def _tell(self, boundary: Boundary) -> None:
+        self.newest = boundary
+        if self.watchers:
+            self._loop.call_soon_threadsafe(self._wake)
+
+    def _wake(self) -> None:
+        self.came.set()
+        self.came = asyncio.Event()
