@@ -5,8 +5,9 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 
+from scheduler.policy.attempt import Attempt
 from scheduler.policy.events import FairShare
-from scheduler.policy.ids import AccountId, JobId, Tier
+from scheduler.policy.ids import AccountId, AttemptId, JobId, Tier
 from scheduler.policy.job import Fit, Job
 from scheduler.policy.limits import Limits
 from scheduler.policy.usage import ShareChange
@@ -38,6 +39,9 @@ class Lane:
             insort(self.jobs, job, key=_age)
 
     def remove(self, job: Job) -> None:
+        if self.jobs[0] is job:
+            del self.jobs[0]
+            return
         index = bisect_left(self.jobs, _age(job), key=_age)
         assert self.jobs[index].job_id == job.job_id
         del self.jobs[index]
@@ -49,7 +53,7 @@ class Turn:
     The tag is set exactly while the account is eligible: something waits, and it is below its caps.
     """
 
-    __slots__ = ("finish_tag", "lanes", "ranked_by", "restored_tag", "tag", "waiting")
+    __slots__ = ("counted", "finish_tag", "lanes", "ranked_by", "restored_tag", "tag", "waiting")
 
     def __init__(self) -> None:
         self.finish_tag = 0
@@ -60,6 +64,8 @@ class Turn:
         self.waiting = 0
         self.ranked_by: tuple[int, float] | None = None
         """Tag and use that its lanes are in the order by; None: they are in none, or it is not known."""
+        self.counted: tuple[int, int] | None = None
+        """Where its jobs that could start are counted by tag, and how many; None: none could."""
 
     def add(self, job: Job) -> None:
         lane = self.lanes.get(job.fit)
@@ -73,6 +79,11 @@ class Turn:
         self.lanes[job.fit].remove(job)
         self.waiting -= 1
 
+    def put_back(self, job: Job) -> None:
+        """Put a job that was taken from the head of its lane there again."""
+        self.lanes[job.fit].jobs.insert(0, job)
+        self.waiting += 1
+
     def jobs(self) -> Iterator[Job]:
         """Return its waiting jobs, the oldest of all lanes first."""
         yield from sorted((job for lane in self.lanes.values() for job in lane.jobs), key=_age)
@@ -81,7 +92,17 @@ class Turn:
 class Account:
     """An account with jobs on the board, or that had some."""
 
-    __slots__ = ("account_id", "fast", "limits", "relax", "relax_running", "running", "usage", "weight_milli")
+    __slots__ = (
+        "account_id",
+        "fast",
+        "limits",
+        "parkable",
+        "relax",
+        "relax_running",
+        "running",
+        "usage",
+        "weight_milli",
+    )
 
     def __init__(self, account_id: AccountId, limits: Limits, weight_milli: int) -> None:
         self.account_id = account_id
@@ -94,6 +115,8 @@ class Account:
         """GPU-milliseconds of both tiers, scaled forward to the decay origin."""
         self.fast = Turn()
         self.relax = Turn()
+        self.parkable: dict[AttemptId, Attempt] = {}
+        """Its relax runs that have a GPU and may be parked."""
 
     def turn(self, tier: Tier) -> Turn:
         return self.fast if tier is Tier.FAST else self.relax
@@ -127,29 +150,19 @@ class Account:
 
 
 class AccountMemento:
-    """What an account was before a plan was tried on it."""
+    """What an account was before a plan was tried on it, but for its waiting jobs."""
 
-    __slots__ = ("_account", "_counts", "_turns")
+    __slots__ = ("_account", "_counts", "_tags")
 
     def __init__(self, account: Account) -> None:
         self._account = account
         self._counts = (account.running, account.relax_running, account.usage)
-        self._turns = tuple(
-            (
-                turn,
-                turn.finish_tag,
-                turn.tag,
-                [(fit, lane.head_job_id, lane.head_since_ms) for fit, lane in turn.lanes.items()],
-            )
-            for turn in (account.fast, account.relax)
-        )
+        fast, relax = account.fast, account.relax
+        self._tags = (fast.finish_tag, fast.tag, relax.finish_tag, relax.tag)
 
     def restore(self) -> None:
-        """Set it back. The jobs that were taken from its lanes must be in them again."""
+        """Set it back."""
         account = self._account
         account.running, account.relax_running, account.usage = self._counts
-        for turn, finish_tag, tag, lanes in self._turns:
-            turn.finish_tag, turn.tag, turn.ranked_by = finish_tag, tag, None
-            for fit, head_job_id, head_since_ms in lanes:
-                lane = turn.lanes[fit]
-                lane.head_job_id, lane.head_since_ms = head_job_id, head_since_ms
+        fast, relax = account.fast, account.relax
+        fast.finish_tag, fast.tag, relax.finish_tag, relax.tag = self._tags

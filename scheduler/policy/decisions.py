@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from scheduler.policy.ids import AccountId, AttemptId, JobId, Tier, WorkerId
+from scheduler.policy.job import Checkpoint
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +41,8 @@ class ChosenBecause(StrEnum):
     FIRST_IN_ORDER = "first_in_order"
     AGED = "aged"
     MODEL_WARM = "model_warm"
+    RELAX_TURN = "relax_turn"
+    """One start in a few of those that fast would have had, where the fleet is too small for a floor."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +71,7 @@ class StartKeys:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Start:
-    """Begin an attempt at a waiting job on an idle worker."""
+    """Begin an attempt at a waiting job, on an idle worker or in place of a run that is parked for it."""
 
     job_id: JobId
     account_id: AccountId
@@ -78,11 +81,45 @@ class Start:
     keys: StartKeys
     warm: bool
     """The worker has the job's model loaded."""
+    parks: AttemptId | None = None
+    """The relax run that the worker is to park at its next boundary. A run that waits parked on an idle
+    worker already is not named."""
+    resume_from: Checkpoint | None = None
+    """Where an earlier attempt at the job got to, if this worker can go on from there."""
+    sheltered: bool = False
+    """It had its turn before fast, so no fast job parks it."""
 
     @property
     def reason(self) -> str:
         """Why this job goes first, for a person. Other accounts are not named: its owner may see it."""
-        return _why_first(self.keys, self.tier)
+        why = _why_first(self.keys, self.tier)
+        return why if self.parks is None else f"{why} A relax job makes room for it."
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resume:
+    """Let a parked run go on on its own worker, which is free."""
+
+    attempt_id: AttemptId
+    worker_id: WorkerId
+    sheltered: bool
+    """It had its turn before fast, so no fast job parks it again."""
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Migrate:
+    """Go on with a parked run on another worker: its attempt is closed as migrated and the next one opened.
+
+    What was charged for the first attempt counts for the second.
+    """
+
+    attempt_id: AttemptId
+    worker_id: WorkerId
+    """Where it is parked."""
+    to: WorkerId
+    checkpoint: Checkpoint
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,7 +139,7 @@ class GiveUp:
     reason: str
 
 
-Decision = Start | Stop | GiveUp
+Decision = Start | Resume | Migrate | Stop | GiveUp
 
 
 def _why_first(keys: StartKeys, tier: Tier) -> str:
@@ -114,6 +151,8 @@ def _why_first(keys: StartKeys, tier: Tier) -> str:
     use_counts = tier is Tier.RELAX
     if keys.because is ChosenBecause.AGED:
         return f"It had waited longest, and one start in a few goes by age ({tags})."
+    if keys.because is ChosenBecause.RELAX_TURN:
+        return f"Relax had waited long, and takes one start in a few before fast ({tags})."
     if keys.because is ChosenBecause.MODEL_WARM:
         return f"A free GPU had its model loaded, and it was close enough to the first in {tier} ({tags})."
     if chosen.tag != other.tag:

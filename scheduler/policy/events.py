@@ -8,7 +8,7 @@ from enum import StrEnum
 
 from scheduler.policy.decisions import Charge
 from scheduler.policy.ids import AccountId, AttemptId, JobId, Tier, WorkerId
-from scheduler.policy.job import Job
+from scheduler.policy.job import Checkpoint, Job
 from scheduler.policy.limits import Limits
 from scheduler.policy.worker import Worker
 
@@ -33,6 +33,8 @@ class RefusedBecause(StrEnum):
     """The row is no longer waiting."""
     FUNDS = "funds"
     """Fast time is used up, without consent to overage."""
+    MOVED = "moved"
+    """Its owner has moved it to the other tier."""
 
 
 class Outcome(StrEnum):
@@ -107,6 +109,8 @@ class JobSubmitted:
     losses: int = 0
     accepted_ms: int | None = None
     """When its row was committed, if not at `at_ms`."""
+    checkpoint: Checkpoint | None = None
+    """The newest of its earlier attempts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,13 +141,58 @@ class StartRefused:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttemptStarted:
-    """A decided start was committed, with exactly this charge."""
+    """A decided start was committed, with exactly this charge, and after the park it asked for."""
 
     at_ms: int
     job_id: JobId
     attempt_id: AttemptId
     worker_id: WorkerId
     charge: Charge
+    sheltered: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttemptParked:
+    """A committed start takes a run's GPU: the run stops at its next boundary and keeps its place there."""
+
+    at_ms: int
+    attempt_id: AttemptId
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttemptResumed:
+    """A parked run goes on on its own worker."""
+
+    at_ms: int
+    attempt_id: AttemptId
+    sheltered: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttemptMigrated:
+    """A decided migration was committed: `to_attempt_id` goes on with the run, on `worker_id`."""
+
+    at_ms: int
+    attempt_id: AttemptId
+    to_attempt_id: AttemptId
+    worker_id: WorkerId
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MigrationRefused:
+    """A decided migration was not committed: the attempt has ended, and that is about to be told."""
+
+    at_ms: int
+    attempt_id: AttemptId
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointSaved:
+    """A newer checkpoint of an attempt is stored."""
+
+    at_ms: int
+    attempt_id: AttemptId
+    checkpoint: Checkpoint
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,6 +212,13 @@ class AttemptRestored:
     predicted_ms: int
     weight_milli: int
     charged_at_ms: int
+    started_ms: int
+    parked_since_ms: int | None = None
+    """None: it has its GPU."""
+    parks: int = 0
+    """How often it was parked so far."""
+    sheltered: bool = False
+    checkpoint: Checkpoint | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -293,6 +349,11 @@ Event = (
     | TierChanged
     | StartRefused
     | AttemptStarted
+    | AttemptParked
+    | AttemptResumed
+    | AttemptMigrated
+    | MigrationRefused
+    | CheckpointSaved
     | AttemptRestored
     | AttemptFinished
     | AttemptLost

@@ -8,7 +8,7 @@ same queue without the memory and with weight 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 from scheduler.policy import usage
@@ -19,6 +19,9 @@ from scheduler.policy.job import Fit, Job
 from scheduler.policy.parameters import Parameters
 from scheduler.policy.ranking import Entry, Ranking
 
+# Places are counted by this much of a tag: a GPU-second.
+_CROWD_SPAN = 1_000_000
+
 
 class Head(NamedTuple):
     """The head job of a lane that was chosen, and why."""
@@ -28,7 +31,7 @@ class Head(NamedTuple):
     because: ChosenBecause
 
 
-class _Line:
+class Line:
     """All lanes of one fit whose accounts are eligible, in their two orders."""
 
     __slots__ = ("by_age", "by_tag")
@@ -52,13 +55,14 @@ class FairQueue:
         self.decay_origin_ms = 0
         self._accounts = accounts
         self._parameters = parameters
-        self._lines: dict[Fit, _Line] = {}
-
-    def fits(self) -> list[Fit]:
-        """Return the fits that jobs of eligible accounts wait for."""
-        for fit in [fit for fit, line in self._lines.items() if not len(line.by_tag)]:
-            del self._lines[fit]
-        return list(self._lines)
+        self._growth = ((0, 0), 1.0)
+        """The newest moment and origin for which it was worked out, and what it was."""
+        self.lines: dict[Fit, Line] = {}
+        """Those in which somebody waits, by what the jobs in them need."""
+        self._crowd: dict[int, int] = {}
+        """Jobs that could start, by spans of their accounts' tags."""
+        self.could_start = 0
+        """Jobs that only others in the order are before: within the caps of their accounts."""
 
     def reconcile(self, account: Account, now_ms: int) -> bool:
         """Bring an account's tag and ranks in line with its caps, its use and its waiting jobs.
@@ -78,7 +82,7 @@ class FairQueue:
             turn.tag, turn.restored_tag = turn.restored_tag, None
         elif turn.tag is None:
             unstored = True
-            turn.tag = max(turn.finish_tag, self.virtual_time) + self._memory(account, account.usage, now_ms)
+            turn.tag = max(turn.finish_tag, self.virtual_time) + self.memory(account, now_ms)
         if turn.tag is None:
             for fit, lane in list(turn.lanes.items()):
                 self._unrank(account, turn, fit, lane)
@@ -92,47 +96,23 @@ class FairQueue:
                 elif moved or lane.head_job_id != lane.jobs[0].job_id:
                     self._rank(account, turn.tag, fit, lane, now_ms)
             turn.ranked_by = ranked_by
+        self._count(account, turn)
         return unstored
 
-    def choose(self, fits: Iterable[Fit], now_ms: int) -> Head | None:
-        """Return the job to start next among these fits: by age if it is age's turn, else by tag."""
-        first = self._first(fits)
-        if first is None:
-            return None
-        if self.since_aged >= self._parameters.aged_one_in - 1:
-            oldest = min(
-                ((entry, fit) for fit in fits if (entry := self._lines[fit].by_age.first()) is not None),
-                default=None,
-            )
-            assert oldest is not None, "what has a tag has an age"
-            entry, fit = oldest
-            if entry[0] + self._parameters.aging_ms <= now_ms and (entry[-1], fit) != (
-                first[0][-1],
-                first[1],
-            ):
-                return self._head(entry, fit, ChosenBecause.AGED)
-        return self._head(*first, ChosenBecause.FIRST_IN_ORDER)
+    def accounts(self) -> Iterator[Account]:
+        """Return the eligible accounts, in no order."""
+        names = {account_id for line in self.lines.values() for account_id in line.by_tag}
+        return (self._accounts[account_id] for account_id in names)
 
-    def choose_warm(self, fits: Iterable[Fit], instead_of: Head) -> Head | None:
-        """Return the first job among these fits, if it may go before `instead_of` to save a load."""
-        first = self._first(fits)
-        tag = instead_of.account.turn(self.tier).tag
-        assert tag is not None
-        if first is None or first[0][0] > tag + self._parameters.affinity_ms * 1000:
-            return None
-        return self._head(*first, ChosenBecause.MODEL_WARM)
+    def before(self, tag: int) -> int:
+        """Return about how many jobs that could start have a smaller tag, in O(spans of tags)."""
+        span = tag // _CROWD_SPAN
+        return sum(count for at, count in self._crowd.items() if at < span) + self._crowd.get(span, 0) // 2
 
-    def runner_up(self, fits: Iterable[Fit], besides: AccountId, now_ms: int) -> Standing | None:
-        """Return the first in the order of tags among the other accounts."""
-        seconds = (self._lines[fit].by_tag.first_besides(besides) for fit in fits)
-        entry = min((entry for entry in seconds if entry is not None), default=None)
-        return None if entry is None else self._standing(entry, now_ms)
-
-    def standing(self, head: Head, now_ms: int) -> Standing:
-        """Return what a job is compared by."""
-        turn = head.account.turn(self.tier)
-        assert turn.tag is not None
-        return self._standing(self._tag_entry(head.account, turn.tag, head.job), now_ms)
+    def oldest_head_since_ms(self) -> int | None:
+        """Return since when the oldest of all heads has been one; None: there is none."""
+        ages = (line.by_age.first() for line in self.lines.values())
+        return min((entry[0] for entry in ages if entry is not None), default=None)
 
     def charge(self, head: Head, now_ms: int) -> Charge:
         """Return what the start of a lane's head job changes. Changes nothing itself."""
@@ -178,9 +158,13 @@ class FairQueue:
 
     def growth(self, at_ms: int) -> float:
         """Return what use at `at_ms` is multiplied by to be stored."""
-        return usage.growth(
-            at_ms, decay_origin_ms=self.decay_origin_ms, half_life_ms=self._parameters.half_life_ms
-        )
+        moment = at_ms, self.decay_origin_ms
+        if self._growth[0] != moment:
+            growth = usage.growth(
+                at_ms, decay_origin_ms=self.decay_origin_ms, half_life_ms=self._parameters.half_life_ms
+            )
+            self._growth = moment, growth
+        return self._growth[1]
 
     def usage_per_weight(self, account: Account) -> float:
         """Return what accounts with equal tags are compared by: stored use in relax, nothing in fast."""
@@ -189,8 +173,12 @@ class FairQueue:
     def steps(self, account: Account, now_ms: int) -> Callable[[Job], int]:
         """Return how far each start of a job would move the account's tag, as its use is now."""
         weight_milli = self._weight_milli(account)
-        remembered = self._memory(account, account.usage, now_ms)
+        remembered = self.memory(account, now_ms)
         return lambda job: usage.tag_cost(job.predicted_ms, weight_milli) + remembered
+
+    def memory(self, account: Account, now_ms: int) -> int:
+        """Return how much later than its turn the account's next job is tagged for what it has used."""
+        return self._memory(account, account.usage, now_ms)
 
     def _memory(self, account: Account, stored: float, now_ms: int) -> int:
         if self.tier is Tier.FAST:
@@ -200,40 +188,51 @@ class FairQueue:
     def _weight_milli(self, account: Account) -> int:
         return usage.FAST_WEIGHT_MILLI if self.tier is Tier.FAST else account.weight_milli
 
-    def _tag_entry(self, account: Account, tag: int, job: Job) -> tuple[int, float, int, AccountId]:
+    def tag_entry(self, account: Account, tag: int, job: Job) -> tuple[int, float, int, AccountId]:
+        """Return what an account's head job is ranked by in its line."""
         return tag, self.usage_per_weight(account), job.arrival, account.account_id
 
-    def _standing(self, entry: Entry, now_ms: int) -> Standing:
+    def standing(self, entry: Entry, now_ms: int) -> Standing:
+        """Return what an entry of a line says for a journal."""
         tag, used, arrival, account_id = entry
         return Standing(
             tag=tag, usage_per_weight_ms=used / self.growth(now_ms), arrival=arrival, account_id=account_id
         )
 
-    def _head(self, entry: Entry, fit: Fit, because: ChosenBecause) -> Head:
-        account = self._accounts[entry[-1]]
-        return Head(account.turn(self.tier).lanes[fit].jobs[0], account, because)
-
-    def _first(self, fits: Iterable[Fit]) -> tuple[Entry, Fit] | None:
-        return min(
-            ((entry, fit) for fit in fits if (entry := self._lines[fit].by_tag.first()) is not None),
-            default=None,
-        )
+    def _count(self, account: Account, turn: Turn) -> None:
+        counted = None
+        if turn.tag is not None:
+            counted = turn.tag // _CROWD_SPAN, min(turn.waiting, account.free(self.tier))
+        if counted == turn.counted:
+            return
+        for sign, at in ((-1, turn.counted), (1, counted)):
+            if at is not None:
+                span, jobs = at
+                self.could_start += sign * jobs
+                left = self._crowd.get(span, 0) + sign * jobs
+                if left:
+                    self._crowd[span] = left
+                else:
+                    del self._crowd[span]
+        turn.counted = counted
 
     def _rank(self, account: Account, tag: int, fit: Fit, lane: Lane, now_ms: int) -> None:
-        line = self._lines.get(fit)
+        line = self.lines.get(fit)
         if line is None:
-            line = self._lines[fit] = _Line()
+            line = self.lines[fit] = Line()
         head = lane.jobs[0]
+        line.by_tag.put(self.tag_entry(account, tag, head))
         if lane.head_job_id != head.job_id:
             lane.head_job_id, lane.head_since_ms = head.job_id, now_ms
-        line.by_tag.put(self._tag_entry(account, tag, head))
-        line.by_age.put((lane.head_since_ms, head.arrival, account.account_id))
+            line.by_age.put((now_ms, head.arrival, account.account_id))
 
     def _unrank(self, account: Account, turn: Turn, fit: Fit, lane: Lane) -> None:
         lane.head_job_id = None
         if not lane.jobs:
             del turn.lanes[fit]
-        line = self._lines.get(fit)
+        line = self.lines.get(fit)
         if line is not None:
             line.by_tag.discard(account.account_id)
             line.by_age.discard(account.account_id)
+            if not len(line.by_tag):
+                del self.lines[fit]

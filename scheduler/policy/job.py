@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from scheduler.policy.ids import AccountId, JobId, Tier
@@ -18,6 +18,18 @@ class Fit(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """A run cut at a step boundary and stored: a worker of its device type draws the same bits from there."""
+
+    step: int
+    """Denoising steps that are done."""
+    kept_ms: int
+    """GPU time that these steps and what came before them took; none of it is spent again."""
+    device: str
+    """Device type, as workers name it: another one would finish another picture."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
     """What is fixed about a job from its acceptance on, but for its tier while it waits."""
 
@@ -27,11 +39,14 @@ class Job:
     arrival: int
     """Its place in the order in which jobs were accepted."""
     predicted_ms: int
-    """GPU time it will probably take."""
+    """GPU time it will probably take on a worker of speed 1000."""
+    step_ms: int
+    """GPU time that one of its denoising steps will probably take there."""
     model: str
     memory_bytes: int
+    fit: Fit = field(init=False, compare=False, repr=False)
+    """The last two: what it needs of a worker. Asked for so often that it is kept."""
 
-    @property
-    def fit(self) -> Fit:
-        """What it needs of a worker."""
-        return Fit(self.model, self.memory_bytes)
+    def __post_init__(self) -> None:
+        """Keep the fit."""
+        object.__setattr__(self, "fit", Fit(self.model, self.memory_bytes))

@@ -44,6 +44,26 @@ class Parameters:
     max_losses: int = 3
     """A job that lost this many workers is more likely the cause than the victim."""
 
+    park_patience_ms: int = 10_000
+    """A run parked this long is the first to get any GPU open to relax. Moving it costs an encode, so a park
+    that is over sooner, as most are, had better be sat out where the run's latents are."""
+
+    parks_before_spared: int = 3
+    """A run parked this often is parked again only if no other can be: each park delays the same owner."""
+
+    steps_worth_parking: int = 2
+    """A run with fewer steps left beyond the park is about to end, and parked only if no other can be."""
+
+    relax_floor_permille: int = 50
+    """While relax work waits, fast leaves it this share of the GPUs, rounded up: relax is a promise too."""
+
+    relax_floor_from_gpus: int = 4
+    """A fleet of fewer GPUs has no floor: one of three would be a third of what fast is paid for."""
+
+    relax_first_one_in: int = 10
+    """Where there is no floor, relax work that has waited `aging_ms` takes one in this many of the starts
+    that fast would have, and is not parked for fast."""
+
     def __post_init__(self) -> None:
         """Refuse, as a bug of the caller, numbers the formulas have no meaning for."""
         assert self.memory_span_ms >= 0
@@ -56,3 +76,9 @@ class Parameters:
         assert self.fast_usage_factor >= 0
         assert self.max_predicted_ms > 0
         assert self.max_losses > 0
+        assert self.park_patience_ms >= 0
+        assert self.parks_before_spared >= 0
+        assert self.steps_worth_parking >= 0
+        assert 0 <= self.relax_floor_permille < 1000
+        assert self.relax_floor_from_gpus >= 1
+        assert self.relax_first_one_in >= 2

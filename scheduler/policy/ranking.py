@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterator
 from typing import Any, Generic, TypeVar
 
 Key = TypeVar("Key", bound=str)
@@ -24,6 +25,10 @@ class Ranking(Generic[Key]):
 
     def __len__(self) -> int:
         return len(self._live)
+
+    def __iter__(self) -> Iterator[Key]:
+        """Go through the ranked keys, in no order."""
+        return iter(self._live)
 
     def put(self, entry: Entry) -> None:
         """Rank the entry's key by it, in place of the key's former entry."""
@@ -51,12 +56,39 @@ class Ranking(Generic[Key]):
             heapq.heappop(heap)
         return None
 
-    def first_besides(self, key: Key) -> Entry | None:
-        """Return the smallest entry of another key."""
-        first = self.first()
-        if first is None or first[-1] != key:
-            return first
-        heapq.heappop(self._heap)
-        second = self.first()
-        heapq.heappush(self._heap, first)
-        return second
+
+class Cursor(Generic[Key]):
+    """Goes through a ranking from the front and changes nothing; not to be used after the ranking changed.
+
+    A heap's next entry is a child of one that was passed, so the few at the front cost little however many
+    there are.
+    """
+
+    __slots__ = ("_heap", "_live", "_next")
+
+    def __init__(self, ranking: Ranking[Key]) -> None:
+        first = ranking.first()
+        self._heap, self._live = ranking._heap, ranking._live
+        self._next: list[tuple[Entry, int]] = [] if first is None else [(first, 0)]
+        """A heap of the entries whose parents were passed, and their places in the ranking's."""
+
+    def first(self) -> Entry | None:
+        """Return the smallest entry that was not passed."""
+        ahead, live = self._next, self._live
+        while ahead:
+            entry = ahead[0][0]
+            if live.get(entry[-1]) is entry:
+                return entry
+            self.advance()
+        return None
+
+    def advance(self) -> None:
+        """Pass the smallest entry."""
+        heap = self._heap
+        child = 2 * self._next[0][1] + 1
+        if child < len(heap):
+            heapq.heapreplace(self._next, (heap[child], child))
+            if child + 1 < len(heap):
+                heapq.heappush(self._next, (heap[child + 1], child + 1))
+        else:
+            heapq.heappop(self._next)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
 from scheduler.policy.account import Account
+from scheduler.policy.cell import Cell, State
 from scheduler.policy.fair_queue import FairQueue
 from scheduler.policy.ids import JobId, Tier
+from scheduler.policy.job import Job
 from scheduler.policy.placement import Fleet
+
+# Beyond so many jobs that could start, places are counted by spans of tags instead of sorted.
+_MOST_SORTED = 2_000
 
 
 class QueueReason(StrEnum):
@@ -51,6 +55,31 @@ FUNDS = JobStatus(
 )
 
 
+def status(cell: Cell, job_id: JobId) -> JobStatus | None:
+    """Return why a job has not started; None: it does not wait here."""
+    live = cell.jobs.get(job_id)
+    if live is None or live.state not in (State.WAITING, State.HELD):
+        return None
+    job = live.job
+    if job.tier in cell.paused:
+        return tier_paused(job.tier)
+    if live.state is State.HELD:
+        return FUNDS
+    lack = cell.fleet.lacks(job.fit, draining_count=False)
+    if lack is not None:
+        return no_worker(lack)
+    queue = cell.queues[job.tier]
+    about = queue.could_start > _MOST_SORTED
+    if about:
+        position = position_about(queue, cell.accounts[job.account_id], job, cell.now_ms)
+    else:
+        places = cell.positions.get(job.tier)
+        if places is None:
+            places = cell.positions[job.tier] = positions(queue, cell.fleet, cell.now_ms)
+        position = places.get(job_id)
+    return CONCURRENCY_LIMIT if position is None else waiting_for_gpu(job.tier, position, about=about)
+
+
 def tier_paused(tier: Tier) -> JobStatus:
     """Return the status of every job of a tier that operators have paused."""
     return JobStatus(
@@ -69,32 +98,43 @@ def no_worker(lack: str) -> JobStatus:
     )
 
 
-def waiting_for_gpu(tier: Tier, position: int) -> JobStatus:
-    """Return the status of a job that only others in its tier are before."""
+def waiting_for_gpu(tier: Tier, position: int, *, about: bool) -> JobStatus:
+    """Return the status of a job that only others are before; `about`: its place is an estimate."""
+    number = f"about number {position:,}" if about else f"number {position:,}"
     return JobStatus(
         reason=QueueReason.WAITING_FOR_GPU,
         position=position,
-        sentence=(
-            f"Your job is next in the {tier} queue."
-            if position == 1
-            else f"Your job is number {position} in the {tier} queue."
-        ),
+        sentence=f"Your job is {'next' if position == 1 else number} in the {tier} queue.",
     )
 
 
-def positions(queue: FairQueue, accounts: Iterable[Account], fleet: Fleet, now_ms: int) -> dict[JobId, int]:
+def position_about(queue: FairQueue, account: Account, job: Job, now_ms: int) -> int | None:
+    """Return about which place a job has, without looking at all others; None: beyond its account's caps."""
+    turn = account.turn(queue.tier)
+    if turn.tag is None:
+        return None
+    tag, step = turn.tag, queue.steps(account, now_ms)
+    for earlier, other in enumerate(turn.jobs()):
+        if earlier == account.free(queue.tier):
+            return None
+        if other.job_id == job.job_id:
+            return queue.before(tag) + 1
+        tag += step(other)
+    raise AssertionError("the job does not wait in its account's lanes")
+
+
+def positions(queue: FairQueue, fleet: Fleet, now_ms: int) -> dict[JobId, int]:
     """Return the places of the jobs of one tier that could start: those no gate holds.
 
     The second job of an account stands where the start of the first will have moved its tag to. Jobs beyond
     an account's caps have no place, as they wait for a job of their own account.
     """
-    able = {fit: fleet.lacks(fit, draining_count=False) is None for fit in queue.fits()}
+    able = {fit: fleet.lacks(fit, draining_count=False) is None for fit in queue.lines}
     order: list[tuple[int, float, int, JobId]] = []
-    for account in accounts:
+    for account in queue.accounts():
         turn = account.turn(queue.tier)
-        if turn.tag is None:
-            continue
         tag = turn.tag
+        assert tag is not None
         step = queue.steps(account, now_ms)
         used = queue.usage_per_weight(account)
         free = account.free(queue.tier)

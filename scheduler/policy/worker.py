@@ -17,5 +17,7 @@ class Worker:
     """Speed against the reference class: 1000 is 1."""
     warm_models: frozenset[str]
     """In GPU memory now."""
+    device: str = ""
+    """Device type: only workers of equal types finish each other's pictures to the same bits."""
     models: frozenset[str] | None = None
     """What it could load; None: anything."""

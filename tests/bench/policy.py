@@ -18,10 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from scheduler.policy.board import Board
-from scheduler.policy.decisions import Start
+from scheduler.policy.decisions import Decision, Resume, Start
 from scheduler.policy.events import (
     AccountRestored,
     AttemptFinished,
+    AttemptParked,
+    AttemptResumed,
     AttemptStarted,
     FairShare,
     JobSubmitted,
@@ -39,6 +41,27 @@ _GIB = 2**30
 _LIMITS = Limits(running=3, relax_running=2, accepted=10)
 
 
+class _Running:
+    """Attempts that have a GPU, of which one can be taken at random."""
+
+    def __init__(self) -> None:
+        self._all: list[AttemptId] = []
+        self._places: dict[AttemptId, int] = {}
+
+    def put(self, attempt_id: AttemptId) -> None:
+        self._places[attempt_id] = len(self._all)
+        self._all.append(attempt_id)
+
+    def take(self, attempt_id: AttemptId) -> None:
+        place, last = self._places.pop(attempt_id), self._all.pop()
+        if last != attempt_id:
+            self._all[place] = last
+            self._places[last] = place
+
+    def at_random(self, draws: random.Random) -> AttemptId:
+        return draws.choice(self._all)
+
+
 @dataclass
 class _Fleet:
     """A board with every GPU busy, and the jobs that go through it."""
@@ -48,7 +71,8 @@ class _Fleet:
     now_ms: int = 0
     jobs: int = 0
     attempts: int = 0
-    running: list[tuple[AttemptId, AccountId]] = field(default_factory=list)
+    running: _Running = field(default_factory=_Running)
+    owners: dict[AttemptId, AccountId] = field(default_factory=dict)
     habits: dict[AccountId, tuple[str, int]] = field(default_factory=dict)
 
     def submit(self, account_id: AccountId) -> None:
@@ -63,41 +87,54 @@ class _Fleet:
             tier=Tier.FAST if self.random.random() < 0.1 else Tier.RELAX,
             arrival=self.jobs,
             predicted_ms=self.random.randint(10_000, 60_000),
+            step_ms=1_000,
             model=model,
             memory_bytes=gib * _GIB,
         )
         self.board.apply(JobSubmitted(at_ms=self.now_ms, job=job))
 
     def fill(self) -> int:
-        """Decide once and start what was decided."""
-        starts = [one for one in self.board.decide(self.now_ms) if isinstance(one, Start)]
-        for start in starts:
-            self.attempts += 1
-            attempt_id = AttemptId(f"{self.attempts:036d}")
-            self.board.apply(
-                AttemptStarted(
-                    at_ms=self.now_ms,
-                    job_id=start.job_id,
-                    attempt_id=attempt_id,
-                    worker_id=start.worker_id,
-                    charge=start.charge,
-                )
-            )
-            self.running.append((attempt_id, start.account_id))
-        return len(starts)
+        """Decide once and do what was decided; returns how many decisions there were."""
+        return self.act(self.board.decide(self.now_ms))
+
+    def act(self, decisions: list[Decision]) -> int:
+        """Tell the board that what was decided was done."""
+        for decision in decisions:
+            match decision:
+                case Start():
+                    if decision.parks is not None:
+                        self.board.apply(AttemptParked(at_ms=self.now_ms, attempt_id=decision.parks))
+                        self.running.take(decision.parks)
+                    self.attempts += 1
+                    attempt_id = AttemptId(f"{self.attempts:036d}")
+                    self.board.apply(
+                        AttemptStarted(
+                            at_ms=self.now_ms,
+                            job_id=decision.job_id,
+                            attempt_id=attempt_id,
+                            worker_id=decision.worker_id,
+                            charge=decision.charge,
+                            sheltered=decision.sheltered,
+                        )
+                    )
+                    self.owners[attempt_id] = decision.account_id
+                    self.running.put(attempt_id)
+                case Resume():
+                    self.board.apply(AttemptResumed(at_ms=self.now_ms, attempt_id=decision.attempt_id))
+                    self.running.put(decision.attempt_id)
+        return len(decisions)
 
     def finish(self) -> AccountId:
         """End an attempt at random and return whose it was."""
-        index = self.random.randrange(len(self.running))
-        self.running[index], self.running[-1] = self.running[-1], self.running[index]
-        attempt_id, account_id = self.running.pop()
+        attempt_id = self.running.at_random(self.random)
+        self.running.take(attempt_id)
         gpu_ms = self.random.randint(10_000, 60_000)
         self.board.apply(
             AttemptFinished(
                 at_ms=self.now_ms, attempt_id=attempt_id, outcome=Outcome.SUCCEEDED, gpu_ms=gpu_ms
             )
         )
-        return account_id
+        return self.owners.pop(attempt_id)
 
 
 def _resident_bytes() -> int:
@@ -150,8 +187,9 @@ def _row(waiting: int, seed: int) -> str:
         for _ in range(100):
             fleet.submit(fleet.finish())
         begin = time.process_time()
-        decisions += fleet.fill()
+        decided = fleet.board.decide(fleet.now_ms)
         decide_s += time.process_time() - begin
+        decisions += fleet.act(decided)
     cycle_s = time.process_time() - cycle_begin
 
     singles = []
@@ -159,9 +197,9 @@ def _row(waiting: int, seed: int) -> str:
         fleet.now_ms += 5
         fleet.submit(fleet.finish())
         begin = time.process_time()
-        fleet.board.decide(fleet.now_ms)
+        decided = fleet.board.decide(fleet.now_ms)
         singles.append(time.process_time() - begin)
-        fleet.fill()
+        fleet.act(decided)
     singles.sort()
     begin = time.process_time()
     fleet.board.status(JobId(f"{fleet.jobs:036d}"))

@@ -1,8 +1,22 @@
-"""Properties are judged by what they find, never by how long an example takes on a busy machine."""
+"""How far properties are searched, and that a failure says how to have it again.
+
+A run stays within minutes; with DARKROOM_LONG=1 in the environment it searches many times as far. A failing
+example is printed with the blob that reproduces it, is tried first in the next run on the same machine, and
+may be had again anywhere with the seed that `--hypothesis-seed` takes. Properties are judged by what they
+find, never by how long an example takes on a busy machine.
+"""
 
 from __future__ import annotations
 
-from hypothesis import settings
+import os
 
-settings.register_profile("untimed", deadline=None)
-settings.load_profile("untimed")
+from hypothesis import HealthCheck, settings
+
+_COMMON = settings(
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
+)
+settings.register_profile("policy", _COMMON, max_examples=250)
+settings.register_profile("policy-long", _COMMON, max_examples=5000)
+settings.load_profile("policy-long" if os.environ.get("DARKROOM_LONG") else "policy")

@@ -9,22 +9,27 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from scheduler.policy import usage
 from scheduler.policy.board import Board
-from scheduler.policy.decisions import Decision, GiveUp, Start, Stop
+from scheduler.policy.decisions import Decision, GiveUp, Migrate, Resume, Start, Stop
 from scheduler.policy.events import (
     AccountRestored,
     AttemptFinished,
     AttemptLost,
+    AttemptMigrated,
+    AttemptParked,
+    AttemptResumed,
     AttemptStarted,
     CancelWanted,
     CellRestored,
+    CheckpointSaved,
     Event,
     FairShare,
     JobGivenUp,
     JobSubmitted,
+    MigrationRefused,
     Outcome,
     RefusedBecause,
     StartRefused,
@@ -33,7 +38,7 @@ from scheduler.policy.events import (
     WorkerJoined,
 )
 from scheduler.policy.ids import AccountId, AttemptId, JobId, Tier, WorkerId
-from scheduler.policy.job import Job
+from scheduler.policy.job import Checkpoint, Job
 from scheduler.policy.limits import Limits
 from scheduler.policy.parameters import Parameters
 from scheduler.policy.worker import Worker
@@ -56,12 +61,14 @@ def a_worker(
     speed: int = 1000,
     warm: tuple[str, ...] = ("m",),
     models: tuple[str, ...] | None = None,
+    device: str = "d",
 ) -> Worker:
     return Worker(
         worker_id=WorkerId(name),
         memory_bytes=gib * GIB,
         speed_permille=speed,
         warm_models=frozenset(warm),
+        device=device,
         models=None if models is None else frozenset(models),
     )
 
@@ -90,6 +97,11 @@ class Decided:
     decisions: list[Decision]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Restarted:
+    """A new board follows, in a journal."""
+
+
 @dataclass
 class Rows:
     """The fair queue's columns of a database."""
@@ -109,13 +121,27 @@ class Rows:
 
 @dataclass
 class Running:
-    """An attempt that its worker has in hand."""
+    """An attempt that a worker has in hand, active or parked."""
 
     attempt_id: AttemptId
     job: Job
     start: Start
+    worker_id: WorkerId
     started_ms: int
     actual_ms: int
+    """GPU time it will have taken in all."""
+    done_ms: int = 0
+    """Of that, before it last got the GPU."""
+    active_since_ms: int | None = 0
+    """None: it is parked."""
+    parked_since_ms: int | None = None
+    parks: int = 0
+    sheltered: bool = False
+    checkpoint: Checkpoint | None = None
+
+    def done_by(self, now_ms: int) -> int:
+        """Return the GPU time it has taken so far."""
+        return self.done_ms + (0 if self.active_since_ms is None else now_ms - self.active_since_ms)
 
 
 class Cell:
@@ -130,18 +156,28 @@ class Cell:
         self.served: list[Served] = []
         self.jobs: dict[str, Job] = {}
         self.actual_ms: dict[str, int] = {}
+        self.accepted_ms: dict[str, int] = {}
         self.limits: dict[str, Limits] = {}
         self.weights: dict[str, int] = {}
         self.losses: dict[str, int] = {}
         self.waiting: set[str] = set()
         self.running: dict[AttemptId, Running] = {}
+        self.devices: dict[str, str] = {}
+        self.checkpoints: dict[str, Checkpoint] = {}
+        self.unwanted: set[str] = set()
+        """Running jobs that their owners cancelled."""
+        self.parks: list[tuple[int, AttemptId]] = []
+        self.migrations: list[tuple[int, Migrate]] = []
         self.executed_ms = 0
         self.given_up: list[str] = []
         self.on_end: Callable[[Running], None] = lambda running: None
         self.refuse: Callable[[Start], RefusedBecause | None] = lambda start: None
-        self.journal: list[Event | Decided] = []
+        self.refuse_migration: Callable[[Migrate], bool] = lambda migrate: False
+        self.stores_checkpoints = True
+        """At each park."""
+        self.journal: list[Event | Decided | Restarted] = []
         self._ends: list[tuple[int, int, AttemptId]] = []
-        self._calls: list[tuple[int, int, Callable[[], None]]] = []
+        self._calls: list[tuple[int, int, Callable[[], object]]] = []
         self._count = 0
         for tier in Tier:
             self.apply(
@@ -157,6 +193,7 @@ class Cell:
         self.board.apply(event)
 
     def join(self, worker: Worker) -> None:
+        self.devices[worker.worker_id] = worker.device
         self.apply(WorkerJoined(at_ms=self.now_ms, worker=worker))
 
     def account(
@@ -196,6 +233,7 @@ class Cell:
         tier: Tier = Tier.RELAX,
         model: str = "m",
         gib: int = 1,
+        step_ms: int = 0,
         name: str | None = None,
     ) -> str:
         if account not in self.limits:
@@ -208,20 +246,24 @@ class Cell:
             tier=tier,
             arrival=self._count,
             predicted_ms=cost_ms,
+            step_ms=step_ms,
             model=model,
             memory_bytes=gib * GIB,
         )
         self.jobs[job_id] = job
         self.actual_ms[job_id] = cost_ms if actual_ms is None else actual_ms
+        self.accepted_ms[job_id] = self.now_ms
         self.waiting.add(job_id)
         self.apply(JobSubmitted(at_ms=self.now_ms, job=job))
         return job_id
 
     def cancel(self, job_id: str) -> None:
         self.waiting.discard(job_id)
+        if any(one.job.job_id == job_id for one in self.running.values()):
+            self.unwanted.add(job_id)
         self.apply(CancelWanted(at_ms=self.now_ms, job_id=JobId(job_id)))
 
-    def at(self, at_ms: int, call: Callable[[], None]) -> None:
+    def at(self, at_ms: int, call: Callable[[], object]) -> None:
         """Have something happen at a time to come, before anything is decided then."""
         self._count += 1
         heapq.heappush(self._calls, (at_ms, self._count, call))
@@ -237,11 +279,17 @@ class Cell:
             match decision:
                 case Stop():
                     self.apply(StopAsked(at_ms=self.now_ms, attempt_id=decision.attempt_id))
-                    self._stop(self.running[decision.attempt_id])
+                    self.stop(self.running[decision.attempt_id])
                 case GiveUp():
                     self.given_up.append(decision.job_id)
                     self.waiting.remove(decision.job_id)
                     self.apply(JobGivenUp(at_ms=self.now_ms, job_id=decision.job_id))
+                case Resume():
+                    # One that was stopped by the same batch has ended: nothing is written.
+                    if decision.attempt_id in self.running:
+                        self._resume(decision)
+                case Migrate():
+                    self._migrate(decision)
                 case Start():
                     if decision.account_id in refused:
                         continue
@@ -252,6 +300,8 @@ class Cell:
                     refused.add(decision.account_id)
                     if because is RefusedBecause.GONE:
                         self.waiting.remove(decision.job_id)
+                    elif because is RefusedBecause.MOVED:
+                        self.move(decision.job_id)
                     self.apply(StartRefused(at_ms=self.now_ms, job_id=decision.job_id, reason=because))
             self.check()
         return served
@@ -265,6 +315,7 @@ class Cell:
     def end(self, attempt_id: AttemptId, gpu_ms: int, outcome: Outcome = Outcome.SUCCEEDED) -> None:
         """Settle an attempt."""
         running = self.running.pop(attempt_id)
+        self.unwanted.discard(running.job.job_id)
         self.executed_ms += gpu_ms
         self._correct(running, gpu_ms)
         self.apply(AttemptFinished(at_ms=self.now_ms, attempt_id=attempt_id, outcome=outcome, gpu_ms=gpu_ms))
@@ -273,10 +324,33 @@ class Cell:
     def lose(self, attempt_id: AttemptId) -> None:
         """Void an attempt through our fault."""
         running = self.running.pop(attempt_id)
+        job_id = running.job.job_id
         self._correct(running, 0)
-        self.losses[running.job.job_id] = self.losses.get(running.job.job_id, 0) + 1
-        self.waiting.add(running.job.job_id)
+        self.losses[job_id] = self.losses.get(job_id, 0) + 1
+        if job_id in self.unwanted:
+            self.unwanted.remove(job_id)
+        else:
+            self.waiting.add(job_id)
         self.apply(AttemptLost(at_ms=self.now_ms, attempt_id=attempt_id))
+
+    def stop(self, running: Running) -> None:
+        """Have a worker answer at once that it stopped."""
+        done_ms = running.done_by(self.now_ms)
+        self.actual_ms[running.job.job_id] = done_ms
+        self.end(running.attempt_id, done_ms, Outcome.CANCELLED)
+
+    def move(self, job_id: str) -> None:
+        """Change the tier in the row of a waiting job."""
+        job = self.jobs[job_id]
+        self.jobs[job_id] = replace(job, tier=Tier.RELAX if job.tier is Tier.FAST else Tier.FAST)
+
+    def save_checkpoint(self, attempt_id: AttemptId) -> None:
+        """Store what a run has done so far."""
+        running = self.running[attempt_id]
+        device = self.devices[running.worker_id]
+        running.checkpoint = Checkpoint(step=1, kept_ms=running.done_by(self.now_ms), device=device)
+        self.checkpoints[running.job.job_id] = running.checkpoint
+        self.apply(CheckpointSaved(at_ms=self.now_ms, attempt_id=attempt_id, checkpoint=running.checkpoint))
 
     def step(self) -> bool:
         """Go on to the next thing that happens, and decide. False: nothing will."""
@@ -288,9 +362,11 @@ class Cell:
         while self._calls and self._calls[0][0] <= self.now_ms:
             heapq.heappop(self._calls)[2]()
         while self._ends and self._ends[0][0] <= self.now_ms:
-            attempt_id = heapq.heappop(self._ends)[2]
-            if attempt_id in self.running:
-                self.end(attempt_id, self.running[attempt_id].actual_ms)
+            entry = heapq.heappop(self._ends)
+            if self._ends_as(entry):
+                running = self.running[entry[2]]
+                assert running.done_by(self.now_ms) == running.actual_ms, "no time is lost or doubled"
+                self.end(entry[2], running.actual_ms)
         self.decide()
         return True
 
@@ -317,6 +393,17 @@ class Cell:
     def started_ms(self, job_id: str) -> int:
         return next(one.at_ms for one in self.served if one.job == job_id)
 
+    def attempt(self, job_id: str) -> AttemptId:
+        """Return the attempt that runs a job now."""
+        return next(key for key, one in self.running.items() if one.job.job_id == job_id)
+
+    def worker_of(self, job_id: str) -> str:
+        """Return where a job runs or is parked."""
+        return self.running[self.attempt(job_id)].worker_id
+
+    def is_parked(self, job_id: str) -> bool:
+        return self.running[self.attempt(job_id)].active_since_ms is None
+
     def starts_of(self, account: str) -> int:
         return sum(one.account == account for one in self.served)
 
@@ -329,8 +416,12 @@ class Cell:
 
     def check(self) -> None:
         """Check what must hold at any instant: caps, one attempt a worker and a job, no GPU counted twice."""
-        workers = [one.start.worker_id for one in self.running.values()]
-        assert len(set(workers)) == len(workers)
+        active = [one.worker_id for one in self.running.values() if one.active_since_ms is not None]
+        assert len(set(active)) == len(active), "a worker runs at most one attempt"
+        parked = [one.worker_id for one in self.running.values() if one.active_since_ms is None]
+        assert len(set(parked)) == len(parked), "at most one is parked on it"
+        assert all(one.job.tier is Tier.RELAX for one in self.running.values() if one.active_since_ms is None)
+        assert self.board.parked() == len(parked)
         jobs = [one.job.job_id for one in self.running.values()]
         assert len(set(jobs)) == len(jobs)
         assert not self.waiting & set(jobs)
@@ -355,6 +446,8 @@ class Cell:
         self.rows.tag[key] = charge.next_tag
         self.rows.usage[start.account_id] = self.rows.usage.get(start.account_id, 0.0) + charge.usage_added
         self.rows.virtual_time[start.tier] = max(self.rows.virtual_time[start.tier], charge.virtual_time)
+        if start.parks is not None:
+            self._park(start.parks)
         self._count += 1
         attempt_id = AttemptId(f"attempt-{self._count}")
         self.apply(
@@ -364,12 +457,27 @@ class Cell:
                 attempt_id=attempt_id,
                 worker_id=start.worker_id,
                 charge=charge,
+                sheltered=start.sheltered,
             )
         )
         job = self.jobs[start.job_id]
         self.waiting.remove(start.job_id)
-        self.running[attempt_id] = Running(attempt_id, job, start, self.now_ms, self.actual_ms[start.job_id])
-        heapq.heappush(self._ends, (self.now_ms + self.actual_ms[start.job_id], self._count, attempt_id))
+        kept = start.resume_from
+        if kept is not None:
+            assert kept == self.checkpoints[start.job_id]
+            assert kept.device == self.devices[start.worker_id]
+        self.running[attempt_id] = Running(
+            attempt_id,
+            job,
+            start,
+            start.worker_id,
+            self.now_ms,
+            self.actual_ms[start.job_id],
+            done_ms=0 if kept is None else kept.kept_ms,
+            sheltered=start.sheltered,
+            checkpoint=kept,
+        )
+        self._go_on(attempt_id)
         mine = [one for one in self.running.values() if one.job.account_id == start.account_id]
         limits = self.limits[start.account_id]
         assert len(mine) <= limits.running
@@ -379,9 +487,64 @@ class Cell:
         self.served.append(served)
         return served
 
-    def _stop(self, running: Running) -> None:
-        self.actual_ms[running.job.job_id] = self.now_ms - running.started_ms
-        self.end(running.attempt_id, self.now_ms - running.started_ms, Outcome.CANCELLED)
+    def _go_on(self, attempt_id: AttemptId) -> None:
+        running = self.running[attempt_id]
+        running.active_since_ms, running.parked_since_ms = self.now_ms, None
+        self._count += 1
+        heapq.heappush(
+            self._ends, (self.now_ms + running.actual_ms - running.done_ms, self._count, attempt_id)
+        )
+
+    def _park(self, attempt_id: AttemptId) -> None:
+        running = self.running[attempt_id]
+        assert running.active_since_ms is not None
+        assert not running.sheltered, "what had its turn before fast is not parked"
+        running.done_ms = running.done_by(self.now_ms)
+        running.active_since_ms, running.parked_since_ms = None, self.now_ms
+        running.parks += 1
+        self.parks.append((self.now_ms, attempt_id))
+        self.apply(AttemptParked(at_ms=self.now_ms, attempt_id=attempt_id))
+        if self.stores_checkpoints:
+            self.save_checkpoint(attempt_id)
+
+    def _resume(self, resume: Resume) -> None:
+        running = self.running[resume.attempt_id]
+        assert running.worker_id == resume.worker_id
+        running.sheltered = resume.sheltered
+        self.apply(
+            AttemptResumed(at_ms=self.now_ms, attempt_id=resume.attempt_id, sheltered=resume.sheltered)
+        )
+        self._go_on(resume.attempt_id)
+
+    def _migrate(self, migrate: Migrate) -> None:
+        if self.refuse_migration(migrate):
+            running = self.running[migrate.attempt_id]
+            self.apply(MigrationRefused(at_ms=self.now_ms, attempt_id=migrate.attempt_id))
+            self.end(migrate.attempt_id, running.done_by(self.now_ms), Outcome.FAILED)
+            return
+        running = self.running.pop(migrate.attempt_id)
+        assert running.worker_id == migrate.worker_id
+        assert migrate.checkpoint == self.checkpoints[running.job.job_id]
+        assert self.devices[migrate.to] == migrate.checkpoint.device
+        self._count += 1
+        attempt_id = AttemptId(f"attempt-{self._count}")
+        self.running[attempt_id] = replace(
+            running,
+            attempt_id=attempt_id,
+            worker_id=migrate.to,
+            done_ms=migrate.checkpoint.kept_ms,
+            checkpoint=migrate.checkpoint,
+        )
+        self.apply(
+            AttemptMigrated(
+                at_ms=self.now_ms,
+                attempt_id=migrate.attempt_id,
+                to_attempt_id=attempt_id,
+                worker_id=migrate.to,
+            )
+        )
+        self._go_on(attempt_id)
+        self.migrations.append((self.now_ms, migrate))
 
     def _correct(self, running: Running, gpu_ms: int) -> None:
         charge, tier, account = running.start.charge, running.job.tier, str(running.job.account_id)
@@ -401,5 +564,12 @@ class Cell:
         self.rows.usage[account] = max(0.0, self.rows.usage[account] + change.usage_delta)
 
     def _forget_ended(self) -> None:
-        while self._ends and self._ends[0][2] not in self.running:
+        while self._ends and not self._ends_as(self._ends[0]):
             heapq.heappop(self._ends)
+
+    def _ends_as(self, entry: tuple[int, int, AttemptId]) -> bool:
+        """Return whether an attempt still ends as was foreseen, and was neither parked nor ended before."""
+        running = self.running.get(entry[2])
+        if running is None or running.active_since_ms is None:
+            return False
+        return entry[0] == running.active_since_ms + running.actual_ms - running.done_ms

@@ -25,7 +25,7 @@ from scheduler.policy.events import (
     WorkerLost,
     WorkerResumed,
 )
-from scheduler.policy.ids import AccountId, AttemptId, JobId, Tier, WorkerId
+from scheduler.policy.ids import AccountId, JobId, Tier, WorkerId
 from scheduler.policy.limits import Limits
 from scheduler.policy.parameters import Parameters
 from scheduler.policy.status import JobStatus, QueueReason
@@ -42,10 +42,6 @@ def status_of(cell: Cell, job_id: str) -> JobStatus:
     status = cell.board.status(JobId(job_id))
     assert status is not None
     return status
-
-
-def running_attempt(cell: Cell, job_id: str) -> AttemptId:
-    return next(key for key, one in cell.running.items() if one.job.job_id == job_id)
 
 
 # -- tiers and caps ----------------------------------------------------------------------------------
@@ -207,6 +203,18 @@ def test_a_next_tag_remembers_the_job_just_started() -> None:
     assert tag == 600_000_000 + usage.memory(600_000, REMEMBERING)
 
 
+def test_a_heavier_plan_is_remembered_for_less() -> None:
+    cell = Cell(REMEMBERING)
+    for name, weight in (("light", 1), ("heavy", 4)):
+        cell.account(name, weight=weight, usage_ms=4 * HOUR_MS)
+        cell.submit(name)
+    tags = {name: cell.board.share(AccountId(name), RELAX).tag for name in ("light", "heavy")}
+    assert tags == {
+        "light": usage.memory(4 * HOUR_MS, REMEMBERING),
+        "heavy": usage.memory(HOUR_MS, REMEMBERING),
+    }
+
+
 def test_who_was_idle_is_level_with_a_newcomer() -> None:
     cell = Cell(PLAIN)
     cell.submit("returning")
@@ -218,6 +226,20 @@ def test_who_was_idle_is_level_with_a_newcomer() -> None:
     assert cell.board.virtual_time(RELAX) == 4_000_000
     assert cell.board.share(AccountId("returning"), RELAX).tag == 4_000_000
     assert cell.run().order().split()[6:] == ["new", "returning", "busy"]
+
+
+def test_a_newcomer_is_level_with_who_is_served_not_with_who_is_stuck() -> None:
+    """The smallest tag of all is of an account whose job fits no worker that is there."""
+    cell = Cell(PLAIN)
+    cell.submit("stuck", gib=99)
+    for account in "abcd":
+        for _ in range(30):
+            cell.submit(account)
+    cell.run(starts=40)
+    for _ in range(50):
+        cell.submit("new")
+    cell.run(starts=60)
+    assert 4 <= sum(one.account == "new" for one in cell.served[40:60]) <= 6
 
 
 def test_fast_use_counts_in_relax() -> None:
@@ -270,6 +292,37 @@ def test_a_batch_that_fails_to_commit_costs_no_age() -> None:
         cell.at(60_000, lambda number=number: cell.submit(f"newer{number}", 15_000))
     cell.run()
     assert cell.started_ms(job) == 60_000
+
+
+def test_a_start_by_age_that_fails_to_commit_is_decided_again() -> None:
+    cell = Cell(Parameters(aging_ms=60_000))
+    cell.account("old", finish_tag=10**9)
+    job = cell.submit("old")
+    for number in range(3):
+        cell.submit(f"new{number}", 20_000)
+    cell.run(starts=3)
+    cell.submit("newer")
+    cell.end(cell.attempt(cell.served[-1].job), 20_000)
+    cell.now_ms = 60_000
+    decisions = cell.board.decide(60_000)
+    assert starts(decisions) == [job]
+    assert cell.board.decide(60_000) == decisions
+
+
+def test_time_at_the_head_begins_anew_after_a_cap() -> None:
+    """A fast job of the account fills its cap; what its relax job waited before counts no more."""
+    cell = Cell(Parameters(aging_ms=70_000))
+    cell.account("old", finish_tag=10**9, limits=Limits(running=1, relax_running=1, accepted=10))
+    job = cell.submit("old")
+    cell.submit("old", 60_000, tier=FAST)
+
+    def newcomer(number: int) -> None:
+        cell.submit(f"new{number}")
+        cell.at(cell.now_ms + 1000, lambda: newcomer(number + 1))
+
+    newcomer(0)
+    cell.run(until_ms=150_000)
+    assert cell.started_ms(job) == 130_000
 
 
 def test_at_most_one_start_in_four_goes_by_age() -> None:
@@ -393,7 +446,7 @@ def test_a_worker_that_comes_back_is_busy_until_its_attempt_is_lost() -> None:
     cell.join(a_worker("w0"))
     cell.submit("b")
     assert cell.decide() == []
-    cell.lose(running_attempt(cell, job))
+    cell.lose(cell.attempt(job))
     assert [one.job for one in cell.decide()] == [job]
 
 
@@ -418,11 +471,24 @@ def test_a_lost_job_waits_at_its_old_place_and_costs_nothing() -> None:
     cell.decide()
     before = cell.board.share(AccountId("a"), RELAX)
     cell.now_ms = 1000
-    cell.lose(running_attempt(cell, jobs[0]))
+    cell.lose(cell.attempt(jobs[0]))
     cell.check_rows()
     assert cell.board.share(AccountId("a"), RELAX).usage == pytest.approx(5000)
     assert cell.board.share(AccountId("a"), RELAX).finish_tag == before.finish_tag - 5_000_000
     assert [one.job for one in cell.decide()] == [jobs[0]]
+
+
+def test_an_end_undoes_its_charge_whenever_it_comes() -> None:
+    half_life_ms = 100_000
+    cell = Cell(Parameters(half_life_ms=half_life_ms))
+    cell.account("a", usage_ms=1000)
+    cell.now_ms = 5 * half_life_ms
+    job = cell.submit("a", 8000)
+    cell.decide()
+    cell.now_ms = 6 * half_life_ms
+    cell.lose(cell.attempt(job))
+    assert cell.used_ms("a") == pytest.approx(1000 / 2**6)
+    cell.check_rows()
 
 
 def test_the_third_loss_is_the_last() -> None:
@@ -430,7 +496,7 @@ def test_the_third_loss_is_the_last() -> None:
     job = cell.submit("a")
     for _ in range(3):
         assert [one.job for one in cell.decide()] == [job]
-        cell.lose(running_attempt(cell, job))
+        cell.lose(cell.attempt(job))
     decisions = cell.board.decide(0)
     assert [type(one) for one in decisions] == [GiveUp]
     assert cell.board.decide(0) == decisions, "decided until it is known to be done"
@@ -460,7 +526,7 @@ def test_a_cancelled_running_job_is_asked_to_stop_until_it_was() -> None:
     cell = Cell()
     job = cell.submit("a", 10_000)
     cell.decide()
-    attempt = running_attempt(cell, job)
+    attempt = cell.attempt(job)
     cell.apply(CancelWanted(at_ms=0, job_id=JobId(job)))
     stop = Stop(attempt_id=attempt, worker_id=WorkerId("w0"), reason="Its owner cancelled the job.")
     assert cell.board.decide(0) == [stop]
@@ -478,7 +544,7 @@ def test_a_cancelled_job_whose_worker_is_lost_does_not_come_back() -> None:
     job = cell.submit("a")
     cell.decide()
     cell.apply(CancelWanted(at_ms=0, job_id=JobId(job)))
-    cell.lose(running_attempt(cell, job))
+    cell.lose(cell.attempt(job))
     assert cell.board.decide(0) == []
     assert cell.board.queued(RELAX) == 0
 

@@ -1,6 +1,7 @@
 """Cases other systems publish for fair queues and decayed use: `P = 0`, caps off, one-second jobs.
 
-Where a case could be traced, its source is named beside it.
+They are the nine of section 10 of the policy page. Where a case could be traced, its source is named beside
+it; what has none is the page's alone.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ DAY_MS = 24 * HOUR_MS
 
 @pytest.mark.parametrize(("days", "left"), [(1, 5.0), (2, 2.5)])
 def test_use_halves_each_half_life_while_nothing_runs(days: int, left: float) -> None:
-    """Case 1: usage 10 with a half-life of one day. The half-life of Slurm's and Grid Engine's fair share."""
+    """Case 1: usage 10 with a half-life of one day.
+
+    The half-life of Grid Engine's share tree and of Slurm's multifactor priority (PriorityDecayHalfLife).
+    """
     cell = Cell(Parameters(half_life_ms=DAY_MS))
     cell.account("a", usage_ms=10)
     cell.now_ms = days * DAY_MS
@@ -27,7 +31,10 @@ def test_use_halves_each_half_life_while_nothing_runs(days: int, left: float) ->
 
 @pytest.mark.parametrize("step_ms", [HOUR_MS // 3, 3 * HOUR_MS])
 def test_decayed_use_at_a_constant_rate_approaches_the_rate(step_ms: int) -> None:
-    """Case 2: a half-life of 168 hours. The decay of Kueue's admission fair sharing (KEP-4136)."""
+    """Case 2: a half-life of 168 hours, at a constant rate; however long a step is.
+
+    The decay of Kueue's admission fair sharing (KEP-4136, `usageHalfLifeTime`).
+    """
     half_life_ms = 168 * HOUR_MS
     cell = Cell(Parameters(memory_span_ms=0, half_life_ms=half_life_ms))
     rates: dict[int, float] = {}
@@ -49,7 +56,8 @@ def test_decayed_use_at_a_constant_rate_approaches_the_rate(step_ms: int) -> Non
 def test_the_second_place_goes_to_the_second_account() -> None:
     """Case 3: two places, a1 a2 b1 b2 submitted in that order: a1 and b1 start.
 
-    What admission charges for at once, Kueue calls the entry penalty (KEP-4136).
+    What admission charges for at once, Kueue calls the entry penalty (KEP-4136, issue 5339): without it two
+    queues of equal usage are served in order of arrival until usage is sampled again.
     """
     cell = Cell(PLAIN, workers=2)
     for name in ("a1", "a2", "b1", "b2"):
@@ -70,7 +78,7 @@ def test_less_use_goes_before_an_earlier_arrival() -> None:
 
 
 def test_a_single_job_does_not_wait_for_a_backlog() -> None:
-    """Case 5, first part: a a a a b on one server."""
+    """Case 5, first part: a a a a b on one server. Start-time fair queueing (Goyal, Vin, Cheng 1996)."""
     cell = Cell(PLAIN)
     for account in "aaaab":
         cell.submit(account)
@@ -78,7 +86,7 @@ def test_a_single_job_does_not_wait_for_a_backlog() -> None:
 
 
 def test_who_comes_during_the_service_is_level_with_who_is_served() -> None:
-    """Case 5, second part: a a a a b, two served, then c c."""
+    """Case 5, second part: a a a a b, two served, then c c. Start-time fair queueing: who comes gets `V`."""
     cell = Cell(PLAIN)
     for account in "aaaab":
         cell.submit(account)
@@ -89,7 +97,10 @@ def test_who_comes_during_the_service_is_level_with_who_is_served() -> None:
 
 
 def test_five_times_the_weight_gets_five_times_the_starts() -> None:
-    """Case 6: 20 tasks of a (weight 1) and 20 of b (weight 5)."""
+    """Case 6: 20 tasks of a (weight 1) and 20 of b (weight 5).
+
+    Temporal's task queue fairness documents dispatch in proportion to the weights of fairness keys.
+    """
     cell = Cell(PLAIN)
     cell.account("a", weight=1)
     cell.account("b", weight=5)
@@ -105,7 +116,11 @@ def test_five_times_the_weight_gets_five_times_the_starts() -> None:
 
 
 def test_a_newcomers_backlog_does_not_push_the_others_out() -> None:
-    """Case 7: a newcomer with a long backlog joins four busy accounts: about 5 of the next 20."""
+    """Case 7: a newcomer with a long backlog joins four busy accounts: about 5 of the next 20.
+
+    A tenant with a backlog that hogs the workers is what Temporal's documents give as the reason for
+    fairness keys.
+    """
     cell = Cell(PLAIN)
     for account in "abcd":
         for _ in range(30):
@@ -120,8 +135,7 @@ def test_a_newcomers_backlog_does_not_push_the_others_out() -> None:
 def test_sleeping_earns_no_credit() -> None:
     """Case 8: an account that works 1 s and sleeps 1 s beside one that always works: 33 %.
 
-    The documents of Linux's fair schedulers argue with such tasks. Work comes in slices of 10 ms, as a queue
-    of whole jobs has no finer share than a job.
+    Work comes in slices of 10 ms, as a queue of whole jobs has no finer share than a job.
     """
     cell = Cell(PLAIN)
     left = 0
