@@ -1,10 +1,12 @@
-"""darkroom's server side: serve, demo, migrate, stop."""
+"""darkroom's server side: serve, demo, migrate, simulate, stop."""
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -115,6 +117,110 @@ def stop(
     with _expected_trouble(), ray_session(cluster):
         for name in stop_actors(cluster.namespace):
             print(f"stopped {name}")
+
+
+@server.command(name="simulate")
+def simulate_policies(
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs of the simulated fleet.")],
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="CSV, plain or gzip, with arrival_s, user, kind, gpu_seconds. Without it, jobs are made up.",
+        ),
+    ] = None,
+    policy: Annotated[
+        str, typer.Option(help="Policies with commas between; the first is compared with each of the others.")
+    ] = "ours,none,kill,sfq,fifo,least-used,round-robin",
+    load: Annotated[
+        str, typer.Option(help="Shares of the fleet to ask for, such as 0.8,1.0,1.3; none: as the jobs come.")
+    ] = "",
+    closed: Annotated[
+        bool, typer.Option("--closed/--open", help="A user waits for a picture before sending the next job.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+    faults: Annotated[
+        float | None, typer.Option(min=0.001, help="Mean hours between the deaths of one GPU.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for report and plots.")] = None,
+    from_hours: Annotated[float, typer.Option(min=0, help="Where in the trace to begin.")] = 0.0,
+    hours: Annotated[float | None, typer.Option(min=0.001, help="How much of it to use.")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="At most so many jobs of it.")] = None,
+    users_share: Annotated[
+        float, typer.Option(min=0.0001, max=1, help="Share of its users, drawn with all their jobs.")
+    ] = 1.0,
+    divide_cost: Annotated[float, typer.Option(min=0.001, help="Divide its gpu_seconds by this.")] = 1.0,
+    fast_share: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of jobs that ask for fast, where no tiers are given.")
+    ] = 0.2,
+    fast_minutes: Annotated[
+        float, typer.Option(min=0, help="Fast GPU-minutes of an account a month; then its jobs are relax.")
+    ] = 200.0,
+    caps: Annotated[bool, typer.Option(help="Limit each account to 3 jobs at once, 2 of them relax.")] = True,
+    speeds: Annotated[str, typer.Option(help="Speed classes, dealt to the GPUs in turn: 1,1.5.")] = "1",
+    jobs: Annotated[int, typer.Option(min=1, help="Jobs to make up, without a trace.")] = 20_000,
+    accounts: Annotated[int, typer.Option(min=1, help="Accounts that send them.")] = 500,
+) -> None:
+    """Compare scheduling policies on a recorded or made-up workload: a table, and plots with --out."""
+    from scheduler.simulator import comparison, simulation, workload
+    from scheduler.simulator.plots import PlotsMissing
+    from scheduler.simulator.world import Cluster
+
+    fast = workload.FastRule(share=fast_share, allowance_ms=round(fast_minutes * 60_000))
+    part = workload.Cut(
+        from_hours=from_hours, hours=hours, rows=rows, users_share=users_share, divide_cost=divide_cost
+    )
+    try:
+        if trace is None:
+            made_up = workload.Generator(jobs=jobs, accounts=accounts, hours=hours or 24.0)
+            wanted = workload.generate(made_up, fast=fast, seed=seed)
+        else:
+            wanted = workload.read_trace(trace, cut=part, fast=fast, seed=seed)
+        experiment = comparison.Experiment(
+            workload=dataclasses.replace(wanted, closed=closed),
+            cluster=Cluster(
+                gpus=gpus,
+                speeds_permille=tuple(round(1000 * speed) for speed in _numbers(speeds)),
+                mtbf_hours=faults,
+            ),
+            policies=policy.split(","),
+            loads=_numbers(load),
+            limits=simulation.PLAN_CAPS if caps else simulation.NO_CAPS,
+            seed=seed,
+        )
+    except (workload.TraceWrong, comparison.UnknownPolicy) as wrong:
+        _errors.print(f"darkroom: {wrong}", style="red")
+        raise typer.Exit(EXIT_USAGE) from wrong
+    print(comparison.preamble(experiment))
+    found = []
+    began_s = time.perf_counter()
+    for result in comparison.results(experiment, told=_errors.print):
+        took_s = time.perf_counter() - began_s
+        _errors.print(f"{result.events:,} events and decisions in {took_s:.1f} s, tables included")
+        found.append(result)
+        print(comparison.written(result))
+        began_s = time.perf_counter()
+    if out is not None:
+        try:
+            files = comparison.save(experiment, found, out)
+        except PlotsMissing as missing:
+            _errors.print(f"darkroom: {missing}", style="red")
+            raise typer.Exit(EXIT_USAGE) from missing
+        for file in files:
+            _errors.print(f"wrote {file}")
+
+
+def _numbers(text: str) -> list[float]:
+    """Return the numbers above 0 in a list with commas."""
+    try:
+        numbers = [float(one) for one in text.split(",") if one]
+    except ValueError:
+        numbers = [0.0]
+    if not all(0 < number < float("inf") for number in numbers):
+        _errors.print(f"darkroom: {text!r} has to be numbers above 0 with commas between", style="red")
+        raise typer.Exit(EXIT_USAGE)
+    return numbers
 
 
 def _given(**values: Any) -> dict[str, Any]:
