@@ -18,10 +18,12 @@ from scheduler.policy.events import (
     FundsChanged,
     JobSubmitted,
     LimitsChanged,
+    TierChanged,
     UsageReset,
 )
 from scheduler.policy.job import Job
 from scheduler.store import live
+from scheduler.store.checkpoints import as_policy_sees
 from scheduler.store.lanes import Lane
 
 # Rows that nobody told of are read in bites, so that a flood of them does not hold up a cycle.
@@ -64,7 +66,14 @@ class Arrivals:
         )
         strangers = {row.account_id for row in rows} - self._renews_ms.keys()
         known = await self.of_new_accounts(strangers) if strangers else []
-        return [*known, *self.of_rows(rows)]
+        now_ms = self._clock.now_ms()
+        # One that was on the board before may have been moved since.
+        tiers = [
+            TierChanged(at_ms=now_ms, job_id=row.job_id, tier=row.tier)
+            for row in rows
+            if row.state == "queued"
+        ]
+        return [*known, *self.of_rows(rows), *tiers]
 
     def of_rows(self, rows: Sequence[live.LiveJob]) -> list[Event]:
         """Return what these rows say of jobs that wait, or that their owners want no more."""
@@ -78,6 +87,7 @@ class Arrivals:
                         job=self.job(row),
                         losses=row.losses,
                         accepted_ms=to_ms(row.created_at),
+                        checkpoint=None if row.checkpoint is None else as_policy_sees(row.checkpoint),
                     )
                 )
             elif row.state == "cancelled" or (row.state == "running" and row.cancel_wanted):
@@ -118,19 +128,15 @@ class Arrivals:
 
     def job(self, row: live.LiveJob) -> Job:
         """Return a row's job as the policy sees it."""
-        try:
-            needed = self._models.get(row.model).memory_needed(row.width, row.height)
-        except UnknownModel:
-            # It was offered when the job was accepted. The job waits and says that no worker can run it.
-            needed = _MORE_THAN_ANY_GPU
         return Job(
             job_id=row.job_id,
             account_id=row.account_id,
             tier=row.tier,
             arrival=row.arrival,
             predicted_ms=row.predicted_ms,
+            step_ms=max(1, row.predicted_ms // row.steps),
             model=row.model,
-            memory_bytes=-(-needed // _MEMORY_STEP) * _MEMORY_STEP,
+            memory_bytes=memory_wanted(self._models, row.model, row.width, row.height),
         )
 
     async def _standings(self, account_ids: Iterable[str]) -> list[live.AccountStanding]:
@@ -153,3 +159,13 @@ class Arrivals:
             )
         now_ms = self._clock.now_ms()
         return [UsageReset(at_ms=now_ms, account_id=standing.account_id) for standing in expired]
+
+
+def memory_wanted(models: Models, model: str, width: int, height: int) -> int:
+    """Return the free memory of a worker that a job of this model and size needs, in coarse steps."""
+    try:
+        needed = models.get(model).memory_needed(width, height)
+    except UnknownModel:
+        # It was offered when the job was accepted. The job waits and says that no worker can run it.
+        needed = _MORE_THAN_ANY_GPU
+    return -(-needed // _MEMORY_STEP) * _MEMORY_STEP

@@ -30,7 +30,7 @@ class WorkerHeard:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerGone:
-    """The worker's process died, or was silent for three heartbeat intervals. Whatever it ran is lost."""
+    """The worker's process died, or was silent for three heartbeat intervals. Whatever it had is lost."""
 
     worker_id: str
     incarnation: str
@@ -60,18 +60,22 @@ class Fleet(Protocol):
         """
 
     def render(self, worker_id: str, request: RenderRequest) -> None:
-        """Give an attempt to a worker."""
+        """Give an attempt to a worker, which parks for it what the request names."""
 
     def stop(self, worker_id: str, attempt_id: str, token: str) -> None:
-        """Ask a worker to end an attempt at its next step."""
+        """Ask a worker to end an attempt at its next step, or at once if it is parked."""
+
+    def resume(self, worker_id: str, attempt_id: str) -> None:
+        """Ask a worker to go on with a parked attempt; it may have done so by itself."""
 
     def acknowledge(self, worker_id: str, result: AttemptResult) -> None:
         """Say that a result is settled, so that the worker may forget it."""
 
-    def forget(self, worker_id: str, attempt_id: str) -> None:
+    def forget(self, worker_id: str, attempt_id: str, *, kept: bool = False) -> None:
         """Say that an attempt is not ours any more.
 
-        The worker ends it, deletes its files and counts its time as wasted.
+        The worker ends it, deletes its pictures and counts its time as wasted; `kept` says that its job goes
+        on from its newest checkpoint, so that what this kept was of use.
         """
 
     async def run(self) -> None:

@@ -34,6 +34,11 @@ class AccountsChanged:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FleetChanged:
+    """Operators drained, resumed or paused something; what they want now is in the database."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class AttemptSettled:
     """The end of an attempt is committed, or turned out to be nobody's."""
 
@@ -42,7 +47,7 @@ class AttemptSettled:
     outcome: Settled | Unknown
 
 
-Item = JobsChanged | AccountsChanged | FleetFact | AttemptSettled
+Item = JobsChanged | AccountsChanged | FleetChanged | FleetFact | AttemptSettled
 
 
 class Inbox:

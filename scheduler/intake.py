@@ -3,13 +3,14 @@
 What a client asked for arrives here already translated. One transaction claims the request id, locks the
 account, counts its live jobs against its plan, checks softly that it can pay, and writes the job and its
 first event. Then the scheduler is told; a notice that is lost costs a moment, because the scheduler sweeps
-for rows it was not told of. `cancel` takes the same road back.
+for rows it was not told of. `cancel` and `move` take the same road.
 """
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from typing import assert_never
@@ -24,7 +25,7 @@ from scheduler.metrics import BillingRejection, FrontDoorMetrics, SubmissionOutc
 from scheduler.policy.ids import Tier
 from scheduler.policy.parameters import Parameters
 from scheduler.policy.status import CONCURRENCY_LIMIT
-from scheduler.refusals import Impossible, JobFinished, NotFoundOrNotYours, QueueFull
+from scheduler.refusals import Impossible, JobFinished, JobStarted, NotFoundOrNotYours, QueueFull
 from scheduler.store import jobs
 from scheduler.store.accounts import Visibility
 from scheduler.store.jobs import JobKind, JobReceipt, JobState, LivePlace, NewJob, StoredJob
@@ -176,6 +177,37 @@ async def cancel(
     return job
 
 
+async def move(
+    pool: Pool,
+    link: SchedulerLink,
+    metrics: FrontDoorMetrics,
+    *,
+    account_id: str,
+    job_id: str,
+    tier: Tier,
+    request_id: str,
+    digest: bytes,
+    at: datetime,
+) -> StoredJob:
+    """Move a waiting job to `tier` and return it; one that is there already stays as it is.
+
+    Its price becomes that of a job submitted there now. It keeps its age, but not its place: the other tier
+    has an order of its own. Locks the request id, then the account, then the job. Raises NotFoundOrNotYours,
+    JobStarted, JobFinished, FastTimeExhausted, SpendCapReached, PlanLacksPrivate, RequestIdReused or
+    Overloaded.
+    """
+    async with pool.transaction() as connection:
+        outcome = await idempotency.claim(connection, account_id, "UpdateJob", request_id, digest)
+        if outcome is None:
+            await _move(connection, metrics, account_id, job_id, tier, at)
+            await idempotency.store(connection, account_id, "UpdateJob", request_id, {"job_id": job_id})
+        job = await jobs.read_job(connection, job_id)
+    if job is None:
+        raise NotFoundOrNotYours
+    link.jobs_changed([job_id])
+    return job
+
+
 def expected_status(tier: Tier, place: LivePlace, terms: Terms) -> QueueStatus:
     """Return what an account's own jobs say about a waiting one, while the scheduler has said nothing."""
     at_limit = place.ahead >= terms.limits.running
@@ -187,6 +219,29 @@ def expected_status(tier: Tier, place: LivePlace, terms: Terms) -> QueueStatus:
     return QueueStatus(reason=QueueReason.WAITING_FOR_GPU, sentence=_ACCEPTED_SENTENCE, position=0)
 
 
+def refuse_too_long(predicted_ms: int, parameters: Parameters) -> None:
+    """Raise Impossible for a job that would take more GPU time than one may."""
+    if predicted_ms > parameters.max_predicted_ms:
+        raise Impossible(
+            missing="gpu_time",
+            sentence=f"This job would take about {predicted_ms // 1000} s of GPU time; at most "
+            f"{parameters.max_predicted_ms // 1000} s are allowed. Make the pictures smaller.",
+        )
+
+
+def refuse_unless_waiting(job: StoredJob) -> None:
+    """Raise JobStarted or JobFinished for a job that cannot be moved to another tier any more."""
+    match job.state:
+        case JobState.QUEUED:
+            return
+        case JobState.RUNNING:
+            raise JobStarted(job_id=job.job_id)
+        case JobState.SUCCEEDED | JobState.FAILED | JobState.CANCELLED:
+            raise JobFinished(job_id=job.job_id, state=job.state.value)
+        case _:
+            assert_never(job.state)
+
+
 async def _accept(
     connection: Connection,
     metrics: FrontDoorMetrics,
@@ -195,12 +250,7 @@ async def _accept(
     parameters: Parameters,
     at: datetime,
 ) -> Accepted:
-    if submission.predicted_ms > parameters.max_predicted_ms:
-        raise Impossible(
-            missing="gpu_time",
-            sentence=f"This job would take about {submission.predicted_ms // 1000} s of GPU time; at most "
-            f"{parameters.max_predicted_ms // 1000} s are allowed. Make the pictures smaller.",
-        )
+    refuse_too_long(submission.predicted_ms, parameters)
     terms = await ledger_accounts.lock_terms(connection, account_id, at)
     found = await jobs.settings_and_live_jobs(connection, account_id)
     assert found is not None, "a key's account has its settings"
@@ -209,7 +259,7 @@ async def _accept(
         raise QueueFull(account_id=account_id, depth=live.accepted, limit=terms.limits.accepted)
     tier = submission.tier or settings.mode
     visibility = submission.visibility or settings.visibility
-    try:
+    with _rejections_counted(metrics, terms):
         pricing = await ledger.price(
             connection,
             terms,
@@ -219,9 +269,6 @@ async def _accept(
             live.waiting_fast_ms,
             at,
         )
-    except (FastTimeExhausted, SpendCapReached, PlanLacksPrivate) as refusal:
-        metrics.billing_rejections.labels(terms.plan, BillingRejection(refusal.reason.lower())).inc()
-        raise
     job = await jobs.insert_job(
         connection,
         NewJob(
@@ -243,6 +290,15 @@ async def _accept(
     )
     status = expected_status(tier, LivePlace(ahead=live.accepted, relax_ahead=live.relax), terms)
     return Accepted(job=job, queue_status=status)
+
+
+@contextmanager
+def _rejections_counted(metrics: FrontDoorMetrics, terms: Terms) -> Iterator[None]:
+    try:
+        yield
+    except (FastTimeExhausted, SpendCapReached, PlanLacksPrivate) as refusal:
+        metrics.billing_rejections.labels(terms.plan, BillingRejection(refusal.reason.lower())).inc()
+        raise
 
 
 async def _first_job(connection: Connection, outcome: Mapping[str, str]) -> StoredJob:
@@ -271,6 +327,38 @@ async def _cancel(connection: Connection, account_id: str, job_id: str, at: date
             raise JobFinished(job_id=job_id, state=job.state.value)
         case _:
             assert_never(job.state)
+
+
+async def _move(
+    connection: Connection,
+    metrics: FrontDoorMetrics,
+    account_id: str,
+    job_id: str,
+    tier: Tier,
+    at: datetime,
+) -> None:
+    # Before the job's row: everybody locks accounts before jobs.
+    terms = await ledger_accounts.lock_terms(connection, account_id, at)
+    job = await jobs.lock_job(connection, job_id)
+    if job is None or job.account_id != account_id:
+        raise NotFoundOrNotYours
+    refuse_unless_waiting(job)
+    if job.tier is tier:
+        return
+    found = await jobs.settings_and_live_jobs(connection, account_id)
+    assert found is not None, "a job's account has its settings"
+    _, live = found
+    with _rejections_counted(metrics, terms):
+        pricing = await ledger.price(
+            connection,
+            terms,
+            tier.value,
+            job.visibility is Visibility.PRIVATE,
+            job.predicted_ms,
+            live.waiting_fast_ms,
+            at,
+        )
+    await jobs.move_waiting(connection, job_id, tier, pricing, f"Moved to {tier} by its owner.")
 
 
 def _receipt_of_nothing(available_ms: int, currency: str, at: datetime, job: StoredJob) -> JobReceipt:

@@ -8,13 +8,16 @@ from contextlib import asynccontextmanager
 
 from billing import plans as billing_plans
 from gpu_worker.models import Models
+from scheduler.answers import Explained, Outlook, QueuesView, WhatIf, WorkerView
 from scheduler.arrivals import Arrivals
 from scheduler.clock import LeaderClock
 from scheduler.fleet import Fleet
-from scheduler.inbox import AccountsChanged, Inbox, JobsChanged
+from scheduler.forecasts import Forecasts, ListenedBoard, Pace
+from scheduler.inbox import AccountsChanged, FleetChanged, Inbox, JobsChanged
 from scheduler.loop import Loop
 from scheduler.metrics import SchedulerMetrics
-from scheduler.policy.board import Board
+from scheduler.oracle import Oracle
+from scheduler.policy.lately import Lately
 from scheduler.policy.parameters import Parameters
 from scheduler.recovery import restore
 from scheduler.settlement import Settlement
@@ -41,6 +44,7 @@ class Leader:
         inbox: Inbox,
         updates: Updates,
         metrics: SchedulerMetrics,
+        oracle: Oracle,
     ) -> None:
         self.epoch = epoch
         self.updates = updates
@@ -49,6 +53,7 @@ class Leader:
         self._settlement = settlement
         self._fleet = fleet
         self._inbox = inbox
+        self._oracle = oracle
 
     async def run(self) -> None:
         """Lead until cancelled. Raises an ExceptionGroup with Deposed when another scheduler leads."""
@@ -56,6 +61,7 @@ class Leader:
             group.create_task(self._loop.run(), name="loop")
             group.create_task(self._settlement.run(), name="settlement")
             group.create_task(self._fleet.run(), name="fleet")
+            group.create_task(self._oracle.run(), name="forecasts")
 
     @property
     def workers(self) -> int:
@@ -70,9 +76,29 @@ class Leader:
         """Notice changed plans, limits, funds or consent."""
         self._inbox.put(AccountsChanged(account_ids=tuple(account_ids)))
 
+    def fleet_changed(self) -> None:
+        """Notice what operators drained, resumed or paused."""
+        self._inbox.put(FleetChanged())
+
     def queue_statuses(self, job_ids: Sequence[str]) -> Mapping[str, QueueStatus]:
-        """Return why these jobs wait."""
-        return self._loop.queue_statuses(job_ids)
+        """Return why these jobs wait, and when they will start."""
+        return self._oracle.with_start_times(self._loop.queue_statuses(job_ids))
+
+    def explain(self, job_id: str) -> Explained | None:
+        """Return why a live job is where it is; None: it is not on the board."""
+        return self._oracle.explain(job_id, self.queue_statuses([job_id]).get(job_id))
+
+    async def estimate(self, what_ifs: Sequence[WhatIf]) -> Sequence[Outlook | None]:
+        """Return what would come of each, alone; None: it cannot be told."""
+        return await self._oracle.estimate(what_ifs)
+
+    def queues(self) -> QueuesView:
+        """Return what waits and runs, and how the GPUs are shared."""
+        return self._oracle.queues()
+
+    def workers_view(self) -> Sequence[WorkerView]:
+        """Return the workers that have joined and are not lost."""
+        return self._loop.worker_views()
 
 
 @asynccontextmanager
@@ -91,6 +117,7 @@ async def lead(
     """
     parameters = parameters or Parameters()
     lane = Lane(dsn, "loop")
+    questions = Lane(dsn, "questions")
     try:
         taken = await lane.run(lambda connection: leadership.take_lead(connection, holder))
         clock = LeaderClock(started_ms=taken.now_ms)
@@ -106,8 +133,18 @@ async def lead(
             parameters=parameters,
         )
         arrivals = Arrivals(lane=lane, epoch=taken.epoch, clock=clock, models=models)
+        lately, pace = Lately(clock.now_ms()), Pace()
+        board = ListenedBoard(parameters, lately, pace)
+        oracle = Oracle(
+            board=board,
+            forecasts=Forecasts(board=board, lately=lately, pace=pace, parameters=parameters, clock=clock),
+            parameters=parameters,
+            clock=clock,
+            models=models,
+            lane=questions,
+        )
         loop = Loop(
-            board=Board(parameters),
+            board=board,
             parameters=parameters,
             epoch=taken.epoch,
             lane=lane,
@@ -133,9 +170,11 @@ async def lead(
             inbox=inbox,
             updates=updates,
             metrics=metrics,
+            oracle=oracle,
         )
     finally:
         await lane.close()
+        await questions.close()
 
 
 async def _plan_names(connection: Connection) -> list[str]:

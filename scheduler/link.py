@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Protocol
 
 from gpu_worker.contract import Progress
+from scheduler.answers import Explained, Outlook, QueuesView, WhatIf, WorkerView
 from scheduler.updates import JobUpdate, QueueStatus
 
 
@@ -25,6 +26,9 @@ class SchedulerLink(Protocol):
 
     def accounts_changed(self, account_ids: Sequence[str]) -> None:
         """Say that plans, limits, funds or consent of these accounts changed."""
+
+    def fleet_changed(self) -> None:
+        """Say that operators drained, resumed or paused something: what holds now is in the rows."""
 
     async def queue_statuses(self, job_ids: Sequence[str]) -> Mapping[str, QueueStatus]:
         """Return why each waiting job waits.
@@ -47,6 +51,21 @@ class SchedulerLink(Protocol):
 
     def most_memory_bytes(self) -> int | None:
         """Return the memory of the largest worker the scheduler has met; None while that is not known."""
+
+    async def explain(self, job_id: str) -> Explained | None:
+        """Return why a live job is where it is.
+
+        None: the scheduler does not know it, or is away.
+        """
+
+    async def estimate(self, what_ifs: Sequence[WhatIf]) -> Sequence[Outlook | None]:
+        """Return what would come of each, alone; None: not known, or the scheduler is away."""
+
+    async def queues(self) -> QueuesView | None:
+        """Return what waits and runs; None while the scheduler is away."""
+
+    async def workers_view(self) -> Sequence[WorkerView] | None:
+        """Return the workers that have joined and are not lost; None while the scheduler is away."""
 
     async def scheduler_ready(self) -> bool:
         """Return whether a leader is taking decisions."""

@@ -84,6 +84,10 @@ class AdminAction(StrEnum):
     CREATE_API_KEY = "create_api_key"
     UPDATE_PLAN = "update_plan"
     ADJUST_BALANCE = "adjust_balance"
+    DRAIN_WORKER = "drain_worker"
+    RESUME_WORKER = "resume_worker"
+    PAUSE_TIER = "pause_tier"
+    RESUME_TIER = "resume_tier"
 
 
 class AdminResult(StrEnum):
@@ -133,6 +137,13 @@ class Residency(StrEnum):
 
     WARM = "warm"
     COLD = "cold"
+
+
+class ResumedWhere(StrEnum):
+    """Where a parked run went on."""
+
+    SAME_GPU = "same_gpu"
+    OTHER_GPU = "other_gpu"
 
 
 class WorkerState(StrEnum):
@@ -345,6 +356,11 @@ class SchedulerMetrics:
     scheduler_leader: Gauge
     placements: Counter
     """tier, residency"""
+    parks: Counter
+    resumes: Counter
+    """where"""
+    migrations: Counter
+    runs_parked: Gauge
     gpu_workers: Gauge
     """state"""
     gpu_time_seconds: Counter
@@ -425,6 +441,10 @@ class SchedulerMetrics:
                 "tier",
                 "residency",
             ),
+            parks=_counter(registry, "parks", "Relax runs parked for a fast job."),
+            resumes=_counter(registry, "resumes", "Parked runs that went on, by where.", "where"),
+            migrations=_counter(registry, "migrations", "Parked runs that moved to another worker."),
+            runs_parked=_gauge(registry, "runs_parked", "Runs that are parked."),
             gpu_workers=_gauge(registry, "gpu_workers", "Workers by state.", "state"),
             gpu_time_seconds=_counter(
                 registry,
@@ -465,6 +485,8 @@ class SchedulerMetrics:
                 self.job_stage_seconds.labels(stage, model)
         for reason in RequeueReason:
             self.job_requeues.labels(reason)
+        for where in ResumedWhere:
+            self.resumes.labels(where)
         for state in WorkerState:
             self.gpu_workers.labels(state)
         for use in GpuUse:
@@ -493,6 +515,20 @@ class SchedulerMetrics:
         self.scheduler_decisions.labels(tier, DecisionResult.PLACED).inc()
         self.placements.labels(tier, Residency.WARM if warm else Residency.COLD).inc()
 
+    def job_held(self, tier: Tier) -> None:
+        """Count one start that was decided and held back: its account has no fast time left."""
+        self.scheduler_decisions.labels(tier, DecisionResult.HELD).inc()
+
+    def run_parked(self) -> None:
+        """Count one relax run that gave its GPU to a fast job."""
+        self.parks.inc()
+
+    def run_resumed(self, where: ResumedWhere) -> None:
+        """Count one parked run that goes on; on another GPU it has migrated."""
+        self.resumes.labels(where).inc()
+        if where is ResumedWhere.OTHER_GPU:
+            self.migrations.inc()
+
     def job_started(self, *, tier: Tier, waited_ms: int) -> None:
         """Observe how long a job waited for its first start, without the time its own caps held it."""
         self.job_queue_wait_seconds.labels(tier).observe(waited_ms / 1000)
@@ -517,6 +553,10 @@ class SchedulerMetrics:
         """Count a job at its end. Exactly the failed ones have somebody to blame."""
         assert (outcome, blame) in _ENDINGS, (outcome, blame)
         self.jobs.labels(tier, outcome, blame).inc()
+
+    def parked_seen(self, runs: int) -> None:
+        """Show how many runs are parked."""
+        self.runs_parked.set(runs)
 
     def fleet_seen(self, workers: Mapping[WorkerState, int]) -> None:
         """Show how many workers are in each state; absent states have none."""

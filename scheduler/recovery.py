@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from scheduler.arrivals import Arrivals
 from scheduler.clock import LeaderClock, to_ms
-from scheduler.loop import Loop, Running, render_request
+from scheduler.loop import Loop
 from scheduler.policy.events import AttemptRestored, CellRestored, Event, RecoveryEnded
 from scheduler.policy.ids import AttemptId, WorkerId
+from scheduler.policy.job import Job
 from scheduler.policy.parameters import Parameters
 from scheduler.policy.usage import rescaling
-from scheduler.store import live
+from scheduler.running import Running
+from scheduler.store import live, operations
+from scheduler.store.checkpoints import as_policy_sees
 from scheduler.store.lanes import Lane
 from scheduler.updates import JobUpdate
 
@@ -28,7 +31,7 @@ async def restore(
     cells = await _young_cells(lane, epoch, clock, parameters)
     jobs = await lane.run(live.live_jobs)
     attempts = await lane.run(live.running_attempts)
-    set_aside = await lane.run(live.slots_set_aside)
+    wishes = await lane.run(operations.wishes)
 
     now_ms = clock.now_ms()
     events: list[Event] = [
@@ -43,29 +46,17 @@ async def restore(
     events += await arrivals.of_new_accounts({job.account_id for job in jobs})
     rows = {job.job_id: job for job in jobs}
     events += [
-        AttemptRestored(
-            at_ms=now_ms,
-            job=arrivals.job(rows[attempt.job_id]),
-            losses=rows[attempt.job_id].losses,
-            accepted_ms=to_ms(rows[attempt.job_id].created_at),
-            attempt_id=AttemptId(attempt.attempt_id),
-            worker_id=WorkerId(attempt.worker_id),
-            predicted_ms=attempt.predicted_ms,
-            weight_milli=attempt.weight_milli,
-            charged_at_ms=attempt.charged_at_ms,
-        )
+        _restored(attempt, rows[attempt.job_id], arrivals.job(rows[attempt.job_id]), now_ms)
         for attempt in attempts
     ]
     events += arrivals.of_rows(jobs)
     events.append(RecoveryEnded(at_ms=now_ms))
     loop.adopt(
         events,
-        running=[_running(attempt, rows[attempt.job_id]) for attempt in attempts],
-        requests={
-            attempt.attempt_id: render_request(attempt, attempt.spec, epoch=epoch) for attempt in attempts
-        },
+        running=[_running(attempt, rows[attempt.job_id], now_ms) for attempt in attempts],
+        specs={attempt.attempt_id: attempt.spec for attempt in attempts},
         updates=[_update(attempt, rows[attempt.job_id]) for attempt in attempts],
-        set_aside=set_aside,
+        wishes=wishes,
     )
 
 
@@ -82,7 +73,27 @@ async def _young_cells(lane: Lane, epoch: int, clock: LeaderClock, parameters: P
     return await lane.run(live.cells)
 
 
-def _running(attempt: live.RunningAttempt, job: live.LiveJob) -> Running:
+def _restored(attempt: live.RunningAttempt, row: live.LiveJob, job: Job, now_ms: int) -> AttemptRestored:
+    return AttemptRestored(
+        at_ms=now_ms,
+        job=job,
+        losses=row.losses,
+        accepted_ms=to_ms(row.created_at),
+        attempt_id=AttemptId(attempt.attempt_id),
+        worker_id=WorkerId(attempt.worker_id),
+        predicted_ms=attempt.predicted_ms,
+        weight_milli=attempt.weight_milli,
+        charged_at_ms=attempt.charged_at_ms,
+        # As if it had run without a break: what it has done is what it had its GPU for.
+        started_ms=to_ms(attempt.started_at) + attempt.parked_ms,
+        parked_since_ms=None if attempt.parked_at is None else to_ms(attempt.parked_at),
+        parks=attempt.parks,
+        sheltered=attempt.sheltered,
+        checkpoint=None if row.checkpoint is None else as_policy_sees(row.checkpoint),
+    )
+
+
+def _running(attempt: live.RunningAttempt, job: live.LiveJob, now_ms: int) -> Running:
     return Running(
         attempt_id=attempt.attempt_id,
         token=attempt.token,
@@ -93,6 +104,10 @@ def _running(attempt: live.RunningAttempt, job: live.LiveJob) -> Running:
         worker_id=attempt.worker_id,
         incarnation=attempt.incarnation,
         started_ms=to_ms(attempt.started_at),
+        given_ms=now_ms,
+        parked_since_ms=None if attempt.parked_at is None else to_ms(attempt.parked_at),
+        parked_ms=attempt.parked_ms,
+        checkpoint=job.checkpoint,
     )
 
 
@@ -103,4 +118,5 @@ def _update(attempt: live.RunningAttempt, job: live.LiveJob) -> JobUpdate:
         state=job.state,
         worker_id=attempt.worker_id,
         attempt_id=attempt.attempt_id,
+        parked=attempt.parked_at is not None,
     )

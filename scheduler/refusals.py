@@ -131,18 +131,46 @@ class Impossible(Refusal):
 
 
 class JobFinished(Refusal):
-    """The job has ended, so there is nothing left to cancel."""
+    """The job has ended, so there is nothing left to cancel or to change."""
 
     reason = "JOB_FINISHED"
 
     def __init__(self, *, job_id: str, state: str) -> None:
         self.job_id = job_id
         self.state = state
-        super().__init__(f"Job {job_id} has already ended ({state}); there is nothing to cancel.")
+        super().__init__(f"Job {job_id} has already ended ({state}); nothing about it can be changed.")
 
     def metadata(self) -> dict[str, str]:
         """The job and how it ended."""
         return {"job": self.job_id, "state": self.state}
+
+
+class JobStarted(Refusal):
+    """The job runs already: what it started under is settled with it."""
+
+    reason = "JOB_STARTED"
+
+    def __init__(self, *, job_id: str) -> None:
+        self.job_id = job_id
+        super().__init__(f"Job {job_id} is running: only a job that waits can be moved to the other tier.")
+
+    def metadata(self) -> dict[str, str]:
+        """The job."""
+        return {"job": self.job_id}
+
+
+class UnknownWorker(Refusal):
+    """There is no such worker, and nothing was ever asked of one of that name."""
+
+    reason = "UNKNOWN_WORKER"
+
+    def __init__(self, *, worker_id: str) -> None:
+        self.worker_id = worker_id
+        super().__init__(f"There is no worker {worker_id}: ListWorkers says which there are.")
+
+    def metadata(self) -> dict[str, str]:
+        """The worker."""
+        return {"worker": self.worker_id}
 
 
 class Unauthenticated(Refusal):

@@ -37,8 +37,8 @@ _MOST_IN_ONE = 200
 _LONGEST_SENTENCE = 500
 
 
-def end_of(result: AttemptResult) -> AttemptEnd:
-    """Return what a worker's result claims.
+def end_of(result: AttemptResult, *, device: str, speed_permille: int) -> AttemptEnd:
+    """Return what the result of a worker of this device type and speed claims.
 
     A failure that is the platform's counts as a loss and is tried again.
     """
@@ -53,9 +53,13 @@ def end_of(result: AttemptResult) -> AttemptEnd:
         token=result.token,
         verdict=verdict,
         gpu_ms=result.times.gpu_ms,
+        redone_ms=result.redone_ms,
+        kept=result.kept,
         # An artifact store or a hub that is away, or a picture too large, says nothing about this GPU.
         worker_at_fault=result.failure_reason == "ENGINE_ERROR" and result.blame is Blame.PLATFORM,
         times=result.times,
+        device=device,
+        speed_permille=speed_permille,
         images=result.images,
         latents_path=result.latents_path,
         reproduction=_storable(result.receipt),

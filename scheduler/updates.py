@@ -25,6 +25,17 @@ class QueueReason(StrEnum):
     TIER_PAUSED = "tier_paused"
     NO_WORKER = "no_worker"
     SCHEDULER_STARTING = "scheduler_starting"
+    PARKED = "parked"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartTimes:
+    """When a job will probably start, in milliseconds from now."""
+
+    p50_ms: int
+    """Half of such jobs start before it."""
+    p90_ms: int
+    """Nine in ten do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +46,8 @@ class QueueStatus:
     sentence: str
     position: int
     """1 is next; 0 when a gate, not the order, holds the job."""
+    start: StartTimes | None = None
+    """None: not known yet, or something holds it that no time opens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +61,8 @@ class JobUpdate:
     worker_id: str | None = None
     """Where it runs, while it runs."""
     attempt_id: str | None = None
+    parked: bool = False
+    """Its run waits in the middle for another to end."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,14 +50,39 @@ from scheduler.client.errors import (
     ServiceFailed,
     raised_for,
 )
-from scheduler.client.names import account_name, image_name, job_name, last_part, plan_name
+from scheduler.client.names import (
+    account_name,
+    image_name,
+    job_name,
+    last_part,
+    plan_name,
+    worker_name,
+)
 from scheduler.v1 import job_pb2
 from scheduler.v1.account_pb2 import Account, GetAccountRequest, UpdateAccountRequest
 from scheduler.v1.account_pb2_grpc import AccountServiceStub
+from scheduler.v1.fleet_pb2 import (
+    AuditFairnessRequest,
+    AuditFairnessResponse,
+    DrainWorkerRequest,
+    GetQueuesRequest,
+    ListWorkersRequest,
+    PauseTierRequest,
+    Queues,
+    ResumeTierRequest,
+    ResumeWorkerRequest,
+    TierQueue,
+    Worker,
+)
+from scheduler.v1.fleet_pb2_grpc import FleetServiceStub
 from scheduler.v1.job_pb2 import (
     CancelJobRequest,
     CreateJobRequest,
     DownloadImagesRequest,
+    Estimate,
+    EstimateJobRequest,
+    ExplainJobRequest,
+    Explanation,
     GetJobRequest,
     Imagine,
     Job,
@@ -67,6 +92,7 @@ from scheduler.v1.job_pb2 import (
     Receipt,
     Reroll,
     Tier,
+    UpdateJobRequest,
     Variation,
     Visibility,
     WatchJobRequest,
@@ -80,6 +106,9 @@ ENDED: frozenset[JobState.ValueType] = frozenset(
 """States that nothing follows."""
 
 _DEADLINE_S = 15.0
+# A day of a large fleet is replayed in about a minute.
+_AUDIT_DEADLINE_S = 600.0
+_ESTIMATE_DEADLINE_S = 30.0  # futures are played forward, which takes seconds where much waits
 _CREATE_DEADLINE_S = 60.0  # the front door may first fetch pictures that the prompt names
 
 _CHANNEL_OPTIONS: Sequence[tuple[str, int | str]] = (
@@ -163,6 +192,7 @@ class DarkroomClient:
             )
         self._jobs = JobServiceStub(self._channel)
         self._accounts = AccountServiceStub(self._channel)
+        self._fleet = FleetServiceStub(self._channel)
         self._billing = BillingServiceStub(self._channel)
         self._admin = AdminServiceStub(self._channel)
 
@@ -275,6 +305,45 @@ class DarkroomClient:
         """Cancel a waiting job at once, a running one at its next step; return it as it is now."""
         request = CancelJobRequest(name=job_name(job), request_id=_new_request_id())
         return await self._call(self._jobs.CancelJob, request)
+
+    async def move(self, job: str, tier: Tier.ValueType) -> Job:
+        """Move a waiting job to `tier`, at the price of a job submitted there now; return it."""
+        request = UpdateJobRequest(
+            job=Job(name=job_name(job), tier=tier),
+            update_mask=FieldMask(paths=["tier"]),
+            request_id=_new_request_id(),
+        )
+        return await self._call(self._jobs.UpdateJob, request)
+
+    async def explain(self, job: str) -> Explanation:
+        """Return why a job is where it is, what has to end before it starts, and when that will be."""
+        return await self._call(self._jobs.ExplainJob, ExplainJobRequest(name=job_name(job)))
+
+    async def estimate(
+        self,
+        prompt: str,
+        *,
+        model: str = "",
+        tier: Tier.ValueType = job_pb2.TIER_UNSPECIFIED,
+        visibility: Visibility.ValueType = job_pb2.VISIBILITY_UNSPECIFIED,
+        plan: str = "",
+    ) -> Estimate:
+        """Return what `imagine` would cost, when it would start and whom it would delay, in each tier.
+
+        `plan` names one with which the same is to be said. Nothing is submitted.
+        """
+        create = CreateJobRequest(
+            imagine=Imagine(prompt=prompt, model=model), tier=tier, visibility=visibility
+        )
+        return await self._estimate(EstimateJobRequest(create=create), plan)
+
+    async def estimate_job(self, job: str, *, plan: str = "") -> Estimate:
+        """Return the same of a job that waits."""
+        return await self._estimate(EstimateJobRequest(name=job_name(job)), plan)
+
+    async def _estimate(self, request: EstimateJobRequest, plan: str) -> Estimate:
+        request.plan = plan_name(plan) if plan else ""
+        return await self._call(self._jobs.EstimateJob, request, _ESTIMATE_DEADLINE_S)
 
     async def watch(
         self, job: str, *, after_sequence: int = 0, previews: bool = False
@@ -400,6 +469,44 @@ class DarkroomClient:
         """Return the key's own fast time: granted, used, held, left."""
         return await self._call(self._billing.GetBalance, GetBalanceRequest())
 
+    # What operators do. The reason is kept with the audit event.
+
+    async def workers(self) -> list[Worker]:
+        """Return every worker: what it is, what it does, and what it has in hand."""
+        return list((await self._call(self._fleet.ListWorkers, ListWorkersRequest())).workers)
+
+    async def drain_worker(self, worker: str, *, reason: str) -> Worker:
+        """Let a worker finish what it has and give it nothing new."""
+        request = DrainWorkerRequest(name=worker_name(worker), request_id=_new_request_id(), reason=reason)
+        return await self._call(self._fleet.DrainWorker, request)
+
+    async def resume_worker(self, worker: str, *, reason: str) -> Worker:
+        """Give a worker jobs again that drains or was set aside."""
+        request = ResumeWorkerRequest(name=worker_name(worker), request_id=_new_request_id(), reason=reason)
+        return await self._call(self._fleet.ResumeWorker, request)
+
+    async def queues(self) -> Queues:
+        """Return what waits and runs in each tier, and how the GPUs are shared."""
+        return await self._call(self._fleet.GetQueues, GetQueuesRequest())
+
+    async def pause_tier(self, tier: Tier.ValueType, *, reason: str) -> TierQueue:
+        """Let nothing of a tier start; what runs goes on."""
+        request = PauseTierRequest(tier=tier, request_id=_new_request_id(), reason=reason)
+        return await self._call(self._fleet.PauseTier, request)
+
+    async def resume_tier(self, tier: Tier.ValueType, *, reason: str) -> TierQueue:
+        """Let jobs of a paused tier start again."""
+        request = ResumeTierRequest(tier=tier, request_id=_new_request_id(), reason=reason)
+        return await self._call(self._fleet.ResumeTier, request)
+
+    async def audit_fairness(self, *, start: datetime, end: datetime | None = None) -> AuditFairnessResponse:
+        """Hold what was decided in a period, of seven days at most, against the policy's bounds."""
+        request = AuditFairnessRequest()
+        request.start_time.FromDatetime(start)
+        if end is not None:
+            request.end_time.FromDatetime(end)
+        return await self._call(self._fleet.AuditFairness, request, _AUDIT_DEADLINE_S)
+
     # What admins do. The reason is kept with the audit event.
 
     async def create_account(self, *, plan: str, account_id: str = "", reason: str) -> AdminAccount:
@@ -502,6 +609,15 @@ class JobHandle:
         """Cancel it; return it as it is now."""
         self.job = await self._client.cancel(self.job.name)
         return self.job
+
+    async def move(self, tier: Tier.ValueType) -> Job:
+        """Move it to `tier` while it waits; return it as it is now."""
+        self.job = await self._client.move(self.job.name, tier)
+        return self.job
+
+    async def explain(self) -> Explanation:
+        """Return why it is where it is."""
+        return await self._client.explain(self.job.name)
 
     async def save(self, folder: Path) -> list[Path]:
         """Save its pictures in `folder`; return their paths in order."""

@@ -24,8 +24,9 @@ from scheduler.client.aio import DarkroomClient, JobHandle, succeeded
 from scheduler.client.commands_admin import admin
 from scheduler.client.config import NAMES, config_path, masked, store_setting
 from scheduler.client.errors import ExitCode
+from scheduler.client.names import is_job
 from scheduler.client.printing import Printer
-from scheduler.client.running import JobArgument, Json, config_of, expected_trouble, run
+from scheduler.client.running import JobArgument, Json, config_of, expected_trouble, job_argument, run
 from scheduler.client.terminal import JobView, can_show_pictures, live
 from scheduler.v1 import job_pb2
 from scheduler.v1.job_pb2 import Job, JobState, Tier, Visibility
@@ -58,6 +59,10 @@ Show = Annotated[
     typer.Option("--pictures/--no-pictures", help="Show pictures here; otherwise only on a terminal."),
 ]
 Image = Annotated[int, typer.Argument(min=1, max=4, help="Which of its pictures, 1 to 4.")]
+MovedJob = Annotated[
+    str | None,
+    typer.Argument(metavar="[JOB]", parser=job_argument, help="Only this job, which must be waiting."),
+]
 Limit = Annotated[int, typer.Option("--limit", min=1, help="At most so many.")]
 
 
@@ -297,6 +302,45 @@ def cancel(context: typer.Context, job: JobArgument, as_json: Json = False) -> N
 
 
 @app.command()
+def explain(context: typer.Context, job: JobArgument, as_json: Json = False) -> None:
+    """Say why a job is where it is, what has to end first, and when it will start."""
+    printer = Printer(as_json=as_json)
+
+    async def work(client: DarkroomClient) -> None:
+        printer.explanation(await client.explain(job))
+
+    run(context, printer, work)
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def estimate(
+    context: typer.Context,
+    what: Annotated[
+        list[str], typer.Argument(metavar="PROMPT|JOB", help="A prompt as for imagine, or a waiting job.")
+    ],
+    model: Annotated[str, typer.Option(help="Model; otherwise the service's default.")] = "",
+    fast: Fast = None,
+    private: Private = None,
+    plan: Annotated[str, typer.Option(help="Also say what it would be with this plan.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Say what a job would cost, when it would start and whom it would delay, in each tier."""
+    printer = Printer(as_json=as_json)
+    text = " ".join(what)
+    tier, visibility = _tier(fast), _visibility(private)
+
+    async def work(client: DarkroomClient) -> None:
+        if is_job(text):
+            printer.estimate(await client.estimate_job(text, plan=plan))
+        else:
+            printer.estimate(
+                await client.estimate(text, model=model, tier=tier, visibility=visibility, plan=plan)
+            )
+
+    run(context, printer, work)
+
+
+@app.command()
 def download(
     context: typer.Context,
     job: JobArgument,
@@ -333,15 +377,27 @@ def info(context: typer.Context, as_json: Json = False) -> None:
 
 
 @app.command()
-def fast(context: typer.Context, as_json: Json = False) -> None:
-    """Make fast the mode of jobs that do not say otherwise."""
-    _update_account(context, as_json, mode=job_pb2.TIER_FAST)
+def fast(context: typer.Context, job: MovedJob = None, as_json: Json = False) -> None:
+    """Make fast the mode of jobs that do not say otherwise; or move a waiting job to it."""
+    _choose_tier(context, job, job_pb2.TIER_FAST, as_json)
 
 
 @app.command()
-def relax(context: typer.Context, as_json: Json = False) -> None:
-    """Make relax the mode of jobs that do not say otherwise."""
-    _update_account(context, as_json, mode=job_pb2.TIER_RELAX)
+def relax(context: typer.Context, job: MovedJob = None, as_json: Json = False) -> None:
+    """Make relax the mode of jobs that do not say otherwise; or move a waiting job to it."""
+    _choose_tier(context, job, job_pb2.TIER_RELAX, as_json)
+
+
+def _choose_tier(context: typer.Context, job: str | None, tier: Tier.ValueType, as_json: bool) -> None:
+    if job is None:
+        _update_account(context, as_json, mode=tier)
+        return
+    printer = Printer(as_json=as_json)
+
+    async def work(client: DarkroomClient) -> None:
+        printer.job(await client.move(job, tier))
+
+    run(context, printer, work)
 
 
 @app.command()
@@ -469,6 +525,7 @@ def _server_command(name: str, summary: str) -> None:
 _server_command("serve", "Run the service on this machine, or on a Ray cluster.")
 _server_command("demo", "Start everything, make four jobs of two accounts, show and explain them, stop.")
 _server_command("migrate", "Bring a database to this release.")
+_server_command("simulate", "Compare scheduling policies on a recorded or made-up workload.")
 _server_command("stop", "End the scheduler and the workers on a Ray cluster.")
 
 

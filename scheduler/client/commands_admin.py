@@ -1,8 +1,12 @@
-"""`darkroom admin`: accounts, keys, plans and grants. Every change needs a reason, which is kept."""
+"""`darkroom admin`: accounts, keys, plans and grants; workers and queues.
+
+Every change needs a reason, which is kept.
+"""
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+import re
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Annotated
 
@@ -11,12 +15,19 @@ import typer
 from billing.v1 import admin_pb2
 from billing.v1.admin_pb2 import Role
 from scheduler.client.aio import DarkroomClient
+from scheduler.client.errors import ExitCode
 from scheduler.client.names import last_part, plan_name
 from scheduler.client.printing import Printer
 from scheduler.client.running import Json, run
+from scheduler.v1 import fleet_pb2
+from scheduler.v1.job_pb2 import Tier
 
 admin = typer.Typer(
-    help="Accounts, keys, plans and grants; for keys with the role admin.", no_args_is_help=True
+    help=(
+        "Accounts, keys, plans and grants, for keys with the role admin; "
+        "workers and queues, for operators too."
+    ),
+    no_args_is_help=True,
 )
 accounts = typer.Typer(help="Who may submit jobs.", no_args_is_help=True)
 keys = typer.Typer(help="What accounts show to be let in.", no_args_is_help=True)
@@ -25,7 +36,34 @@ admin.add_typer(accounts, name="accounts")
 admin.add_typer(keys, name="keys")
 admin.add_typer(plans, name="plans")
 
+_SPANS = {"m": timedelta(minutes=1), "h": timedelta(hours=1), "d": timedelta(days=1)}
+
 Reason = Annotated[str, typer.Option(help="Why; kept with the audit event.")]
+
+
+Worker = Annotated[str, typer.Argument(metavar="WORKER", help="Worker's id, as `admin workers` lists it.")]
+
+
+class TierName(StrEnum):
+    """Tiers as they are typed."""
+
+    FAST = "fast"
+    RELAX = "relax"
+
+    @property
+    def value_in_api(self) -> Tier.ValueType:
+        """Return the API's name."""
+        return Tier.Value(f"TIER_{self.name}")
+
+
+def _span(text: str | timedelta) -> timedelta:
+    """Return a span of time that was typed. Raises typer.BadParameter."""
+    if isinstance(text, timedelta):
+        return text
+    match = re.fullmatch(r"(\d+)([mhd])", text.strip())
+    if match is None or int(match[1]) == 0:
+        raise typer.BadParameter(f"{text!r} is no span of time: type 90m, 24h or 7d")
+    return int(match[1]) * _SPANS[match[2]]
 
 
 class RoleName(StrEnum):
@@ -172,3 +210,112 @@ def grant(
         )
 
     run(context, printer, work)
+
+
+# The fleet
+
+
+@admin.command()
+def workers(context: typer.Context, as_json: Json = False) -> None:
+    """List the workers: what each does, what it has in hand, and why it takes no jobs."""
+    printer = Printer(as_json=as_json)
+
+    async def work(client: DarkroomClient) -> None:
+        printer.workers(await client.workers())
+
+    run(context, printer, work)
+
+
+@admin.command()
+def queues(context: typer.Context, as_json: Json = False) -> None:
+    """Show what waits and runs in each tier, and how the GPUs are shared."""
+    printer = Printer(as_json=as_json)
+
+    async def work(client: DarkroomClient) -> None:
+        printer.queues(await client.queues())
+
+    run(context, printer, work)
+
+
+@admin.command()
+def drain(context: typer.Context, worker: Worker, reason: Reason, as_json: Json = False) -> None:
+    """Let a worker finish what it has and give it nothing new."""
+    printer = Printer(as_json=as_json)
+
+    async def work(client: DarkroomClient) -> None:
+        _print_worker(printer, await client.drain_worker(worker, reason=reason))
+
+    run(context, printer, work)
+
+
+@admin.command()
+def undrain(context: typer.Context, worker: Worker, reason: Reason, as_json: Json = False) -> None:
+    """Give a worker jobs again that drains, or was set aside for what it lost."""
+    printer = Printer(as_json=as_json)
+
+    async def work(client: DarkroomClient) -> None:
+        _print_worker(printer, await client.resume_worker(worker, reason=reason))
+
+    run(context, printer, work)
+
+
+@admin.command()
+def pause(context: typer.Context, tier: TierName, reason: Reason, as_json: Json = False) -> None:
+    """Let nothing of a tier start; what runs goes on, and jobs are still accepted."""
+    printer = Printer(as_json=as_json)
+
+    async def work(client: DarkroomClient) -> None:
+        _print_tier(printer, await client.pause_tier(tier.value_in_api, reason=reason))
+
+    run(context, printer, work)
+
+
+@admin.command()
+def unpause(context: typer.Context, tier: TierName, reason: Reason, as_json: Json = False) -> None:
+    """Let jobs of a paused tier start again."""
+    printer = Printer(as_json=as_json)
+
+    async def work(client: DarkroomClient) -> None:
+        _print_tier(printer, await client.resume_tier(tier.value_in_api, reason=reason))
+
+    run(context, printer, work)
+
+
+@admin.command("audit-fairness")
+def audit_fairness(
+    context: typer.Context,
+    since: Annotated[
+        timedelta,
+        typer.Option(parser=_span, metavar="SPAN", help="How far back: 90m, 24h, 7d."),
+    ] = timedelta(hours=24),
+    as_json: Json = False,
+) -> None:
+    """Replay what was decided, and tell for every bound of the policy how close it came to breaking.
+
+    Exits with 1 if one was broken.
+    """
+    printer = Printer(as_json=as_json)
+    broken: list[fleet_pb2.Finding] = []
+
+    async def work(client: DarkroomClient) -> None:
+        answer = await client.audit_fairness(start=datetime.now(UTC) - since)
+        printer.audit(answer)
+        broken.extend(one for one in answer.findings if one.verdict == fleet_pb2.VERDICT_VIOLATED)
+
+    run(context, printer, work)
+    if broken:
+        raise typer.Exit(ExitCode.REFUSED)
+
+
+def _print_worker(printer: Printer, worker: fleet_pb2.Worker) -> None:
+    if printer.as_json:
+        printer.document(worker)
+    else:
+        printer.workers([worker])
+
+
+def _print_tier(printer: Printer, tier: fleet_pb2.TierQueue) -> None:
+    if printer.as_json:
+        printer.document(tier)
+    else:
+        printer.tiers([tier])

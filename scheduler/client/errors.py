@@ -195,6 +195,20 @@ class JobFinished(Refusal):
     advice = "`darkroom show JOB` says how it ended."
 
 
+class JobStarted(Refusal):
+    """Only a job that waits can be moved to the other tier, and this one runs."""
+
+    reason = "JOB_STARTED"
+    advice = "`darkroom watch JOB` shows it; choose the tier of the next one with --fast or --relax."
+
+
+class UnknownWorker(Refusal):
+    """The service has no such worker, and was never asked anything about one of that name."""
+
+    reason = "UNKNOWN_WORKER"
+    advice = "`darkroom admin workers` lists them."
+
+
 class EtagMismatch(Refusal):
     """Somebody else changed it after you read it."""
 

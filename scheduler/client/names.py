@@ -29,6 +29,15 @@ def job_name(text: str) -> str:
         ) from None
 
 
+def is_job(text: str) -> bool:
+    """Return whether `text` means a job, and not something to be drawn."""
+    try:
+        job_name(text)
+    except ValueError:
+        return False
+    return True
+
+
 def image_name(job: str, image: int) -> str:
     """Return the resource name of picture `image`, 1 to 4, of a job.
 
@@ -47,6 +56,16 @@ def account_name(text: str) -> str:
 def plan_name(text: str) -> str:
     """Return `plans/{p}` for a plan given by id or by name."""
     return text if text.startswith("plans/") else f"plans/{text.lower()}"
+
+
+def worker_name(text: str) -> str:
+    """Return `workers/{w}` for a worker given by id or by name."""
+    return text if text.startswith("workers/") else f"workers/{text}"
+
+
+def worker_id(name: str) -> str:
+    """Return the id in a worker's resource name; it may have slashes."""
+    return name.removeprefix("workers/")
 
 
 def last_part(name: str) -> str:

@@ -23,10 +23,12 @@ from billing.v1.admin_pb2 import Plan
 from billing.v1.billing_pb2 import Balance
 from scheduler.client.aio import ENDED
 from scheduler.client.errors import DarkroomError
-from scheduler.client.names import last_part
+from scheduler.client.names import last_part, worker_id
 from scheduler.client.terminal import (
+    about,
     contact_sheet,
     duration,
+    expected_start,
     kind_word,
     money,
     plain,
@@ -34,9 +36,21 @@ from scheduler.client.terminal import (
     receipt_sentence,
     state_word,
     tier_word,
+    waits,
 )
+from scheduler.v1 import fleet_pb2, job_pb2
 from scheduler.v1.account_pb2 import Account
-from scheduler.v1.job_pb2 import Job, Visibility, WatchJobResponse
+from scheduler.v1.fleet_pb2 import (
+    AuditFairnessResponse,
+    FindingCase,
+    Queues,
+    TierQueue,
+    Verdict,
+    Worker,
+    WorkerRun,
+    WorkerState,
+)
+from scheduler.v1.job_pb2 import Estimate, EstimateOption, Explanation, Job, Visibility, WatchJobResponse
 
 
 class Printer:
@@ -128,12 +142,11 @@ class Printer:
             self.document(job)
             return
         queued = job.queue_status if job.HasField("queue_status") else None
-        place = f" (place {queued.position})" if queued is not None and queued.position else ""
         self.facts(
             [
                 ("job", job.uid),
-                ("state", state_word(job.state) + (", to be cancelled" if job.cancel_requested else "")),
-                ("waits because", queued.sentence + place if queued is not None else ""),
+                ("state", _state(job) + (", to be cancelled" if job.cancel_requested else "")),
+                ("waits because", waits(queued) if queued is not None else ""),
                 ("kind", kind_word(job.kind)),
                 ("from", _source(job)),
                 ("prompt", job.prompt),
@@ -158,10 +171,17 @@ class Printer:
             self.document({"jobs": [to_json(job) for job in jobs]})
             return
         rows = [
-            [job.uid, state_word(job.state), tier_word(job.tier), when(job, "create_time"), job.prompt]
+            [
+                job.uid,
+                _state(job),
+                tier_word(job.tier),
+                when(job, "create_time"),
+                expected_start(job.queue_status),
+                job.prompt,
+            ]
             for job in jobs
         ]
-        self.table(["job", "state", "tier", "submitted", "prompt"], rows)
+        self.table(["job", "state", "tier", "submitted", "starts", "prompt"], rows)
 
     def update(self, update: WatchJobResponse) -> None:
         """Print one thing that happened to a job, as a line of its own."""
@@ -170,6 +190,127 @@ class Printer:
         elif update.WhichOneof("update") == "event":
             event = update.event
             self.line(when(event, "time"), state_word(event.state), event.sentence)
+
+    def explanation(self, told: Explanation) -> None:
+        """Print why a job is where it is: sentences first, then the numbers behind them."""
+        if self.as_json:
+            self.document(told)
+            return
+        for sentence in told.sentences:
+            self.line(sentence)
+        place, bound = told.place, told.bound
+        waits = told.HasField("place")
+        self.facts(
+            [
+                ("state", f"{state_word(told.state)} in {tier_word(told.tier)}"),
+                ("place", f"{place.position} of {place.of}" if place.position else ""),
+                ("starts", expected_start(told.queue_status)),
+                ("at the latest", f"in {about(bound.within_ms)}" if told.HasField("bound") else ""),
+                ("its tag", _tag(place.tag_ms) if waits else ""),
+                ("served so far", _tag(place.served_ms) if waits else ""),
+                ("ends", f"in about {about(told.end_ms)}" if told.HasField("end_ms") else ""),
+            ]
+        )
+
+    def estimate(self, estimate: Estimate) -> None:
+        """Print what a job would be on different terms, one line each."""
+        if self.as_json:
+            self.document(estimate)
+            return
+        rows = []
+        for option in estimate.options:
+            refused = option.HasField("refusal")
+            rows.append(
+                [
+                    tier_word(option.tier) + (" (as it is)" if option.present else ""),
+                    last_part(option.plan),
+                    option.refusal.sentence if refused else option.price.sentence,
+                    expected_start(option) or ("never" if refused else "not known"),
+                    _delays(option),
+                ]
+            )
+        self.table(["tier", "plan", "price", "starts", "delays others"], rows)
+
+    def workers(self, workers: Sequence[Worker]) -> None:
+        """Print workers, one a line."""
+        if self.as_json:
+            self.document({"workers": [to_json(worker) for worker in workers]})
+            return
+        rows = [
+            [
+                worker_id(worker.name),
+                _worker_state(worker),
+                when(worker, "state_time"),
+                _run(worker.active) if worker.HasField("active") else "",
+                ", ".join(_run(run) for run in worker.parked),
+                worker.device,
+                f"{worker.speed_permille / 1000:g}" if worker.speed_permille else "",
+                f"{worker.memory_bytes_used / 2**30:.1f}/{worker.memory_bytes / 2**30:.1f} GiB"
+                if worker.memory_bytes
+                else "",
+                ", ".join(worker.warm_models),
+                worker.sentence,
+            ]
+            for worker in workers
+        ]
+        header = ["worker", "state", "since", "runs", "parked", "device", "speed", "memory", "warm", "why"]
+        self.table(header, rows)
+
+    def audit(self, audit: AuditFairnessResponse) -> None:
+        """Print what an audit found, a bound a line, and what it could not tell."""
+        if self.as_json:
+            self.document(audit)
+            return
+        rows = [
+            [
+                finding.bound,
+                Verdict.Name(finding.verdict).removeprefix("VERDICT_").lower().replace("_", " "),
+                f"{finding.cases:,}",
+                f"{finding.worst_margin:,.0f} {finding.unit}" if finding.HasField("worst_margin") else "",
+                _where(finding.worst) if finding.HasField("worst") else "",
+                finding.promise,
+            ]
+            for finding in audit.findings
+        ]
+        self.table(["bound", "verdict", "cases", "worst margin", "where", "promise"], rows)
+        self.note(f"{audit.starts:,} starts.")
+        for finding in audit.findings:
+            if finding.set_aside:
+                self.note(f"{finding.bound}: {finding.set_aside:,} cases could not be judged.")
+            for why in finding.widened:
+                self.note(f"{finding.bound} was widened for {why}.")
+        for sentence in audit.unknown:
+            self.note(sentence)
+
+    def queues(self, queues: Queues) -> None:
+        """Print what waits and runs, and how the GPUs are shared."""
+        if self.as_json:
+            self.document(queues)
+            return
+        self.tiers(queues.tiers)
+        wanted = f", {queues.wanted_gpus} wanted" if queues.HasField("wanted_gpus") else ""
+        self.facts(
+            [
+                ("GPUs", f"{queues.gpus}, {queues.idle_gpus} idle, {queues.fast_gpus} with fast{wanted}"),
+                ("kept for relax", str(queues.relax_floor_gpus)),
+            ]
+        )
+
+    def tiers(self, tiers: Iterable[TierQueue]) -> None:
+        """Print what waits and runs in each tier."""
+        rows = [
+            [
+                tier_word(tier.tier),
+                str(tier.waiting),
+                str(tier.held),
+                str(tier.running),
+                str(tier.parked),
+                about(tier.oldest_wait_ms) if tier.oldest_wait_ms else "",
+                f"paused: {tier.pause_reason}" if tier.paused else "open",
+            ]
+            for tier in tiers
+        ]
+        self.table(["tier", "waiting", "held", "running", "parked", "oldest waits", "state"], rows)
 
     def account(self, account: Account) -> None:
         """Print what `darkroom info` is asked for."""
@@ -255,6 +396,42 @@ def when(message: Message, field: str) -> str:
         return ""
     at = getattr(message, field).ToDatetime().replace(tzinfo=UTC).astimezone()
     return str(at.strftime("%Y-%m-%d %H:%M:%S"))
+
+
+def _tag(tag_ms: int) -> str:
+    return f"{tag_ms / 1000:,.1f} s"
+
+
+def _state(job: Job) -> str:
+    parked = job.state == job_pb2.JOB_STATE_RUNNING and job.HasField("queue_status")
+    return "parked" if parked else state_word(job.state)
+
+
+def _delays(option: EstimateOption) -> str:
+    if not option.HasField("delayed_jobs"):
+        return "not known"
+    if not option.delayed_jobs:
+        return "nobody"
+    jobs = "1 job" if option.delayed_jobs == 1 else f"{option.delayed_jobs} jobs"
+    return f"{jobs}, by {about(option.delayed_ms)} together"
+
+
+def _worker_state(worker: Worker) -> str:
+    state = WorkerState.Name(worker.state).removeprefix("WORKER_STATE_").lower().replace("_", " ")
+    # Nobody needs to wait for one that has finished what it had.
+    emptied = worker.state == fleet_pb2.WORKER_STATE_DRAINING and not worker.HasField("active")
+    return "drained" if emptied and not worker.parked else state
+
+
+def _run(run: WorkerRun) -> str:
+    return f"{tier_word(run.tier)} {last_part(run.job)}"
+
+
+def _where(case: FindingCase) -> str:
+    names = [*(last_part(account) for account in case.accounts), case.job]
+    if case.worker:
+        names.append(worker_id(case.worker))
+    return " ".join([when(case, "time"), *(name for name in names if name)])
 
 
 def _source(job: Job) -> str:

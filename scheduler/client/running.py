@@ -22,7 +22,8 @@ from scheduler.client.printing import Printer
 Json = Annotated[bool, typer.Option("--json", help="Print JSON: one document, or one a line for streams.")]
 
 
-def _job_argument(text: str) -> str:
+def job_argument(text: str) -> str:
+    """Return the resource name of a job that was typed. Raises typer.BadParameter."""
     try:
         return job_name(text)
     except ValueError as error:
@@ -30,7 +31,7 @@ def _job_argument(text: str) -> str:
 
 
 JobArgument = Annotated[
-    str, typer.Argument(metavar="JOB", parser=_job_argument, help="Job id or resource name.")
+    str, typer.Argument(metavar="JOB", parser=job_argument, help="Job id or resource name.")
 ]
 
 

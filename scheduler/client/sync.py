@@ -21,7 +21,17 @@ from scheduler.client import aio
 from scheduler.client.aio import RetryPolicy, Tls
 from scheduler.v1 import job_pb2
 from scheduler.v1.account_pb2 import Account
-from scheduler.v1.job_pb2 import Job, JobState, Receipt, Tier, Visibility, WatchJobResponse
+from scheduler.v1.fleet_pb2 import AuditFairnessResponse, Queues, TierQueue, Worker
+from scheduler.v1.job_pb2 import (
+    Estimate,
+    Explanation,
+    Job,
+    JobState,
+    Receipt,
+    Tier,
+    Visibility,
+    WatchJobResponse,
+)
 
 Result = TypeVar("Result")
 
@@ -165,6 +175,32 @@ class DarkroomClient:
         """Cancel a waiting job at once, a running one at its next step; return it as it is now."""
         return self._loop.run(self._client.cancel(job))
 
+    def move(self, job: str, tier: Tier.ValueType) -> Job:
+        """Move a waiting job to `tier`; return it."""
+        return self._loop.run(self._client.move(job, tier))
+
+    def explain(self, job: str) -> Explanation:
+        """Return why a job is where it is, and when it will start."""
+        return self._loop.run(self._client.explain(job))
+
+    def estimate(
+        self,
+        prompt: str,
+        *,
+        model: str = "",
+        tier: Tier.ValueType = job_pb2.TIER_UNSPECIFIED,
+        visibility: Visibility.ValueType = job_pb2.VISIBILITY_UNSPECIFIED,
+        plan: str = "",
+    ) -> Estimate:
+        """Return what `imagine` would cost, when it would start and whom it would delay, in each tier."""
+        return self._loop.run(
+            self._client.estimate(prompt, model=model, tier=tier, visibility=visibility, plan=plan)
+        )
+
+    def estimate_job(self, job: str, *, plan: str = "") -> Estimate:
+        """Return the same of a job that waits."""
+        return self._loop.run(self._client.estimate_job(job, plan=plan))
+
     def watch(
         self, job: str, *, after_sequence: int = 0, previews: bool = False
     ) -> Iterator[WatchJobResponse]:
@@ -201,6 +237,34 @@ class DarkroomClient:
     def balance(self) -> Balance:
         """Return the key's own fast time: granted, used, held, left."""
         return self._loop.run(self._client.balance())
+
+    def workers(self) -> list[Worker]:
+        """Return every worker."""
+        return self._loop.run(self._client.workers())
+
+    def drain_worker(self, worker: str, *, reason: str) -> Worker:
+        """Let a worker finish what it has and give it nothing new."""
+        return self._loop.run(self._client.drain_worker(worker, reason=reason))
+
+    def resume_worker(self, worker: str, *, reason: str) -> Worker:
+        """Give a worker jobs again that drains or was set aside."""
+        return self._loop.run(self._client.resume_worker(worker, reason=reason))
+
+    def queues(self) -> Queues:
+        """Return what waits and runs in each tier, and how the GPUs are shared."""
+        return self._loop.run(self._client.queues())
+
+    def audit_fairness(self, *, start: datetime, end: datetime | None = None) -> AuditFairnessResponse:
+        """Hold what was decided in a period against the policy's bounds."""
+        return self._loop.run(self._client.audit_fairness(start=start, end=end))
+
+    def pause_tier(self, tier: Tier.ValueType, *, reason: str) -> TierQueue:
+        """Let nothing of a tier start; what runs goes on."""
+        return self._loop.run(self._client.pause_tier(tier, reason=reason))
+
+    def resume_tier(self, tier: Tier.ValueType, *, reason: str) -> TierQueue:
+        """Let jobs of a paused tier start again."""
+        return self._loop.run(self._client.resume_tier(tier, reason=reason))
 
     def create_account(self, *, plan: str, account_id: str = "", reason: str) -> AdminAccount:
         """Open an account on a plan; without an id it gets a random one."""
@@ -263,6 +327,14 @@ class JobHandle:
     def cancel(self) -> Job:
         """Cancel it; return it as it is now."""
         return self._loop.run(self._handle.cancel())
+
+    def move(self, tier: Tier.ValueType) -> Job:
+        """Move it to `tier` while it waits; return it as it is now."""
+        return self._loop.run(self._handle.move(tier))
+
+    def explain(self) -> Explanation:
+        """Return why it is where it is."""
+        return self._loop.run(self._handle.explain())
 
     def save(self, folder: Path) -> list[Path]:
         """Save its pictures in `folder`; return their paths in order."""

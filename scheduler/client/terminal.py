@@ -32,7 +32,16 @@ from rich.table import Table
 from rich.text import Text
 
 from scheduler.v1 import job_pb2
-from scheduler.v1.job_pb2 import Job, JobKind, JobState, Progress, QueueStatus, Tier, WatchJobResponse
+from scheduler.v1.job_pb2 import (
+    EstimateOption,
+    Job,
+    JobKind,
+    JobState,
+    Progress,
+    QueueStatus,
+    Tier,
+    WatchJobResponse,
+)
 
 _PREVIEW_COLUMNS = 32
 _PICTURE_COLUMNS = 64
@@ -54,6 +63,35 @@ def duration(ms: int) -> str:
     if tenths or not parts:
         parts.append(f"{tenths // 10}.{tenths % 10} s")
     return sign + " ".join(parts)
+
+
+def about(ms: int) -> str:
+    """Return an expected time for people, no finer than it can be known: `20 s`, `3 min`, `2 h 10 min`."""
+    seconds = (max(ms, 0) + 500) // 1000
+    if seconds < 100:
+        return f"{seconds} s"
+    minutes = (seconds + 30) // 60
+    if minutes < 100:
+        return f"{minutes} min"
+    hours, minutes = divmod((minutes + 5) // 10 * 10, 60)
+    return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+
+
+def expected_start(of: QueueStatus | EstimateOption) -> str:
+    """Return when a job will probably start: `in about 20 s (9 of 10 within 1 min)`; empty if not known."""
+    if not of.HasField("start_p50_ms"):
+        return ""
+    return f"in about {about(of.start_p50_ms)} (9 of 10 within {about(of.start_p90_ms)})"
+
+
+def waits(status: QueueStatus) -> str:
+    """Return why a job waits, where it stands and when it will start, in words."""
+    start = expected_start(status)
+    return (
+        plain(status.sentence)
+        + (f" (place {status.position})" if status.position else "")
+        + (f" Starts {start}." if start else "")
+    )
 
 
 def money(micros: int, currency_code: str) -> str:
@@ -117,6 +155,7 @@ class JobView:
                 self.queue_status = update.queue_status
             case "progress":
                 self.progress = update.progress
+                self.queue_status = None  # what moves does not wait, or not any more
                 if update.progress.preview:
                     picture = Pictures.open(io.BytesIO(update.progress.preview))
                     self.preview = HalfBlocks(picture, self._preview_columns)
@@ -124,9 +163,14 @@ class JobView:
     def status(self) -> Text:
         """Return where it is, in words."""
         state = self.job.state
-        if state == job_pb2.JOB_STATE_QUEUED and self.queue_status is not None:
+        if self.queue_status is not None and state in (
+            job_pb2.JOB_STATE_QUEUED,
+            job_pb2.JOB_STATE_RUNNING,
+        ):
             place = f"place {self.queue_status.position}: " if self.queue_status.position else ""
-            return Text(place + plain(self.queue_status.sentence), style="yellow")
+            start = expected_start(self.queue_status)
+            starts = f" Starts {start}." if start else ""
+            return Text(place + plain(self.queue_status.sentence) + starts, style="yellow")
         if state == job_pb2.JOB_STATE_RUNNING and self.progress is not None and self.progress.steps:
             return Text(f"step {self.progress.step} of {self.progress.steps}", style="cyan")
         styles = {

@@ -1,8 +1,9 @@
 """A timed stub of a fleet, in this process:
 for trying the loop and measuring everything but Ray and rendering.
 
-Its workers draw nothing. Each attempt ends after a fixed time, or when it is told to, and then counts the
-time it was told to count. It keeps a worker's promises: a result stays until it is acknowledged, a worker
+Its workers draw nothing. Each attempt ends after a fixed time with the GPU, or when it is told to, and then
+counts the time it was told to count. It keeps a worker's promises: a run that is parked stores a checkpoint
+and goes on by itself when what it was parked for has ended, a result stays until it is acknowledged, a worker
 that is killed comes back as another life and remembers nothing.
 """
 
@@ -15,13 +16,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from gpu_worker.contract import (
-    ActiveRun,
     AttemptResult,
     Blame,
+    Checkpoint,
     GpuTime,
     ImageFile,
     Outcome,
     RenderRequest,
+    RunInHand,
     StageTimes,
     WorkerReport,
 )
@@ -31,26 +33,44 @@ _MEMORY_BYTES = 64 * 1024**3
 
 
 @dataclass
+class _Run:
+    """An attempt that a worker has in hand."""
+
+    request: RenderRequest
+    left_s: float | None
+    """Time it still needs; None: until it is told."""
+    checkpoint: Checkpoint | None
+    done_ms: int = 0
+    """GPU time since it began, as it was told."""
+    began_s: float = 0.0
+    """When it last got the GPU."""
+    ends: asyncio.TimerHandle | None = None
+
+
+@dataclass
 class _Stub:
     """One worker's state."""
 
     worker_id: str
     incarnation: str
     warm_models: tuple[str, ...] = ()
-    active: RenderRequest | None = None
-    ends: asyncio.TimerHandle | None = None
+    stack: list[_Run] = field(default_factory=list)
+    """The active run is the last, the others are parked."""
     results: dict[str, AttemptResult] = field(default_factory=dict)
 
 
 class LocalFleet:
     """Implements `scheduler.fleet.Fleet`."""
 
-    def __init__(self, *, workers: int, take_ms: int | None, gpu_ms: int | None = None) -> None:
-        """Make `workers` workers whose attempts end after `take_ms` (None: when told)
+    def __init__(
+        self, *, workers: int, take_ms: int | None, gpu_ms: int | None = None, device: str = "stub"
+    ) -> None:
+        """Make `workers` workers whose attempts end after `take_ms` with the GPU (None: when told)
         and count `gpu_ms` (None: that).
         """
         self._take_ms = take_ms
         self._gpu_ms = gpu_ms if gpu_ms is not None else (take_ms or 0)
+        self._device = device
         self._stubs = {
             f"here/gpu-{index}": _Stub(worker_id=f"here/gpu-{index}", incarnation=str(uuid.uuid4()))
             for index in range(workers)
@@ -61,6 +81,8 @@ class LocalFleet:
         """How many renders are still to be refused."""
         self.rendered: list[RenderRequest] = []
         """Every attempt that was begun, in order."""
+        self.forgotten: dict[str, bool] = {}
+        """Attempts that were to be forgotten, and whether their checkpoints were of use."""
 
     async def open(self, epoch: int, tell: Callable[[FleetFact], None]) -> None:
         """See Fleet.open. A fleet may be opened again, by the next scheduler: its attempts go on."""
@@ -73,55 +95,81 @@ class LocalFleet:
         await asyncio.get_running_loop().create_future()
 
     def render(self, worker_id: str, request: RenderRequest) -> None:
-        """See Fleet.render."""
+        """See Fleet.render. Every moment is a boundary here, so what is to be parked is parked at once."""
         stub = self._stubs[worker_id]
         if self.refuse_next > 0:
             self.refuse_next -= 1
             self._tell(RenderRefused(worker_id=worker_id, attempt_id=request.attempt_id, sentence="refused"))
             return
-        if stub.active is not None:
+        if any(run.request.attempt_id == request.attempt_id for run in stub.stack):
+            return
+        active = stub.stack[-1] if stub.stack else None
+        # With a run in hand that the request does not name, it takes nothing else.
+        if active is not None and active.request.attempt_id != request.parks:
             self._tell(RenderRefused(worker_id=worker_id, attempt_id=request.attempt_id, sentence="busy"))
             return
-        stub.active = request
-        self.rendered.append(request)
+        if active is not None:
+            self._lose_gpu(active)
+            active.checkpoint = self._checkpoint(active)
         if request.spec.model not in stub.warm_models:
             stub.warm_models = (*stub.warm_models, request.spec.model)
-        if self._take_ms is not None:
-            stub.ends = asyncio.get_running_loop().call_later(self._take_ms / 1000, self.finish, worker_id)
+        run = _Run(
+            request=request,
+            left_s=None if self._take_ms is None else self._take_ms / 1000,
+            checkpoint=request.checkpoint,
+        )
+        stub.stack.append(run)
+        self.rendered.append(request)
+        self._get_gpu(stub, run)
+        if active is not None:
+            self._tell(WorkerHeard(report=self._report(stub)))
 
     def stop(self, worker_id: str, attempt_id: str, token: str) -> None:
         """See Fleet.stop."""
-        stub = self._stubs[worker_id]
-        if stub.active is not None and stub.active.attempt_id == attempt_id:
-            self.finish(worker_id, outcome=Outcome.CANCELLED)
+        if any(run.request.attempt_id == attempt_id for run in self._stubs[worker_id].stack):
+            self.finish(worker_id, attempt_id=attempt_id, outcome=Outcome.CANCELLED)
+
+    def resume(self, worker_id: str, attempt_id: str) -> None:
+        """See Fleet.resume. It did so by itself."""
 
     def acknowledge(self, worker_id: str, result: AttemptResult) -> None:
         """See Fleet.acknowledge."""
         self._stubs[worker_id].results.pop(result.attempt_id, None)
 
-    def forget(self, worker_id: str, attempt_id: str) -> None:
+    def forget(self, worker_id: str, attempt_id: str, *, kept: bool = False) -> None:
         """See Fleet.forget."""
         stub = self._stubs[worker_id]
+        self.forgotten[attempt_id] = kept
         stub.results.pop(attempt_id, None)
-        if stub.active is not None and stub.active.attempt_id == attempt_id:
-            self._drop(stub)
+        if any(run.request.attempt_id == attempt_id for run in stub.stack):
+            self._drop(stub, attempt_id)
             self._tell(WorkerHeard(report=self._report(stub)))
+
+    def work(self, worker_id: str, ms: int) -> None:
+        """Let the active run have measured so much more GPU time."""
+        self._stubs[worker_id].stack[-1].done_ms += ms
 
     def finish(
         self,
         worker_id: str,
         *,
+        attempt_id: str | None = None,
         outcome: Outcome = Outcome.SUCCEEDED,
         gpu_ms: int | None = None,
         blame: Blame = Blame.NONE,
         reason: str = "ENGINE_ERROR",
         sentence: str = "The stub was told to fail.",
     ) -> AttemptResult:
-        """End what a worker has in hand, and tell."""
+        """End a run that a worker has in hand (None: the active one), and tell.
+
+        `gpu_ms` is the time of the whole picture (None: what the fleet was made with): what a checkpoint kept
+        is not measured again.
+        """
         stub = self._stubs[worker_id]
-        request = stub.active
-        assert request is not None, f"{worker_id} has nothing in hand"
-        self._drop(stub)
+        assert stub.stack, f"{worker_id} has nothing in hand"
+        run = self._drop(stub, attempt_id or stub.stack[-1].request.attempt_id)
+        request = run.request
+        kept = StageTimes() if request.checkpoint is None else request.checkpoint.kept
         failed = outcome is Outcome.FAILED
         result = AttemptResult(
             job_id=request.job_id,
@@ -129,7 +177,8 @@ class LocalFleet:
             token=request.token,
             incarnation=stub.incarnation,
             outcome=outcome,
-            times=StageTimes(denoise_ms=self._gpu_ms if gpu_ms is None else gpu_ms),
+            times=StageTimes(denoise_ms=max(0, (self._gpu_ms if gpu_ms is None else gpu_ms) - kept.gpu_ms)),
+            kept=kept,
             images=_no_pictures(request) if outcome is Outcome.SUCCEEDED else (),
             blame=blame,
             failure_reason=reason if failed else None,
@@ -143,7 +192,9 @@ class LocalFleet:
         """End a worker's life and begin the next."""
         stub = self._stubs[worker_id]
         before = stub.incarnation
-        self._drop(stub)
+        for run in stub.stack:
+            self._lose_gpu(run)
+        stub.stack.clear()
         stub.incarnation = str(uuid.uuid4())
         stub.results.clear()
         stub.warm_models = ()
@@ -159,8 +210,9 @@ class LocalFleet:
         self._tell = tell
 
     def never_got(self, worker_id: str) -> None:
-        """Undo that a worker got what it has in hand, as if the call had been lost."""
-        self._drop(self._stubs[worker_id])
+        """Undo that a worker got its active run, as if the call had been lost."""
+        stub = self._stubs[worker_id]
+        self._drop(stub, stub.stack[-1].request.attempt_id)
 
     def fall_silent(self, worker_id: str) -> None:
         """Let a worker be taken for lost while it goes on with what it has in hand."""
@@ -181,33 +233,73 @@ class LocalFleet:
 
     @property
     def busy(self) -> dict[str, RenderRequest]:
-        """What each worker has in hand."""
-        return {stub.worker_id: stub.active for stub in self._stubs.values() if stub.active is not None}
+        """What has each worker's GPU."""
+        return {stub.worker_id: stub.stack[-1].request for stub in self._stubs.values() if stub.stack}
 
-    def _drop(self, stub: _Stub) -> None:
-        stub.active = None
-        if stub.ends is not None:
-            stub.ends.cancel()
-            stub.ends = None
+    def parked(self, worker_id: str) -> list[RenderRequest]:
+        """Return what is parked on a worker, the newest last."""
+        return [run.request for run in self._stubs[worker_id].stack[:-1]]
+
+    def _get_gpu(self, stub: _Stub, run: _Run) -> None:
+        if run.left_s is not None:
+            loop = asyncio.get_running_loop()
+            run.began_s = loop.time()
+            attempt_id = run.request.attempt_id
+            run.ends = loop.call_later(run.left_s, lambda: self.finish(stub.worker_id, attempt_id=attempt_id))
+
+    def _lose_gpu(self, run: _Run) -> None:
+        if run.ends is not None and run.left_s is not None:
+            run.ends.cancel()
+            run.ends = None
+            had_s = asyncio.get_running_loop().time() - run.began_s
+            run.done_ms += round(had_s * 1000)
+            run.left_s = max(0.0, run.left_s - had_s)
+
+    def _drop(self, stub: _Stub, attempt_id: str) -> _Run:
+        """Take a run off a worker; the newest parked one goes on by itself."""
+        was_active = stub.stack[-1]
+        run = next(run for run in stub.stack if run.request.attempt_id == attempt_id)
+        self._lose_gpu(run)
+        stub.stack.remove(run)
+        if run is was_active and stub.stack:
+            self._get_gpu(stub, stub.stack[-1])
+        return run
+
+    def _checkpoint(self, run: _Run) -> Checkpoint:
+        request = run.request
+        before = StageTimes() if request.checkpoint is None else request.checkpoint.kept
+        kept = before + StageTimes(denoise_ms=run.done_ms)
+        return Checkpoint(
+            path=f"jobs/{request.job_id}/checkpoint-{request.attempt_id}.safetensors",
+            step=min(request.spec.steps - 1, request.spec.steps * kept.gpu_ms // max(1, self._gpu_ms)),
+            steps=request.spec.steps,
+            kept=kept,
+            device=self._device,
+        )
 
     def _report(self, stub: _Stub) -> WorkerReport:
-        active = None
-        if stub.active is not None:
-            active = ActiveRun(
-                job_id=stub.active.job_id, attempt_id=stub.active.attempt_id, token=stub.active.token
+        in_hand = [
+            RunInHand(
+                job_id=run.request.job_id,
+                attempt_id=run.request.attempt_id,
+                token=run.request.token,
+                checkpoint=run.checkpoint,
             )
+            for run in stub.stack
+        ]
         return WorkerReport(
             worker_id=stub.worker_id,
             incarnation=stub.incarnation,
             pid=os.getpid(),
             release="",
             epoch=self._epoch,
-            device="stub",
+            device=self._device,
             speed_permille=1000,
             memory_bytes=_MEMORY_BYTES,
             memory_used_bytes=0,
             warm_models=stub.warm_models,
-            active=active,
+            active=in_hand[-1] if in_hand else None,
+            parked=tuple(in_hand[:-1]),
             unacknowledged=tuple(stub.results.values()),
             gpu_time=GpuTime(),
         )

@@ -137,14 +137,18 @@ class RayFleet:
         """See Fleet.stop."""
         self._call(self._ask(worker_id, "stop", self._epoch, attempt_id, token), f"stop {attempt_id}")
 
+    def resume(self, worker_id: str, attempt_id: str) -> None:
+        """See Fleet.resume."""
+        self._call(self._ask(worker_id, "resume", self._epoch, attempt_id), f"resume {attempt_id}")
+
     def acknowledge(self, worker_id: str, result: AttemptResult) -> None:
         """See Fleet.acknowledge."""
         asking = self._ask(worker_id, "acknowledge", self._epoch, result.attempt_id)
         self._call(asking, f"acknowledge {result.attempt_id}")
 
-    def forget(self, worker_id: str, attempt_id: str) -> None:
+    def forget(self, worker_id: str, attempt_id: str, *, kept: bool = False) -> None:
         """See Fleet.forget."""
-        self._call(self._forget(worker_id, attempt_id), f"forget {attempt_id}")
+        self._call(self._forget(worker_id, attempt_id, kept), f"forget {attempt_id}")
 
     @property
     def _silence_s(self) -> float:
@@ -274,9 +278,9 @@ class RayFleet:
         except WorkerBusy as busy:
             self._tell(RenderRefused(worker_id=worker_id, attempt_id=request.attempt_id, sentence=str(busy)))
 
-    async def _forget(self, worker_id: str, attempt_id: str) -> None:
+    async def _forget(self, worker_id: str, attempt_id: str, kept: bool) -> None:
         try:
-            await self._ask(worker_id, "forget", self._epoch, attempt_id)
+            await self._ask(worker_id, "forget", self._epoch, attempt_id, kept)
         except RayTaskError as trouble:
             # The artifact store did not delete the pictures. The result is dropped all the same, and nothing
             # depends on the files.

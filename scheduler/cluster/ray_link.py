@@ -19,6 +19,7 @@ import structlog
 from ray.exceptions import RayError
 
 from gpu_worker.contract import Progress
+from scheduler.answers import Explained, Outlook, QueuesView, WhatIf, WorkerView
 from scheduler.cluster.ray_fleet import actor_name
 from scheduler.cluster.scheduler_actor import StillStarting
 from scheduler.refusals import Overloaded
@@ -29,6 +30,8 @@ _log = structlog.get_logger()
 _POLL_S = 5.0
 _ASK_AGAIN_S = 0.2
 _ANSWER_S = 2.0
+# Playing futures forward takes seconds on a large board.
+_FORESEE_S = 10.0
 # Notices that wait for the scheduler to come back. Jobs beyond are found by its sweep.
 _MOST_JOBS_NOTED = 100_000
 
@@ -53,6 +56,8 @@ class RayLink:
         self._workers: dict[str, Any] = {}
         self._jobs: set[str] = set()
         self._accounts: set[str] = set()
+        self._fleet = False
+        """Operators changed something of it."""
         self._noted = asyncio.Event()
         self._most_memory_bytes: int | None = None
         self._newest: dict[str, JobUpdate] = {}
@@ -69,6 +74,11 @@ class RayLink:
     def accounts_changed(self, account_ids: Sequence[str]) -> None:
         """See SchedulerLink.accounts_changed."""
         self._accounts.update(account_ids)
+        self._noted.set()
+
+    def fleet_changed(self) -> None:
+        """See SchedulerLink.fleet_changed."""
+        self._fleet = True
         self._noted.set()
 
     async def queue_statuses(self, job_ids: Sequence[str]) -> Mapping[str, QueueStatus]:
@@ -124,6 +134,44 @@ class RayLink:
     def most_memory_bytes(self) -> int | None:
         """See SchedulerLink.most_memory_bytes."""
         return self._most_memory_bytes
+
+    async def explain(self, job_id: str) -> Explained | None:
+        """See SchedulerLink.explain."""
+        try:
+            actor = await self._scheduler()
+            explanation: Explained | None = await _within(_ANSWER_S, actor.explain.remote(job_id))
+        except _AWAY:
+            return None
+        return explanation
+
+    async def estimate(self, what_ifs: Sequence[WhatIf]) -> Sequence[Outlook | None]:
+        """See SchedulerLink.estimate."""
+        try:
+            actor = await self._scheduler()
+            outlooks: Sequence[Outlook | None] = await _within(
+                _FORESEE_S, actor.estimate.remote(list(what_ifs))
+            )
+        except _AWAY:
+            return [None] * len(what_ifs)
+        return outlooks
+
+    async def queues(self) -> QueuesView | None:
+        """See SchedulerLink.queues."""
+        try:
+            actor = await self._scheduler()
+            queues: QueuesView = await _within(_ANSWER_S, actor.queues.remote())
+        except _AWAY:
+            return None
+        return queues
+
+    async def workers_view(self) -> Sequence[WorkerView] | None:
+        """See SchedulerLink.workers_view."""
+        try:
+            actor = await self._scheduler()
+            views: Sequence[WorkerView] = await _within(_ANSWER_S, actor.workers_view.remote())
+        except _AWAY:
+            return None
+        return views
 
     async def scheduler_ready(self) -> bool:
         """See SchedulerLink.scheduler_ready."""
@@ -188,15 +236,19 @@ class RayLink:
             self._noted.clear()
             jobs, self._jobs = list(self._jobs), set()
             accounts, self._accounts = list(self._accounts), set()
+            fleet, self._fleet = self._fleet, False
             try:
                 actor = await self._scheduler()
                 if jobs:
                     await _within(_ANSWER_S, actor.jobs_changed.remote(jobs))
                 if accounts:
                     await _within(_ANSWER_S, actor.accounts_changed.remote(accounts))
+                if fleet:
+                    await _within(_ANSWER_S, actor.fleet_changed.remote())
             except _AWAY:
                 self._note_jobs(jobs)
                 self._accounts |= set(accounts)
+                self._fleet |= fleet
                 self._actor = None
                 await asyncio.sleep(_ASK_AGAIN_S)
                 self._noted.set()

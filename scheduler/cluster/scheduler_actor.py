@@ -16,6 +16,7 @@ import structlog
 
 from gpu_worker.models import read_models
 from gpu_worker.settings import WorkerSettings
+from scheduler.answers import Explained, Outlook, QueuesView, WhatIf, WorkerView
 from scheduler.cluster.ray_fleet import RayFleet, actor_name
 from scheduler.leader import Leader, lead
 from scheduler.logs import configure_logs
@@ -50,6 +51,10 @@ class SchedulerActor:
         """Notice changed plans, limits, funds or consent."""
         self._ready().accounts_changed(account_ids)
 
+    async def fleet_changed(self) -> None:
+        """Notice what operators drained, resumed or paused."""
+        self._ready().fleet_changed()
+
     async def updates_after(self, number: int, wait_s: float) -> UpdateBatch:
         """Long poll for what changed about jobs."""
         return await self._ready().updates.after(number, wait_s)
@@ -61,6 +66,22 @@ class SchedulerActor:
     async def queue_statuses(self, job_ids: Sequence[str]) -> Mapping[str, QueueStatus]:
         """Return why these jobs wait."""
         return self._ready().queue_statuses(job_ids)
+
+    async def explain(self, job_id: str) -> Explained | None:
+        """Return why a live job is where it is; None: it is not on the board."""
+        return self._ready().explain(job_id)
+
+    async def estimate(self, what_ifs: Sequence[WhatIf]) -> Sequence[Outlook | None]:
+        """Return what would come of each, alone."""
+        return await self._ready().estimate(what_ifs)
+
+    async def queues(self) -> QueuesView:
+        """Return what waits and runs."""
+        return self._ready().queues()
+
+    async def workers_view(self) -> Sequence[WorkerView]:
+        """Return the workers that have joined and are not lost."""
+        return self._ready().workers_view()
 
     async def metrics(self) -> str:
         """Return the scheduler's metrics as text."""

@@ -7,29 +7,27 @@ and nowhere else, so a repeated CreateApiKey is refused with SECRET_SHOWN_ONCE a
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 import grpc
 from google.protobuf import json_format
-from google.protobuf.message import Message
 
 from billing import accounts as ledger_accounts
-from billing import admin, audit, idempotency, plans
+from billing import admin, plans
 from billing.plans import EffectiveFrom, PlanFields, PlanLimits
-from billing.refusals import Refusal, UnknownAccount
+from billing.refusals import UnknownAccount
 from billing.v1 import admin_pb2, admin_pb2_grpc, billing_pb2
 from scheduler.frontdoor import messages
-from scheduler.frontdoor.fields import Violations, digest
-from scheduler.frontdoor.gate import OnRefusal, caller
+from scheduler.frontdoor.deeds import Deeds
+from scheduler.frontdoor.fields import Violations
 from scheduler.link import SchedulerLink
-from scheduler.metrics import AdminAction, AdminResult, FrontDoorMetrics
+from scheduler.metrics import AdminAction
 from scheduler.refusals import SecretShownOnce
 from scheduler.store import accounts as store
-from scheduler.store.pool import Connection, Pool
+from scheduler.store.pool import Pool
 
 ACTION_OF = {
     "/billing.v1.AdminService/CreateAccount": AdminAction.CREATE_ACCOUNT,
@@ -55,26 +53,13 @@ _EFFECTIVE_FROM = {
 }
 
 
-@dataclass(kw_only=True)
-class _Deed:
-    """One change by an admin, inside its transaction."""
-
-    connection: Connection
-    actor: str
-    at: datetime
-    first_answer: dict[str, Any] | None
-    """Of this request id, if it came before: then nothing is done."""
-    answer: dict[str, Any] | None = None
-    """To be set by whoever does the deed; stored for repetitions."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class AdminService(admin_pb2_grpc.AdminServiceServicer):
     """The methods of billing.v1.AdminService. `clock` returns the present time, aware."""
 
     pool: Pool
     link: SchedulerLink
-    metrics: FrontDoorMetrics
+    deeds: Deeds
     clock: Callable[[], datetime]
 
     async def CreateAccount(  # noqa: N802
@@ -88,7 +73,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         plan = violations.plan("plan", request.plan)
         reason = violations.reason(request.reason)
         violations.refuse()
-        async with self._deed(AdminAction.CREATE_ACCOUNT, "CreateAccount", request, request_id) as deed:
+        async with self.deeds.open(AdminAction.CREATE_ACCOUNT, request, request_id) as deed:
             if deed.first_answer is not None:
                 return json_format.ParseDict(deed.first_answer, admin_pb2.AdminAccount())
             await ledger_accounts.create(deed.connection, account_id, plan, deed.at)
@@ -96,17 +81,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
             answer = admin_pb2.AdminAccount(
                 name=f"accounts/{account_id}", plan=f"plans/{plan}", create_time=messages.timestamp(deed.at)
             )
-            await audit.record(
-                deed.connection,
-                actor=deed.actor,
-                action="CreateAccount",
-                target=answer.name,
-                reason=reason,
-                request_id=request_id,
-                before=None,
-                after={"plan": plan},
-                at=deed.at,
-            )
+            await deed.record(target=answer.name, reason=reason, before=None, after={"plan": plan})
             deed.answer = json_format.MessageToDict(answer)
         return answer
 
@@ -123,24 +98,14 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         reason = violations.reason(request.reason)
         violations.refuse()
         assert role is not None, "whatever made it None is a violation"
-        async with self._deed(AdminAction.CREATE_API_KEY, "CreateApiKey", request, request_id) as deed:
+        async with self.deeds.open(AdminAction.CREATE_API_KEY, request, request_id) as deed:
             if deed.first_answer is not None:
                 raise SecretShownOnce(key_id=deed.first_answer["key_id"])
             if await store.settings(deed.connection, account_id) is None:
                 raise UnknownAccount(account_id=account_id)
             key = await store.create_key(deed.connection, account_id, role)
             name = f"accounts/{account_id}/keys/{key.key_id}"
-            await audit.record(
-                deed.connection,
-                actor=deed.actor,
-                action="CreateApiKey",
-                target=name,
-                reason=reason,
-                request_id=request_id,
-                before=None,
-                after={"role": role.value},
-                at=deed.at,
-            )
+            await deed.record(target=name, reason=reason, before=None, after={"role": role.value})
             deed.answer = {"key_id": key.key_id}
         return admin_pb2.ApiKey(
             name=name,
@@ -170,7 +135,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         reason = violations.reason(request.reason)
         violations.refuse()
         assert effective_from is not None, "whatever made it None is a violation"
-        async with self._deed(AdminAction.UPDATE_PLAN, "UpdatePlan", request, request_id) as deed:
+        async with self.deeds.open(AdminAction.UPDATE_PLAN, request, request_id) as deed:
             if deed.first_answer is None:
                 version = await plans.update(
                     deed.connection,
@@ -219,7 +184,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
                 )
         reason = violations.reason(request.reason)
         violations.refuse()
-        async with self._deed(AdminAction.ADJUST_BALANCE, "AdjustBalance", request, request_id) as deed:
+        async with self.deeds.open(AdminAction.ADJUST_BALANCE, request, request_id) as deed:
             if deed.first_answer is None:
                 balance = await admin.adjust_balance(
                     deed.connection,
@@ -238,33 +203,6 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         # Told also of a repeated request: the front door that did it may have died before it told.
         self.link.accounts_changed([account_id])
         return answer
-
-    @asynccontextmanager
-    async def _deed(
-        self, action: AdminAction, method: str, request: Message, request_id: str
-    ) -> AsyncIterator[_Deed]:
-        """Open the transaction of a change: claim the request id first, store the answer last."""
-        principal = caller()
-        async with self.pool.transaction() as connection:
-            outcome = await idempotency.claim(
-                connection, principal.account_id, method, request_id, digest(request)
-            )
-            deed = _Deed(connection=connection, actor=principal.actor, at=self.clock(), first_answer=outcome)
-            yield deed
-            if outcome is None:
-                assert deed.answer is not None, f"{method} ended without an answer"
-                await idempotency.store(connection, principal.account_id, method, request_id, deed.answer)
-        result = AdminResult.DONE if outcome is None else AdminResult.REPLAYED
-        self.metrics.admin_acted(action=action, result=result)
-
-
-def admin_refused(metrics: FrontDoorMetrics, action: AdminAction) -> OnRefusal:
-    """Return what counts a refused call of an admin."""
-
-    def count(_: Message, __: Refusal) -> None:
-        metrics.admin_acted(action=action, result=AdminResult.REFUSED)
-
-    return count
 
 
 def _plan_fields(plan: admin_pb2.Plan, violations: Violations) -> PlanFields:

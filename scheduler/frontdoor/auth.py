@@ -19,7 +19,7 @@ from scheduler.refusals import AccountBlocked, RateLimited, RoleRequired, Unauth
 from scheduler.store import accounts
 from scheduler.store.accounts import ApiKey, Role
 from scheduler.store.pool import Pool
-from scheduler.v1 import account_pb2, job_pb2
+from scheduler.v1 import account_pb2, fleet_pb2, job_pb2
 
 ROLE_NEEDED: Mapping[str, Role] = {
     "/scheduler.v1.JobService/CreateJob": Role.USER,
@@ -29,8 +29,18 @@ ROLE_NEEDED: Mapping[str, Role] = {
     "/scheduler.v1.JobService/WatchJob": Role.USER,
     "/scheduler.v1.JobService/DownloadImages": Role.USER,
     "/scheduler.v1.JobService/ListFeed": Role.USER,
+    "/scheduler.v1.JobService/UpdateJob": Role.USER,
+    "/scheduler.v1.JobService/ExplainJob": Role.USER,
+    "/scheduler.v1.JobService/EstimateJob": Role.USER,
     "/scheduler.v1.AccountService/GetAccount": Role.USER,
     "/scheduler.v1.AccountService/UpdateAccount": Role.USER,
+    "/scheduler.v1.FleetService/ListWorkers": Role.OPERATOR,
+    "/scheduler.v1.FleetService/DrainWorker": Role.OPERATOR,
+    "/scheduler.v1.FleetService/ResumeWorker": Role.OPERATOR,
+    "/scheduler.v1.FleetService/GetQueues": Role.OPERATOR,
+    "/scheduler.v1.FleetService/PauseTier": Role.OPERATOR,
+    "/scheduler.v1.FleetService/ResumeTier": Role.OPERATOR,
+    "/scheduler.v1.FleetService/AuditFairness": Role.OPERATOR,
     "/billing.v1.BillingService/GetBalance": Role.USER,
     "/billing.v1.AdminService/CreateAccount": Role.ADMIN,
     "/billing.v1.AdminService/CreateApiKey": Role.ADMIN,
@@ -43,6 +53,7 @@ ROLE_NEEDED: Mapping[str, Role] = {
 SERVICES: tuple[ServiceDescriptor, ...] = (
     job_pb2.DESCRIPTOR.services_by_name["JobService"],
     account_pb2.DESCRIPTOR.services_by_name["AccountService"],
+    fleet_pb2.DESCRIPTOR.services_by_name["FleetService"],
     billing_pb2.DESCRIPTOR.services_by_name["BillingService"],
     admin_pb2.DESCRIPTOR.services_by_name["AdminService"],
 )

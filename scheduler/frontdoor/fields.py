@@ -32,6 +32,8 @@ _IS_ACCOUNT_ID = re.compile(_ACCOUNT_ID, re.ASCII)
 _IS_ACCOUNT = re.compile(f"accounts/({_ACCOUNT_ID}|-)", re.ASCII)
 _IS_JOB = re.compile(f"accounts/({_ACCOUNT_ID}|-)/jobs/({_UUID})", re.ASCII)
 _IS_IMAGE = re.compile(f"accounts/({_ACCOUNT_ID}|-)/jobs/({_UUID})/images/([1-4])", re.ASCII)
+# Slots are named as their machines are: `node-a/gpu-0`.
+_IS_WORKER = re.compile(r"workers/([A-Za-z0-9._-]{1,120}(?:/[A-Za-z0-9._-]{1,120}){0,3})", re.ASCII)
 _IS_PLAN = re.compile(r"plans/([a-z0-9-]{1,63})", re.ASCII)
 
 _USUAL_PAGE = 25
@@ -111,6 +113,14 @@ class Violations:
         match = _IS_PLAN.fullmatch(text)
         if match is None:
             self.add(field, f"{field} must be `plans/{{plan}}`.")
+            return ""
+        return match[1]
+
+    def worker(self, field: str, text: str) -> str:
+        """Return the id in a worker's resource name."""
+        match = _IS_WORKER.fullmatch(text)
+        if match is None:
+            self.add(field, f"{field} must be `workers/{{worker}}`, as ListWorkers gives it.")
             return ""
         return match[1]
 

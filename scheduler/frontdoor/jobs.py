@@ -16,9 +16,10 @@ from billing.refusals import FastTimeExhausted, PlanLacksPrivate, Refusal, Spend
 from gpu_worker.contract import ImageFile
 from gpu_worker.models import Models
 from scheduler import intake
-from scheduler.frontdoor import messages, translate
+from scheduler.frontdoor import foresight, messages, translate
 from scheduler.frontdoor.artifacts import Artifacts
 from scheduler.frontdoor.auth import Principal
+from scheduler.frontdoor.estimates import Estimates
 from scheduler.frontdoor.fields import JobName, Violations, digest, page_token, read_request_id, whole_number
 from scheduler.frontdoor.gate import caller
 from scheduler.frontdoor.moderation import Moderation
@@ -62,6 +63,7 @@ class JobService(job_pb2_grpc.JobServiceServicer):
     link: SchedulerLink
     metrics: FrontDoorMetrics
     models: Models
+    estimates: Estimates
     moderation: Moderation
     standings: Standings
     watches: Watches
@@ -141,6 +143,35 @@ class JobService(job_pb2_grpc.JobServiceServicer):
             next_page_token=page_token({"arrival": page[-1].arrival}, binding) if len(listed) > limit else "",
         )
 
+    async def UpdateJob(self, request: job_pb2.UpdateJobRequest, context: _Context) -> job_pb2.Job:  # noqa: N802
+        """Move a waiting job of the caller's own to the other tier."""
+        principal = caller()
+        violations = Violations()
+        request_id = violations.request_id(request.request_id)
+        name = violations.job("job.name", request.job.name)
+        tier = translate.TIERS.get(request.job.tier)
+        if list(request.update_mask.paths) != ["tier"]:
+            violations.add("update_mask", "update_mask must be `tier`, the only field that can be changed.")
+        if tier is None:
+            violations.add("job.tier", "job.tier must be fast or relax.")
+        violations.refuse()
+        assert name is not None, "whatever made it None is a violation"
+        assert tier is not None, "whatever made it None is a violation"
+        if not name.is_of(principal.account_id):
+            raise NotFoundOrNotYours
+        job = await intake.move(
+            self.pool,
+            self.link,
+            self.metrics,
+            account_id=principal.account_id,
+            job_id=name.job_id,
+            tier=tier,
+            request_id=request_id,
+            digest=digest(request),
+            at=self.clock(),
+        )
+        return await self._message(job)
+
     async def CancelJob(self, request: job_pb2.CancelJobRequest, context: _Context) -> job_pb2.Job:  # noqa: N802
         """Cancel a job of the caller's own."""
         principal = caller()
@@ -216,6 +247,52 @@ class JobService(job_pb2_grpc.JobServiceServicer):
             next_page_token=page_token(_feed_token(page[-1]), ("feed",)) if len(listed) > limit else "",
         )
 
+    async def ExplainJob(  # noqa: N802
+        self, request: job_pb2.ExplainJobRequest, context: _Context
+    ) -> job_pb2.Explanation:
+        """Say why a job is where it is."""
+        violations = Violations()
+        name = violations.job("name", request.name)
+        violations.refuse()
+        job = await self._seen(name, caller())
+        async with self.pool.reading() as connection:
+            events = await store.events_after(connection, job.job_id, 0)
+        told = None if job.state.ended else await self.link.explain(job.job_id)
+        status = told.status if told is not None else (await self.standings.of([job])).get(job.job_id)
+        sentences = [] if told is None else list(told.explanation.sentences)
+        if not sentences and status is not None:
+            sentences.append(status.sentence)
+        if job.state is not JobState.QUEUED:
+            # Why it came to be here: its start says what was compared, its end how it ended.
+            sentences += [event.sentence for event in events if event.state is job.state][-1:]
+        return messages.explanation(job, sentences, status, told)
+
+    async def EstimateJob(  # noqa: N802
+        self, request: job_pb2.EstimateJobRequest, context: _Context
+    ) -> job_pb2.Estimate:
+        """Say what a job would be on other terms."""
+        principal = caller()
+        violations = Violations()
+        plan = violations.plan("plan", request.plan) if request.plan else None
+        name = violations.job("name", request.name) if request.name else None
+        if request.WhichOneof("job") is None:
+            violations.add("job", "Say which job: the name of a waiting one, or one to create.")
+        violations.refuse()
+        if name is not None:
+            job = await self._own(name, principal)
+            intake.refuse_unless_waiting(job)
+            prospect = foresight.of_waiting(job)
+        else:
+            create = job_pb2.CreateJobRequest()
+            create.CopyFrom(request.create)
+            create.request_id = str(uuid.uuid4())  # nothing is created, so whatever it was is no matter
+            submission = await self._submission(create, principal)
+            self._refuse_impossible(submission)
+            intake.refuse_too_long(submission.predicted_ms, self.parameters)
+            prospect = await foresight.of_submission(self.pool, principal.account_id, submission)
+        options = await foresight.options(self.pool, self.link, prospect, plan=plan, at=self.clock())
+        return job_pb2.Estimate(options=[messages.estimate_option(option) for option in options])
+
     async def _made_before(self, request: job_pb2.CreateJobRequest, principal: Principal) -> StoredJob | None:
         request_id = read_request_id(request.request_id)
         if request_id is None or request.validate_only:
@@ -231,15 +308,15 @@ class JobService(job_pb2_grpc.JobServiceServicer):
     async def _submission(self, request: job_pb2.CreateJobRequest, principal: Principal) -> Submission:
         match request.WhichOneof("spec"):
             case "imagine":
-                return translate.imagine(request, self.models)
+                return translate.imagine(request, self.models, self.estimates.estimator)
             case "variation":
                 name = translate.variation_source(request)
                 source = await self._own(name, principal)
                 assert name.image is not None, "a picture's name has its number"
-                return translate.variation(request, source, name.image, self.models)
+                return translate.variation(request, source, name.image, self.models, self.estimates.estimator)
             case "reroll":
                 source = await self._own(translate.reroll_source(request), principal)
-                return translate.reroll(request, source, self.models)
+                return translate.reroll(request, source, self.models, self.estimates.estimator)
             case _:
                 return translate.nothing(request)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -12,13 +12,18 @@ from billing import prices
 from billing.ledger import Balance
 from billing.plans import PlanLimits, PlanVersion
 from billing.prices import ChargeMode, PricingSnapshot
+from billing.refusals import Refusal
 from billing.v1 import admin_pb2, billing_pb2
 from gpu_worker.contract import ImageFile, Progress
+from scheduler.answers import Explained, QueuesView, TierView, WorkerRun, WorkerView
+from scheduler.frontdoor.foresight import Option
+from scheduler.policy.explain import Before, Bound, Place
 from scheduler.policy.ids import Tier
 from scheduler.store.accounts import Role, Visibility
 from scheduler.store.jobs import JobEvent, JobKind, JobReceipt, JobState, StoredJob
+from scheduler.store.operations import Pause, Slot
 from scheduler.updates import QueueReason, QueueStatus
-from scheduler.v1 import job_pb2
+from scheduler.v1 import fleet_pb2, job_pb2
 
 _TIER: Mapping[Tier, job_pb2.Tier.ValueType] = {
     Tier.FAST: job_pb2.TIER_FAST,
@@ -53,6 +58,7 @@ _QUEUE_REASON: Mapping[QueueReason, job_pb2.QueueReason.ValueType] = {
     QueueReason.TIER_PAUSED: job_pb2.QUEUE_REASON_TIER_PAUSED,
     QueueReason.NO_WORKER: job_pb2.QUEUE_REASON_NO_WORKER,
     QueueReason.SCHEDULER_STARTING: job_pb2.QUEUE_REASON_SCHEDULER_STARTING,
+    QueueReason.PARKED: job_pb2.QUEUE_REASON_PARKED,
 }
 _ROLE: Mapping[Role, admin_pb2.Role.ValueType] = {
     Role.USER: admin_pb2.ROLE_USER,
@@ -93,7 +99,7 @@ def job_name(account_id: str, job_id: str) -> str:
 
 
 def job(stored: StoredJob, status: QueueStatus | None) -> job_pb2.Job:
-    """Return a job as its owner sees it; `status` only while it waits."""
+    """Return a job as its owner sees it; `status` only while it waits or is parked."""
     message = _job_without_money(stored)
     message.charge_mode = _CHARGE_MODE[stored.pricing.charge_mode]
     message.price.CopyFrom(price(stored.pricing, stored.predicted_ms))
@@ -104,7 +110,7 @@ def job(stored: StoredJob, status: QueueStatus | None) -> job_pb2.Job:
     if stored.failure_reason is not None:
         message.failure.reason = stored.failure_reason
         message.failure.sentence = stored.failure_sentence or ""
-    if status is not None and stored.state is JobState.QUEUED:
+    if status is not None and not stored.state.ended:
         message.queue_status.CopyFrom(queue_status(status))
     return message
 
@@ -207,7 +213,68 @@ def receipt(paid: JobReceipt) -> job_pb2.Receipt:
 def queue_status(status: QueueStatus) -> job_pb2.QueueStatus:
     """Return why a job waits."""
     return job_pb2.QueueStatus(
-        reason=_QUEUE_REASON[status.reason], sentence=status.sentence, position=status.position
+        reason=_QUEUE_REASON[status.reason],
+        sentence=status.sentence,
+        position=status.position,
+        start_p50_ms=None if status.start is None else status.start.p50_ms,
+        start_p90_ms=None if status.start is None else status.start.p90_ms,
+    )
+
+
+def explanation(
+    stored: StoredJob, sentences: Sequence[str], status: QueueStatus | None, told: Explained | None
+) -> job_pb2.Explanation:
+    """Return why a job is where it is; `told` is the scheduler's word, None if it does not know the job."""
+    message = job_pb2.Explanation(
+        job=job_name(stored.account_id, stored.job_id),
+        state=_STATE[stored.state],
+        tier=_TIER[stored.tier],
+        sentences=sentences,
+        queue_status=None if status is None else queue_status(status),
+    )
+    if told is None:
+        return message
+    of = told.explanation
+    if of.place is not None:
+        message.place.CopyFrom(_place(of.place))
+    if of.before is not None:
+        message.ahead.CopyFrom(_ahead(of.before, told.at_ms))
+    if of.bound is not None:
+        message.bound.CopyFrom(_bound(of.bound))
+    if of.ends_ms is not None:
+        message.end_ms = max(0, of.ends_ms - told.at_ms)
+    return message
+
+
+def _place(of: Place) -> job_pb2.Place:
+    return job_pb2.Place(
+        position=of.position,
+        of=of.of,
+        tag_ms=of.tag // 1000,
+        served_ms=of.served // 1000,
+        memory_ms=of.memory // 1000,
+        used_ms=round(of.used_per_weight_ms),
+    )
+
+
+def _ahead(of: Before, at_ms: int) -> job_pb2.Ahead:
+    return job_pb2.Ahead(
+        own_account=of.own,
+        earlier_jobs=of.earlier,
+        running=of.running,
+        parked=of.parked,
+        fast_waiting=of.fast_waiting,
+        soonest_end_ms=None if of.soonest_end_ms is None else max(0, of.soonest_end_ms - at_ms),
+    )
+
+
+def _bound(of: Bound) -> job_pb2.WaitBound:
+    return job_pb2.WaitBound(
+        within_ms=of.within_ms,
+        newcomer_ms=of.newcomer_ms,
+        whatever_ms=of.whatever_ms,
+        gpus=of.gpus,
+        calm_ms=of.calm_ms,
     )
 
 
@@ -230,6 +297,107 @@ def progress(newest: Progress) -> job_pb2.Progress:
         percent=100 * newest.step // max(1, newest.steps),
         preview=newest.preview,
         preview_content_type=newest.preview_content_type,
+    )
+
+
+def estimate_option(of: Option) -> job_pb2.EstimateOption:
+    """Return what a job would be on certain terms."""
+    message = job_pb2.EstimateOption(tier=_TIER[of.tier], plan=f"plans/{of.plan}", present=of.present)
+    if isinstance(of.pricing, Refusal):
+        message.refusal.reason = of.pricing.reason
+        message.refusal.sentence = str(of.pricing)
+    else:
+        message.price.CopyFrom(price(of.pricing, of.predicted_ms))
+    if of.outlook is not None:
+        message.delayed_jobs = of.outlook.delayed_jobs
+        message.delayed_ms = of.outlook.delayed_ms
+        if of.outlook.start is not None:
+            message.start_p50_ms = of.outlook.start.p50_ms
+            message.start_p90_ms = of.outlook.start.p90_ms
+    return message
+
+
+def worker(worker_id: str, view: WorkerView | None, slot: Slot, at: datetime) -> fleet_pb2.Worker:
+    """Return a worker; `view` is None if it is not there."""
+    aside_until = slot.aside_at(at)
+    message = fleet_pb2.Worker(
+        name=f"workers/{worker_id}",
+        draining=slot.draining,
+        drain_reason=slot.drain_reason,
+        set_aside_until_time=timestamp(aside_until),
+    )
+    if slot.draining:
+        message.sentence = f"Drained by an operator: {slot.drain_reason}"
+    if aside_until is not None:
+        message.sentence = "It lost several jobs in a row and is set aside for a while."
+    if view is None:
+        message.state = fleet_pb2.WORKER_STATE_ABSENT
+        return message
+    if not view.healthy:
+        message.sentence = view.sentence
+    message.state = _worker_state(view, slot.draining, aside_until)
+    since_ms = view.idle_since_ms if view.active is None else view.active.started_ms
+    if (
+        message.state in (fleet_pb2.WORKER_STATE_IDLE, fleet_pb2.WORKER_STATE_RUNNING)
+        and since_ms is not None
+    ):
+        message.state_time.FromMilliseconds(since_ms)
+    message.device = view.device
+    message.speed_permille = view.speed_permille
+    message.memory_bytes = view.memory_bytes
+    message.memory_bytes_used = view.memory_used_bytes
+    message.warm_models.extend(view.warm_models)
+    if view.active is not None:
+        message.active.CopyFrom(_worker_run(view.active))
+    message.parked.extend(_worker_run(run) for run in view.parked)
+    return message
+
+
+def _worker_state(
+    view: WorkerView, draining: bool, aside_until: datetime | None
+) -> fleet_pb2.WorkerState.ValueType:
+    if not view.healthy:
+        return fleet_pb2.WORKER_STATE_UNHEALTHY
+    if aside_until is not None:
+        return fleet_pb2.WORKER_STATE_SET_ASIDE
+    if draining:
+        return fleet_pb2.WORKER_STATE_DRAINING
+    return fleet_pb2.WORKER_STATE_IDLE if view.active is None else fleet_pb2.WORKER_STATE_RUNNING
+
+
+def _worker_run(run: WorkerRun) -> fleet_pb2.WorkerRun:
+    message = fleet_pb2.WorkerRun(
+        attempt=run.attempt_id, job=job_name(run.account_id, run.job_id), tier=_TIER[run.tier]
+    )
+    message.start_time.FromMilliseconds(run.started_ms)
+    if run.parked_since_ms is not None:
+        message.park_time.FromMilliseconds(run.parked_since_ms)
+    return message
+
+
+def queues(view: QueuesView, pauses: Mapping[Tier, Pause]) -> fleet_pb2.Queues:
+    """Return what waits and runs, and how the GPUs are shared."""
+    return fleet_pb2.Queues(
+        tiers=[tier_queue(of, pauses[of.tier]) for of in view.tiers],
+        gpus=view.gpus,
+        idle_gpus=view.idle_gpus,
+        fast_gpus=view.fast_gpus,
+        relax_floor_gpus=view.relax_floor_gpus,
+        wanted_gpus=view.wanted_gpus,
+    )
+
+
+def tier_queue(of: TierView, pause: Pause) -> fleet_pb2.TierQueue:
+    """Return what waits and runs in one tier."""
+    return fleet_pb2.TierQueue(
+        tier=_TIER[of.tier],
+        waiting=of.waiting,
+        held=of.held,
+        running=of.running,
+        parked=of.parked,
+        oldest_wait_ms=of.oldest_wait_ms,
+        paused=pause.paused,
+        pause_reason=pause.reason,
     )
 
 

@@ -20,10 +20,15 @@ from grpc_reflection.v1alpha import reflection
 from billing.v1 import admin_pb2_grpc, billing_pb2_grpc
 from gpu_worker.models import Models
 from scheduler.frontdoor.accounts import AccountService
-from scheduler.frontdoor.admin import ACTION_OF, AdminService, admin_refused
+from scheduler.frontdoor.admin import ACTION_OF as ACTION_OF_ADMIN
+from scheduler.frontdoor.admin import AdminService
 from scheduler.frontdoor.artifacts import Artifacts
 from scheduler.frontdoor.auth import SERVICES, Doorman, every_method_has_a_role
 from scheduler.frontdoor.billing import BillingService
+from scheduler.frontdoor.deeds import Deeds, deed_refused
+from scheduler.frontdoor.estimates import Estimates
+from scheduler.frontdoor.fleet import ACTION_OF as ACTION_OF_OPERATOR
+from scheduler.frontdoor.fleet import FleetService
 from scheduler.frontdoor.gate import Gate, OnRefusal
 from scheduler.frontdoor.jobs import JobService, submission_refused
 from scheduler.frontdoor.moderation import Moderation
@@ -36,7 +41,7 @@ from scheduler.refusals import Overloaded
 from scheduler.settings import FrontDoor as FrontDoorSettings
 from scheduler.settings import Settings
 from scheduler.store.pool import Pool
-from scheduler.v1 import account_pb2_grpc, job_pb2_grpc
+from scheduler.v1 import account_pb2_grpc, fleet_pb2_grpc, job_pb2_grpc
 
 _LOOK_AT_DATABASE_EVERY_S = 1.0
 # Calls in progress are given this long when the service stops. None of the unary ones takes a tenth of it.
@@ -91,10 +96,15 @@ async def serve(
     )
     on_refusal: dict[str, OnRefusal] = {
         "/scheduler.v1.JobService/CreateJob": submission_refused(metrics),
-        **{path: admin_refused(metrics, action) for path, action in ACTION_OF.items()},
+        **{
+            path: deed_refused(metrics, action)
+            for path, action in (*ACTION_OF_ADMIN.items(), *ACTION_OF_OPERATOR.items())
+        },
     }
+    deeds = Deeds(pool=pool, metrics=metrics, clock=clock)
     standings = Standings(pool, link, clock)
     watches = Watches(pool, link, standings)
+    estimates = Estimates(pool, models)
     server = grpc.aio.server(
         interceptors=[Gate(doorman, metrics, on_refusal)], options=_options(settings.frontdoor)
     )
@@ -104,6 +114,7 @@ async def serve(
             link=link,
             metrics=metrics,
             models=models,
+            estimates=estimates,
             moderation=Moderation(pool, monotonic_s),
             standings=standings,
             watches=watches,
@@ -118,7 +129,10 @@ async def serve(
     )
     billing_pb2_grpc.add_BillingServiceServicer_to_server(BillingService(pool=pool, clock=clock), server)
     admin_pb2_grpc.add_AdminServiceServicer_to_server(
-        AdminService(pool=pool, link=link, metrics=metrics, clock=clock), server
+        AdminService(pool=pool, link=link, deeds=deeds, clock=clock), server
+    )
+    fleet_pb2_grpc.add_FleetServiceServicer_to_server(
+        FleetService(pool=pool, link=link, deeds=deeds, clock=clock), server
     )
     healths = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(healths, server)
@@ -131,7 +145,7 @@ async def serve(
     port = _listen(server, settings.frontdoor)
     await _tell_health(pool, healths)
     await server.start()
-    background = asyncio.create_task(_background(standings, pool, healths))
+    background = asyncio.create_task(_background(standings, estimates, pool, healths))
     try:
         yield FrontDoor(host=settings.frontdoor.host, port=port, background=background)
     finally:
@@ -143,9 +157,12 @@ async def serve(
             await background
 
 
-async def _background(standings: Standings, pool: Pool, healths: health.aio.HealthServicer) -> None:
+async def _background(
+    standings: Standings, estimates: Estimates, pool: Pool, healths: health.aio.HealthServicer
+) -> None:
     async with asyncio.TaskGroup() as group:
         group.create_task(standings.run())
+        group.create_task(estimates.run())
         group.create_task(_keep_telling_health(pool, healths))
 
 

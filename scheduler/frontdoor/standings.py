@@ -1,4 +1,4 @@
-"""Why a waiting job waits: the scheduler's word, or, until it has said one, what the account's own jobs say.
+"""Why a job does not move: the scheduler's word, or, until it has said one, what the account's own jobs say.
 
 All watches of this front door share one question a second.
 """
@@ -20,6 +20,11 @@ from scheduler.store.pool import Pool
 from scheduler.updates import QueueReason, QueueStatus
 
 _ASK_EVERY_S = 1.0
+_PARKED = QueueStatus(
+    reason=QueueReason.PARKED,
+    sentence="A fast job has its GPU for the moment; your job goes on from where it is.",
+    position=0,
+)
 _STARTING_SENTENCE = "The scheduler is starting; the job keeps its place."
 
 Tell: TypeAlias = Callable[[QueueStatus], None]
@@ -36,15 +41,16 @@ class Standings:
         self._wanted = asyncio.Event()
 
     async def of(self, listed: Sequence[StoredJob]) -> Mapping[str, QueueStatus]:
-        """Return why each of these waits that does. Raises Overloaded."""
+        """Return why each of these waits that does, at the start or in the middle. Raises Overloaded."""
+        parked = {job.job_id: _PARKED for job in listed if job.parked_at is not None}
         waiting = [job for job in listed if job.state is JobState.QUEUED]
         if not waiting:
-            return {}
+            return parked
         known = dict(await self._link.queue_statuses([job.job_id for job in waiting]))
         unknown = [job for job in waiting if job.job_id not in known]
         if unknown:
             known |= await self._expected(unknown)
-        return known
+        return known | parked
 
     async def run(self) -> None:
         """Tell the listeners what the scheduler says, once a second while there are any, until cancelled."""

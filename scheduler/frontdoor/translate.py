@@ -14,6 +14,7 @@ from gpu_worker import prompt as prompt_language
 from gpu_worker.contract import RenderKind, RenderSpec, SourceImage
 from gpu_worker.models import ModelEntry, Models, UnknownModel
 from gpu_worker.prompt import MAX_SEED, ParsedPrompt, PromptRefused
+from scheduler.estimator import Estimator, shape_of
 from scheduler.frontdoor.fields import JobName, Violations, digest
 from scheduler.intake import Submission
 from scheduler.policy.ids import Tier
@@ -44,7 +45,7 @@ class _Frame:
     visibility: Visibility | None
 
 
-def imagine(request: job_pb2.CreateJobRequest, models: Models) -> Submission:
+def imagine(request: job_pb2.CreateJobRequest, models: Models, estimator: Estimator) -> Submission:
     """Return what an imagine request asks for. Raises InvalidRequest with everything that is wrong."""
     violations = Violations()
     frame = _frame(request, violations)
@@ -78,7 +79,7 @@ def imagine(request: job_pb2.CreateJobRequest, models: Models) -> Submission:
         seed_fixed=parsed.seed is not None,
         tier=frame.tier or _tier(parsed.tier),
         visibility=frame.visibility or _visibility(parsed.visibility),
-        predicted_ms=entry.predicted_ms(spec.kind, width, height),
+        predicted_ms=estimator.predict(shape_of(spec)).cost_ms,
         source_job_id=None,
         source_image=None,
         warnings=parsed.warnings,
@@ -105,7 +106,9 @@ def reroll_source(request: job_pb2.CreateJobRequest) -> JobName:
     return name
 
 
-def variation(request: job_pb2.CreateJobRequest, source: StoredJob, image: int, models: Models) -> Submission:
+def variation(
+    request: job_pb2.CreateJobRequest, source: StoredJob, image: int, models: Models, estimator: Estimator
+) -> Submission:
     """Return a new grid close to one picture of `source`, a job of the caller's.
 
     Raises SourceNotReady or Impossible.
@@ -126,18 +129,20 @@ def variation(request: job_pb2.CreateJobRequest, source: StoredJob, image: int, 
         ),
     )
     # With the seed its source fixed, two variations of one picture would be the same.
-    return _from_source(request, source, JobKind.VARIATION, spec, entry, image=image, seed_fixed=False)
+    return _from_source(request, source, JobKind.VARIATION, spec, estimator, image=image, seed_fixed=False)
 
 
-def reroll(request: job_pb2.CreateJobRequest, source: StoredJob, models: Models) -> Submission:
+def reroll(
+    request: job_pb2.CreateJobRequest, source: StoredJob, models: Models, estimator: Estimator
+) -> Submission:
     """Return the same job as `source`, a job of the caller's, with a new seed unless its prompt fixes one.
 
     Raises Impossible.
     """
     spec = source.spec if source.seed_fixed else replace(source.spec, seed=_seed())
-    entry = _entry_of_source(source, models)
+    _entry_of_source(source, models)  # for its refusals
     return _from_source(
-        request, source, JobKind.REROLL, spec, entry, image=None, seed_fixed=source.seed_fixed
+        request, source, JobKind.REROLL, spec, estimator, image=None, seed_fixed=source.seed_fixed
     )
 
 
@@ -155,7 +160,7 @@ def _from_source(
     source: StoredJob,
     kind: JobKind,
     spec: RenderSpec,
-    entry: ModelEntry,
+    estimator: Estimator,
     *,
     image: int | None,
     seed_fixed: bool,
@@ -176,7 +181,7 @@ def _from_source(
         seed_fixed=seed_fixed,
         tier=frame.tier or _tier(flags.tier),
         visibility=frame.visibility or inherited,
-        predicted_ms=entry.predicted_ms(spec.kind, spec.width, spec.height),
+        predicted_ms=estimator.predict(shape_of(spec)).cost_ms,
         source_job_id=source.job_id,
         source_image=image,
         warnings=source.warnings,

@@ -227,9 +227,11 @@ class _Watch:
         status, self._news.status = self._news.status, None
         progress, self._news.progress = self._news.progress, None
         responses = []
+        # Before the status: of a job that was just parked, the steps before that come first.
+        if progress is not None:
+            self._said = None  # it moves: once it is parked again, that is said again
+            responses.append(job_pb2.WatchJobResponse(progress=messages.progress(progress)))
         if status is not None and status != self._said:
             self._said = status
             responses.append(job_pb2.WatchJobResponse(queue_status=messages.queue_status(status)))
-        if progress is not None:
-            responses.append(job_pb2.WatchJobResponse(progress=messages.progress(progress)))
         return responses

@@ -1,8 +1,9 @@
 """Step 4 of the cycle: what was decided becomes rows, in one transaction, before any worker is called.
 
 Attempts, holds, the fair queue's charges and the tags of accounts that became eligible are written
-together. A start that the database refuses (cancelled meanwhile, no fast time left) ends the batch just
-before it: the charges behind it were computed as if it had happened, so they are decided again.
+together, and the runs that are parked, go on or move. A start that the database refuses (cancelled or moved
+meanwhile, no fast time left) ends the starts just before it: the charges behind it were computed as if it
+had happened, so they are decided again. Runs that go on or move charge nothing, and do so all the same.
 """
 
 from __future__ import annotations
@@ -18,13 +19,21 @@ import asyncpg
 from billing import accounts as billing_accounts
 from billing import ledger
 from billing.prices import PricingSnapshot
+from gpu_worker.contract import Checkpoint
 from scheduler.clock import from_ms
 from scheduler.policy.decisions import Charge
 from scheduler.policy.events import RefusedBecause
 from scheduler.policy.ids import AccountId, JobId, Tier
 from scheduler.policy.parameters import Parameters
+from scheduler.store import parking
+from scheduler.store.checkpoints import checkpoint_from_json
 from scheduler.store.leadership import require_leader
+from scheduler.store.parking import MigratedAttempt, PlannedMigration, PlannedResume
 from scheduler.store.shares import TagChange, ends_unheard_of, store_charges, store_tags
+
+_PARKED_SENTENCE = (
+    "A fast job has its GPU for a while. It goes on from where it is, and nothing is drawn twice."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +50,9 @@ class PlannedAttempt:
     charge: Charge
     decision: Mapping[str, Any]
     sentence: str
+    parks: str | None = None
+    """The attempt whose GPU it takes."""
+    sheltered: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +62,8 @@ class StartedAttempt:
     planned: PlannedAttempt
     event_seq: int
     spec: Mapping[str, Any]
+    checkpoint: Checkpoint | None
+    """The newest of its job."""
     waited_ms: int | None
     """From acceptance to its first start; None for a later one."""
 
@@ -65,14 +79,20 @@ class RefusedStart:
 
 @dataclass(frozen=True, kw_only=True)
 class StartOutcome:
-    """What became of a batch. Starts in neither list were not tried: they are decided again."""
+    """What became of a batch. Starts in neither list were not tried: they are decided again.
+
+    A migration that is not here was refused: the attempt has ended. A park and a resume never are.
+    """
 
     started: Sequence[StartedAttempt] = field(default_factory=tuple)
     refused: Sequence[RefusedStart] = field(default_factory=tuple)
+    migrated: Sequence[MigratedAttempt] = field(default_factory=tuple)
+    event_seqs: Mapping[JobId, int] = field(default_factory=dict)
+    """Numbers of the newest events of the jobs concerned, parked and resumed ones included."""
 
 
 class _Changed(Exception):
-    """A job was cancelled between being read and being updated: look again."""
+    """A job was cancelled or moved between being read and being updated: look again."""
 
 
 async def start_attempts(
@@ -80,102 +100,143 @@ async def start_attempts(
     *,
     epoch: int,
     planned: Sequence[PlannedAttempt],
+    resumes: Sequence[PlannedResume] = (),
+    migrations: Sequence[PlannedMigration] = (),
     tags: Sequence[TagChange],
     running: Sequence[str],
     parameters: Parameters,
     now_ms: int,
     again: bool,
 ) -> StartOutcome:
-    """Write a batch of starts. One that is done `again`, because its answer was lost, returns what it did.
+    """Write a batch. One that is done `again`, because its answer was lost, returns what it did.
 
     `running` are the attempts that the board takes for running, at least those of the accounts concerned.
-    Locks the leader row in share mode, then what the ledger locks, the jobs, and the accounts' shares. Raises
-    Deposed.
+    Locks the leader row in share mode, then what the ledger locks, attempts that park, go on or move, the
+    jobs, and the accounts' shares. Raises Deposed.
     """
     while True:
         try:
             async with connection.transaction():
                 await require_leader(connection, epoch)
-                before = await _outcome_of_before(connection, planned) if again else None
+                before = await _outcome_of_before(connection, planned, migrations) if again else None
                 if before is not None:
                     return before
-                outcome = await _start(connection, epoch, planned, from_ms(now_ms))
+                outcome = await _write_all(connection, epoch, planned, resumes, migrations, from_ms(now_ms))
                 started = [one.planned for one in outcome.started]
                 accounts = {tag[0] for tag in tags} | {plan.account_id for plan in started}
-                unheard = await ends_unheard_of(connection, running, accounts, parameters)
-                await store_tags(connection, tags, unheard)
-                await store_charges(
-                    connection, [(plan.account_id, plan.tier, plan.charge) for plan in started], unheard
-                )
+                if accounts:
+                    unheard = await ends_unheard_of(connection, running, accounts, parameters)
+                    await store_tags(connection, tags, unheard)
+                    await store_charges(
+                        connection, [(plan.account_id, plan.tier, plan.charge) for plan in started], unheard
+                    )
                 return outcome
         except _Changed:
             continue
 
 
 async def _outcome_of_before(
-    connection: asyncpg.Connection, planned: Sequence[PlannedAttempt]
+    connection: asyncpg.Connection,
+    planned: Sequence[PlannedAttempt],
+    migrations: Sequence[PlannedMigration],
 ) -> StartOutcome | None:
     """Return the outcome of this batch if it was committed though its answer was lost.
 
     Which of the others were refused was in the lost answer; they stand in neither list and are decided again.
+    A batch that opened no attempt can be written twice: what goes on already is left as it is.
     """
     rows = {
         row["attempt_id"]: row
         for row in await connection.fetch(
-            """SELECT attempt_id::text, job.spec, job.event_seq
+            """SELECT attempt_id::text, job.spec, job.checkpoint, job.event_seq
                FROM scheduler.attempt JOIN scheduler.job USING (job_id) WHERE attempt_id = ANY($1::uuid[])""",
-            [plan.attempt_id for plan in planned],
+            [plan.attempt_id for plan in planned] + [one.to_attempt_id for one in migrations],
         )
     }
     if not rows:
         return None
-    return StartOutcome(
-        started=[
-            StartedAttempt(
-                planned=plan,
-                event_seq=rows[plan.attempt_id]["event_seq"],
-                spec=json.loads(rows[plan.attempt_id]["spec"]),
-                waited_ms=None,
-            )
-            for plan in planned
-            if plan.attempt_id in rows
-        ]
-    )
+    started = [
+        StartedAttempt(
+            planned=plan,
+            event_seq=rows[plan.attempt_id]["event_seq"],
+            spec=json.loads(rows[plan.attempt_id]["spec"]),
+            checkpoint=checkpoint_from_json(rows[plan.attempt_id]["checkpoint"]),
+            waited_ms=None,
+        )
+        for plan in planned
+        if plan.attempt_id in rows
+    ]
+    return StartOutcome(started=started, migrated=await parking.migrated(connection, migrations))
 
 
-async def _start(
-    connection: asyncpg.Connection, epoch: int, planned: Sequence[PlannedAttempt], at: datetime
+async def _write_all(
+    connection: asyncpg.Connection,
+    epoch: int,
+    planned: Sequence[PlannedAttempt],
+    resumes: Sequence[PlannedResume],
+    migrations: Sequence[PlannedMigration],
+    at: datetime,
 ) -> StartOutcome:
-    if not planned:
-        return StartOutcome()
     rows = await _job_rows(connection, planned)
-    gone = [plan for plan in planned if plan.job_id not in rows or rows[plan.job_id]["state"] != "queued"]
-    refused = [RefusedStart(job_id=p.job_id, because=RefusedBecause.GONE, sentence="cancelled") for p in gone]
-    prefix = planned[: planned.index(gone[0])] if gone else planned
-
+    prefix, refused = _still_wanted(planned, rows)
     prefix, unfunded = await _hold(connection, prefix, rows, at)
-    refused.extend(unfunded)
-    sequences = await _write(connection, epoch, prefix, at)
+    # Attempts before jobs, as a settlement locks them; and who leaves a worker before who gets it.
+    moved = await parking.migrate(connection, epoch, migrations, at)
+    gone_on = await parking.resume(connection, resumes, at)
+    parked = await parking.park(connection, [plan.parks for plan in prefix if plan.parks is not None], at)
+    await _insert(connection, epoch, prefix, rows, at)
+    sequences = await record_events(
+        connection,
+        [(plan.job_id, "running", plan.sentence) for plan in prefix]
+        + [(job_id, "running", _PARKED_SENTENCE) for job_id in parked]
+        + [(job_id, "running", one.sentence) for job_id, one in (gone_on | moved).items()],
+        at,
+    )
     return StartOutcome(
         started=[
             StartedAttempt(
                 planned=plan,
                 event_seq=sequences[plan.job_id],
                 spec=json.loads(rows[plan.job_id]["spec"]),
-                waited_ms=rows[plan.job_id]["waited_ms"] if rows[plan.job_id]["losses"] == 0 else None,
+                checkpoint=checkpoint_from_json(rows[plan.job_id]["checkpoint"]),
+                waited_ms=rows[plan.job_id]["waited_ms"],
             )
             for plan in prefix
         ],
-        refused=refused,
+        refused=[*refused, *unfunded],
+        migrated=await parking.migrated(connection, list(moved.values())),
+        event_seqs=sequences,
     )
+
+
+def _still_wanted(
+    planned: Sequence[PlannedAttempt], rows: Mapping[str, asyncpg.Record]
+) -> tuple[Sequence[PlannedAttempt], list[RefusedStart]]:
+    """Return the starts before the first whose job waits no more in its tier, and all such refusals."""
+    refused = []
+    first = len(planned)
+    for index, plan in enumerate(planned):
+        row = rows.get(plan.job_id)
+        if row is None or row["state"] != "queued":
+            because, sentence = RefusedBecause.GONE, "cancelled"
+        elif row["tier"] != plan.tier:
+            because, sentence = RefusedBecause.MOVED, f"moved to {row['tier']}"
+        else:
+            continue
+        first = min(first, index)
+        refused.append(RefusedStart(job_id=plan.job_id, because=because, sentence=sentence))
+    return planned[:first], refused
 
 
 async def _job_rows(
     connection: asyncpg.Connection, planned: Sequence[PlannedAttempt]
 ) -> dict[str, asyncpg.Record]:
+    if not planned:
+        return {}
     rows = await connection.fetch(
-        """SELECT job_id::text, state, pricing, spec, losses,
-                  (extract(epoch FROM now() - created_at) * 1000)::bigint AS waited_ms
+        """SELECT job_id::text, state, tier, pricing, spec, checkpoint,
+                  CASE WHEN started_at IS NULL
+                       THEN (extract(epoch FROM now() - created_at) * 1000)::bigint END AS waited_ms
            FROM scheduler.job WHERE job_id = ANY($1::uuid[])""",
         [plan.job_id for plan in planned],
     )
@@ -229,31 +290,40 @@ async def _hold(
     return prefix, [RefusedStart(job_id=first.job_id, because=RefusedBecause.FUNDS, sentence=str(refusal))]
 
 
-async def _write(
-    connection: asyncpg.Connection, epoch: int, planned: Sequence[PlannedAttempt], at: datetime
-) -> dict[str, int]:
-    """Write attempts, jobs, events and charges; returns the number of each job's event."""
+async def _insert(
+    connection: asyncpg.Connection,
+    epoch: int,
+    planned: Sequence[PlannedAttempt],
+    rows: Mapping[str, asyncpg.Record],
+    at: datetime,
+) -> None:
+    """Write attempts and move their jobs. Raises _Changed if one waits no more in its tier."""
     if not planned:
-        return {}
+        return
     job_ids = [plan.job_id for plan in planned]
     updated = await connection.fetch(
-        """UPDATE scheduler.job SET state = 'running', started_at = coalesce(started_at, $2)
-           WHERE job_id = ANY($1::uuid[]) AND state = 'queued' RETURNING job_id""",
+        """UPDATE scheduler.job SET state = 'running', started_at = coalesce(started_at, $3)
+           FROM unnest($1::uuid[], $2::text[]) AS plan (job_id, tier)
+           WHERE job.job_id = plan.job_id AND state = 'queued' AND job.tier = plan.tier RETURNING 1""",
         job_ids,
+        [plan.tier.value for plan in planned],
         at,
     )
     if len(updated) < len(planned):
         raise _Changed
+    checkpoints = [checkpoint_from_json(rows[job_id]["checkpoint"]) for job_id in job_ids]
     await connection.execute(
         """INSERT INTO scheduler.attempt (attempt_id, job_id, number, token, epoch, worker_id, incarnation,
-                                          started_at, predicted_ms, charged_at_ms, weight_milli, decision)
+                                          started_at, predicted_ms, charged_at_ms, weight_milli, decision,
+                                          sheltered, kept_ms)
            SELECT attempt_id, job_id,
                   1 + (SELECT count(*) FROM scheduler.attempt a WHERE a.job_id = new.job_id),
-                  token, $11, worker_id, incarnation, $10, predicted_ms, charged_at_ms, weight_milli, decision
+                  token, $11, worker_id, incarnation, $10, predicted_ms, charged_at_ms, weight_milli,
+                  decision, sheltered, kept_ms
            FROM unnest($1::uuid[], $2::uuid[], $3::uuid[], $4::text[], $5::text[], $6::integer[],
-                       $7::bigint[], $8::integer[], $9::jsonb[])
+                       $7::bigint[], $8::integer[], $9::jsonb[], $12::boolean[], $13::integer[])
                 AS new (attempt_id, job_id, token, worker_id, incarnation, predicted_ms, charged_at_ms,
-                        weight_milli, decision)""",
+                        weight_milli, decision, sheltered, kept_ms)""",
         [plan.attempt_id for plan in planned],
         job_ids,
         [plan.token for plan in planned],
@@ -265,14 +335,17 @@ async def _write(
         [json.dumps(plan.decision) for plan in planned],
         at,
         epoch,
+        [plan.sheltered for plan in planned],
+        [0 if checkpoint is None else checkpoint.kept.gpu_ms for checkpoint in checkpoints],
     )
-    return await record_events(connection, [(plan.job_id, "running", plan.sentence) for plan in planned], at)
 
 
 async def record_events(
     connection: asyncpg.Connection, events: Sequence[tuple[str, str, str]], at: datetime
-) -> dict[str, int]:
+) -> dict[JobId, int]:
     """Write (job, state, sentence) events, stamp them on the jobs, and return each job's number."""
+    if not events:
+        return {}
     rows = await connection.fetch(
         """WITH event AS (
                INSERT INTO scheduler.job_event (job_id, state, sentence, at)
@@ -286,4 +359,4 @@ async def record_events(
         [sentence for _, _, sentence in events],
         at,
     )
-    return {row["job_id"]: row["seq"] for row in rows}
+    return {JobId(row["job_id"]): row["seq"] for row in rows}

@@ -4,6 +4,9 @@ attempt closed, charge posted or voided, job moved, usage corrected.
 An attempt is closed only where its id, its token and the state `running` still match; a result that matches
 no such row came from a worker that was given up, and counts for nothing. Settling the same attempt again
 returns what was done the first time.
+
+GPU time is conserved: what an attempt's job had in its checkpoint when it started, and what it took since,
+is used, absorbed, or in the checkpoint that its job goes on from.
 """
 
 from __future__ import annotations
@@ -23,10 +26,14 @@ from billing import ledger
 from billing.prices import PricingSnapshot
 from gpu_worker.contract import ImageFile, StageTimes
 from scheduler.clock import from_ms
-from scheduler.policy.ids import Tier
+from scheduler.estimator import Observation, observation
+from scheduler.policy import retry
+from scheduler.policy.ids import JobId, Tier
 from scheduler.policy.parameters import Parameters
+from scheduler.store import estimates
+from scheduler.store.checkpoints import checkpoint_from_json
 from scheduler.store.dispatch import record_events
-from scheduler.store.jobs import JobReceipt, images_to_json, receipt_to_json
+from scheduler.store.jobs import JobReceipt, images_to_json, receipt_to_json, spec_from_json
 from scheduler.store.leadership import require_leader
 from scheduler.store.shares import correction_of, lock_shares
 
@@ -51,12 +58,19 @@ class AttemptEnd:
     token: str
     verdict: Verdict
     gpu_ms: int | None
-    """Measured; None for a lost one, whose time since dispatch is absorbed."""
+    """Measured of this attempt alone; None for a lost one, which counts with the time it had its GPU."""
+    redone_ms: int = 0
+    """Measured, and spent on what a checkpoint should have spared: nobody is charged for it."""
+    kept: StageTimes = field(default_factory=StageTimes)
+    """Of earlier attempts, in the checkpoint that it went on from: charged with it."""
     executed: bool = True
     """False: no worker ever took it, so it counts against nobody."""
     worker_at_fault: bool = False
     """The loss counts against the worker's slot."""
     times: StageTimes = field(default_factory=StageTimes)
+    device: str = ""
+    """Device type and speed of the worker that measured it, from which costs are learned; empty: of none."""
+    speed_permille: int = 1000
     images: tuple[ImageFile, ...] = ()
     latents_path: str | None = None
     reproduction: Mapping[str, Any] = field(default_factory=dict)
@@ -110,10 +124,15 @@ async def settle_attempts(
     at = from_ms(now_ms)
     async with connection.transaction():
         await require_leader(connection, epoch)
-        # A cancel takes the account's lock before it marks a job; what is read under the lock stays true.
+        # A cancel takes the account's lock before it marks a job, and a migration takes no lock but the
+        # attempt's; what is read under both locks stays true.
         accounts = {row["account_id"] for row in (await _attempt_rows(connection, ends)).values()}
         await billing_accounts.lock(connection, accounts, at)
-        rows = await _attempt_rows(connection, ends)
+        rows = {
+            attempt_id: row
+            for attempt_id, row in (await _attempt_rows(connection, ends, lock=True)).items()
+            if row["state"] != "migrated"  # its run is another attempt's
+        }
         # A repeat of what was settled before, or a second claim in the same batch, changes nothing.
         fresh: dict[str, AttemptEnd] = {}
         for end in ends:
@@ -133,18 +152,20 @@ async def settle_attempts(
 
 
 async def _attempt_rows(
-    connection: asyncpg.Connection, ends: Sequence[AttemptEnd]
+    connection: asyncpg.Connection, ends: Sequence[AttemptEnd], *, lock: bool = False
 ) -> dict[str, asyncpg.Record]:
     rows = await connection.fetch(
-        """SELECT attempt.attempt_id::text, attempt.job_id::text, attempt.number, attempt.state,
+        f"""SELECT attempt.attempt_id::text, attempt.job_id::text, attempt.number, attempt.state,
                   attempt.worker_id, attempt.started_at, attempt.predicted_ms, attempt.charged_at_ms,
-                  attempt.weight_milli, attempt.gpu_ms, job.account_id, job.tier, job.pricing,
+                  attempt.weight_milli, attempt.gpu_ms, attempt.parked_at, attempt.parked_ms,
+                  attempt.kept_ms, job.account_id, job.tier, job.pricing, job.spec, job.checkpoint,
                   job.state AS job_state, job.event_seq, job.cancel_wanted, job.losses, job.created_at,
                   job.started_at AS job_started_at, cell.decay_origin_ms
            FROM unnest($1::uuid[], $2::uuid[]) AS claim (attempt_id, token)
            JOIN scheduler.attempt USING (attempt_id, token)
            JOIN scheduler.job USING (job_id)
-           JOIN scheduler.cell ON cell.tier = 'relax'""",
+           JOIN scheduler.cell ON cell.tier = 'relax'
+           {"ORDER BY attempt.attempt_id FOR NO KEY UPDATE OF attempt" if lock else ""}""",  # noqa: S608
         [end.attempt_id for end in ends],
         [end.token for end in ends],
     )
@@ -178,12 +199,25 @@ class _Closing:
     verdict: Verdict
     job_state: str
     used_ms: int
+    """With what was kept of earlier attempts."""
     absorbed_ms: int
+    goes_on: bool
+    """The job waits again, and has a checkpoint to go on from."""
 
     @property
     def counts_as_loss(self) -> bool:
         """Whether it is one of the few losses a job may have."""
-        return self.verdict is Verdict.LOST and self.end.executed
+        return _counts_as_loss(self.verdict, self.end, self.row)
+
+    @property
+    def teaches(self) -> bool:
+        """Whether it shows what such a job takes."""
+        return self.verdict is Verdict.SUCCEEDED and self.end.device != ""
+
+    @property
+    def kept(self) -> StageTimes:
+        """What of `used_ms` earlier attempts took."""
+        return self.end.kept if self.verdict in _PAID else StageTimes()
 
     @property
     def ending(self) -> ledger.Ending:
@@ -194,22 +228,44 @@ class _Closing:
 _PAID = (Verdict.SUCCEEDED, Verdict.CANCELLED)
 
 
-def _judge(end: AttemptEnd, row: asyncpg.Record, at: datetime) -> _Closing:
-    elapsed_ms = max(0, (at - row["started_at"]) // timedelta(milliseconds=1))
-    measured_ms = elapsed_ms if end.gpu_ms is None else end.gpu_ms
+def _counts_as_loss(verdict: Verdict, end: AttemptEnd, row: asyncpg.Record) -> bool:
+    # A parked run sat still: it is not what its worker died of.
+    return verdict is Verdict.LOST and end.executed and row["parked_at"] is None
+
+
+def _judge(end: AttemptEnd, row: asyncpg.Record, parameters: Parameters, at: datetime) -> _Closing:
     verdict = end.verdict
     if verdict is Verdict.CANCELLED and not row["cancel_wanted"]:
         verdict = Verdict.LOST  # it was stopped by us, not by its owner: not paid for, and done again
+    measured_ms = _on_gpu_ms(row, at) if end.gpu_ms is None else end.gpu_ms
+    job_state = verdict.value
+    used_ms, goes_on_from = 0, None
     if verdict in _PAID:
-        return _Closing(
-            end=end, row=row, verdict=verdict, job_state=verdict.value, used_ms=measured_ms, absorbed_ms=0
-        )
-    # A lost attempt of a job whose owner no longer wants it is not tried again.
-    state_if_lost = "cancelled" if row["cancel_wanted"] else "queued"
-    job_state = "failed" if verdict is Verdict.FAILED else state_if_lost
+        used_ms = end.kept.gpu_ms + measured_ms
+    elif verdict is Verdict.LOST:
+        # A lost attempt of a job whose owner no longer wants it is not tried again.
+        job_state = "cancelled" if row["cancel_wanted"] else "queued"
+        losses = row["losses"] + _counts_as_loss(verdict, end, row)
+        if job_state == "queued" and retry.give_up_reason(losses, parameters) is None:
+            goes_on_from = checkpoint_from_json(row["checkpoint"])
+    kept_on_ms = 0 if goes_on_from is None else goes_on_from.kept.gpu_ms
     return _Closing(
-        end=end, row=row, verdict=verdict, job_state=job_state, used_ms=0, absorbed_ms=measured_ms
+        end=end,
+        row=row,
+        verdict=verdict,
+        job_state=job_state,
+        used_ms=used_ms,
+        # Times of several clocks: a checkpoint may have kept a little more than was seen to pass.
+        absorbed_ms=max(0, row["kept_ms"] + measured_ms + end.redone_ms - used_ms - kept_on_ms),
+        goes_on=goes_on_from is not None,
     )
+
+
+def _on_gpu_ms(row: asyncpg.Record, at: datetime) -> int:
+    """Return how long an attempt had its worker's GPU."""
+    until = at if row["parked_at"] is None else row["parked_at"]
+    held_ms: int = (until - row["started_at"]) // timedelta(milliseconds=1) - row["parked_ms"]
+    return max(0, held_ms)
 
 
 async def _close(
@@ -221,7 +277,7 @@ async def _close(
 ) -> list[Settled]:
     if not ends:
         return []
-    closings = [_judge(end, rows[end.attempt_id], at) for end in ends]
+    closings = [_judge(end, rows[end.attempt_id], parameters, at) for end in ends]
     charges = await ledger.settle(
         connection,
         [
@@ -246,6 +302,7 @@ async def _close(
         connection, [(c.row["job_id"], c.job_state, _sentence(c)) for c in closings], at
     )
     set_aside = await _count_losses(connection, closings, at)
+    await estimates.learn(connection, [_observed(c) for c in closings if c.teaches])
     return [
         Settled(
             attempt_id=closing.end.attempt_id,
@@ -268,12 +325,23 @@ async def _close(
     ]
 
 
+def _observed(closing: _Closing) -> Observation:
+    end = closing.end
+    return observation(
+        spec_from_json(json.loads(closing.row["spec"])),
+        closing.kept + end.times,
+        device=end.device,
+        speed_permille=end.speed_permille,
+    )
+
+
 def _sentence(closing: _Closing) -> str:
     match closing.job_state:
         case "queued":
+            goes_on = ", and goes on from where it was saved last" if closing.goes_on else ""
             return (
                 f"{closing.end.sentence or 'The GPU worker was lost.'} "
-                "The job waits at its old place and costs nothing so far."
+                f"The job waits at its old place{goes_on}. It costs nothing so far."
             )
         case "cancelled":
             return "Cancelled by its owner."
@@ -286,17 +354,19 @@ def _sentence(closing: _Closing) -> str:
 async def _close_attempts(connection: asyncpg.Connection, closings: Sequence[_Closing], at: datetime) -> None:
     done = await connection.execute(
         """UPDATE scheduler.attempt
-           SET state = new.state, ended_at = $5, gpu_ms = new.gpu_ms, times = new.times
-           FROM unnest($1::uuid[], $2::text[], $3::integer[], $4::jsonb[])
-                AS new (attempt_id, state, gpu_ms, times)
+           SET state = new.state, ended_at = $5, gpu_ms = new.gpu_ms, times = new.times,
+               kept_ms = new.kept_ms, parked_at = NULL
+           FROM unnest($1::uuid[], $2::text[], $3::integer[], $4::jsonb[], $6::integer[])
+                AS new (attempt_id, state, gpu_ms, times, kept_ms)
            WHERE attempt.attempt_id = new.attempt_id AND attempt.state = 'running'""",
         [closing.end.attempt_id for closing in closings],
         [closing.verdict.value for closing in closings],
         [closing.used_ms for closing in closings],
         [json.dumps(asdict(closing.end.times)) for closing in closings],
         at,
+        [closing.kept.gpu_ms for closing in closings],
     )
-    # Only the leader closes attempts, it holds its row, and it read them as running in this transaction.
+    # They were read as running in this transaction, and are locked since.
     assert done == f"UPDATE {len(closings)}", f"{done}, not {len(closings)}: two settlements of one attempt"
 
 
@@ -312,11 +382,13 @@ async def _move_jobs(
                ended_at = CASE WHEN new.state = 'queued' THEN NULL ELSE $8::timestamptz END,
                images = new.images, latents_path = new.latents_path, receipt = new.receipt,
                losses = job.losses + new.losses, failure_reason = new.failure_reason,
-               failure_sentence = new.failure_sentence
+               failure_sentence = new.failure_sentence,
+               -- Not what was read: a newer one may be there by now.
+               checkpoint = CASE WHEN new.goes_on THEN job.checkpoint END
            FROM unnest($1::uuid[], $2::text[], $3::jsonb[], $4::text[], $5::jsonb[], $6::smallint[],
-                       $7::text[], $9::text[])
+                       $7::text[], $9::text[], $10::boolean[])
                 AS new (job_id, state, images, latents_path, receipt, losses, failure_reason,
-                        failure_sentence)
+                        failure_sentence, goes_on)
            WHERE job.job_id = new.job_id""",
         [closing.row["job_id"] for closing in closings],
         [closing.job_state for closing in closings],
@@ -330,6 +402,7 @@ async def _move_jobs(
         [_if_state(c, "failed", c.end.failure_reason or "ENGINE_ERROR") for c in closings],
         at,
         [_if_state(c, "failed", c.end.sentence) for c in closings],
+        [closing.goes_on for closing in closings],
     )
 
 
@@ -339,7 +412,7 @@ def _if_state(closing: _Closing, state: str, value: str | None) -> str | None:
 
 def _receipt(closing: _Closing, charge: ledger.Settled) -> JobReceipt:
     waited = closing.row["job_started_at"] - closing.row["created_at"]
-    times = closing.end.times
+    times = closing.kept + closing.end.times
     return JobReceipt(
         gpu_ms=closing.used_ms,
         billed_gpu_ms=charge.billed_ms,
@@ -404,7 +477,7 @@ async def _count_losses(
                    WHERE worker_id = $1 AND losses_in_row > 0""",
                 row["worker_id"],
             )
-        elif end.worker_at_fault:
+        elif end.worker_at_fault and row["parked_at"] is None:
             losses = await connection.fetchval(
                 """INSERT INTO scheduler.worker_slot (worker_id, losses_in_row, last_lost_job)
                    VALUES ($1, 1, $2)
@@ -438,7 +511,8 @@ async def give_up(
         await require_leader(connection, epoch)
         failed = await connection.fetchval(
             """UPDATE scheduler.job
-               SET state = 'failed', ended_at = $2, failure_reason = 'WORKERS_LOST', failure_sentence = $3
+               SET state = 'failed', ended_at = $2, failure_reason = 'WORKERS_LOST', failure_sentence = $3,
+                   checkpoint = NULL
                WHERE job_id = $1 AND state = 'queued' RETURNING job_id""",
             job_id,
             at,
@@ -446,4 +520,4 @@ async def give_up(
         )
         if failed is None:
             return None
-        return (await record_events(connection, [(job_id, "failed", sentence)], at))[job_id]
+        return (await record_events(connection, [(job_id, "failed", sentence)], at))[JobId(job_id)]

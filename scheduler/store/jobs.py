@@ -125,6 +125,8 @@ class StoredJob:
     attempt_id: str | None
     """Of the running attempt."""
     worker_id: str | None
+    parked_at: datetime | None
+    """Since when the running attempt's GPU is another's; None: it has it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +215,7 @@ _COLUMNS = """
     created_at, job.started_at, job.ended_at, images, latents_path, receipt, failure_reason,
     failure_sentence"""
 _SELECT = f"""
-    SELECT {_COLUMNS}, attempt.attempt_id::text, attempt.worker_id
+    SELECT {_COLUMNS}, attempt.attempt_id::text, attempt.worker_id, attempt.parked_at
     FROM scheduler.job
     LEFT JOIN scheduler.attempt ON attempt.job_id = job.job_id AND attempt.state = 'running'"""  # noqa: S608
 
@@ -232,7 +234,7 @@ async def insert_job(connection: Connection, job: NewJob, sentence: str) -> Stor
             written AS (
                 INSERT INTO scheduler.job_event (seq, job_id, state, sentence) OVERRIDING SYSTEM VALUE
                 SELECT event_seq, job_id, state, $14 FROM job)
-            SELECT {_COLUMNS}, NULL AS attempt_id, NULL AS worker_id FROM job""",  # noqa: S608
+            SELECT {_COLUMNS}, NULL AS attempt_id, NULL AS worker_id, NULL AS parked_at FROM job""",  # noqa: S608
         UUID(job.job_id),
         job.account_id,
         job.kind,
@@ -390,6 +392,27 @@ async def cancel_waiting(connection: Connection, job_id: str, receipt: JobReceip
     assert done == "UPDATE 1", "the caller locked a waiting job"
 
 
+async def move_waiting(
+    connection: Connection, job_id: str, tier: Tier, pricing: PricingSnapshot, sentence: str
+) -> None:
+    """Put a waiting job, whose row the caller has locked, in `tier` on these terms, with an event.
+
+    Should the scheduler not be told, its sweep finds the row: it counts as one nobody has noticed.
+    """
+    done = await connection.execute(
+        """WITH event AS (
+               INSERT INTO scheduler.job_event (job_id, state, sentence) VALUES ($1, 'queued', $4)
+               RETURNING seq)
+           UPDATE scheduler.job SET tier = $2, pricing = $3, event_seq = event.seq, noticed_epoch = 0
+           FROM event WHERE job_id = $1 AND state = 'queued'""",
+        UUID(job_id),
+        tier,
+        json.dumps(pricing.to_json()),
+        sentence,
+    )
+    assert done == "UPDATE 1", "the caller locked a waiting job"
+
+
 async def want_cancel(connection: Connection, job_id: str) -> None:
     """Remember that the owner of a running job, whose row the caller has locked, wants it to end."""
     await connection.execute("UPDATE scheduler.job SET cancel_wanted = true WHERE job_id = $1", UUID(job_id))
@@ -439,4 +462,5 @@ def _stored(row: asyncpg.Record) -> StoredJob:
         failure_sentence=row["failure_sentence"],
         attempt_id=row["attempt_id"],
         worker_id=row["worker_id"],
+        parked_at=row["parked_at"],
     )

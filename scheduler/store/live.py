@@ -1,4 +1,4 @@
-"""What the board is built from and kept current by: live jobs, running attempts, accounts, cells, slots.
+"""What the board is built from and kept current by: live jobs, running attempts, accounts, cells.
 
 Nothing here decides; a scheduler that starts reads these rows and replays them as events, one that runs reads
 the rows it was told of, and once in a while those that nobody told it of.
@@ -14,18 +14,22 @@ from datetime import datetime
 import asyncpg
 
 from billing import accounts as billing_accounts
-from gpu_worker.contract import RenderSpec
+from gpu_worker.contract import Checkpoint, RenderSpec
 from scheduler.clock import from_ms
+from scheduler.estimator import steps_done
 from scheduler.policy.events import FairShare
 from scheduler.policy.ids import AccountId, JobId, Tier
 from scheduler.policy.limits import Limits
 from scheduler.policy.usage import Rescaling
+from scheduler.store.checkpoints import checkpoint_from_json
 from scheduler.store.jobs import spec_from_json
 from scheduler.store.leadership import require_leader
 
 _JOB_COLUMNS = """job_id::text, account_id, tier, state, arrival, predicted_ms, losses, cancel_wanted,
                   created_at, event_seq, spec ->> 'model' AS model, (spec ->> 'width')::int AS width,
-                  (spec ->> 'height')::int AS height"""
+                  (spec ->> 'height')::int AS height, (spec ->> 'steps')::int AS steps,
+                  coalesce((spec -> 'source' ->> 'strength_permille')::int, 1000) AS strength_permille,
+                  checkpoint"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +49,9 @@ class LiveJob:
     model: str
     width: int
     height: int
+    steps: int
+    """Denoising steps that it does."""
+    checkpoint: Checkpoint | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +69,12 @@ class RunningAttempt:
     charged_at_ms: int
     weight_milli: int
     started_at: datetime
+    parked_at: datetime | None
+    """None: it has its worker's GPU."""
+    parked_ms: int
+    """Before that."""
+    parks: int
+    sheltered: bool
     spec: RenderSpec
 
 
@@ -130,6 +143,8 @@ def _job(row: asyncpg.Record) -> LiveJob:
         model=row["model"],
         width=row["width"],
         height=row["height"],
+        steps=steps_done(row["steps"], row["strength_permille"]),
+        checkpoint=checkpoint_from_json(row["checkpoint"]),
     )
 
 
@@ -154,7 +169,8 @@ async def running_attempts(connection: asyncpg.Connection) -> list[RunningAttemp
     """Return every running attempt."""
     rows = await connection.fetch(
         """SELECT attempt_id::text, token::text, job_id::text, account_id, tier, worker_id, incarnation,
-                  attempt.predicted_ms, charged_at_ms, weight_milli, attempt.started_at, spec
+                  attempt.predicted_ms, charged_at_ms, weight_milli, attempt.started_at, parked_at, parked_ms,
+                  parks, sheltered, spec
            FROM scheduler.attempt JOIN scheduler.job USING (job_id) WHERE attempt.state = 'running'"""
     )
     return [
@@ -170,6 +186,10 @@ async def running_attempts(connection: asyncpg.Connection) -> list[RunningAttemp
             charged_at_ms=row["charged_at_ms"],
             weight_milli=row["weight_milli"],
             started_at=row["started_at"],
+            parked_at=row["parked_at"],
+            parked_ms=row["parked_ms"],
+            parks=row["parks"],
+            sheltered=row["sheltered"],
             spec=spec_from_json(json.loads(row["spec"])),
         )
         for row in rows
@@ -259,11 +279,3 @@ async def rescale_usage(
         )
         if moved != "UPDATE 0":
             await connection.execute("UPDATE scheduler.fair_share SET usage = usage * $1", rescaling.factor)
-
-
-async def slots_set_aside(connection: asyncpg.Connection) -> dict[str, datetime]:
-    """Return until when which worker slots get nothing, because they lost three different jobs in a row."""
-    rows = await connection.fetch(
-        "SELECT worker_id, set_aside_until FROM scheduler.worker_slot WHERE set_aside_until > now()"
-    )
-    return {row["worker_id"]: row["set_aside_until"] for row in rows}

@@ -65,7 +65,7 @@ async def ends_unheard_of(
         """SELECT job.account_id, job.tier, attempt.predicted_ms, weight_milli, charged_at_ms, gpu_ms,
                   decay_origin_ms
            FROM scheduler.attempt JOIN scheduler.job USING (job_id) JOIN scheduler.cell ON cell.tier = 'relax'
-           WHERE attempt_id = ANY($1::uuid[]) AND attempt.state <> 'running'""",
+           WHERE attempt_id = ANY($1::uuid[]) AND attempt.state NOT IN ('running', 'migrated')""",
         running,
     ):
         unheard[row["account_id"], row["tier"]] += correction_of(row, row["gpu_ms"], parameters).tag_delta

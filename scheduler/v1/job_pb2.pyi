@@ -10,6 +10,7 @@ refused with REQUEST_ID_REUSED. Every error carries google.rpc.ErrorInfo with do
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
@@ -154,6 +155,8 @@ class _QueueReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_QueueReas
     """No worker that could run it is present at the moment."""
     QUEUE_REASON_SCHEDULER_STARTING: _QueueReason.ValueType  # 6
     """The scheduler is restarting and has not yet looked at the job."""
+    QUEUE_REASON_PARKED: _QueueReason.ValueType  # 7
+    """It is running, but a fast job has its GPU for the moment; it goes on from where it is."""
 
 class QueueReason(_QueueReason, metaclass=_QueueReasonEnumTypeWrapper):
     """QueueReason says why a job is not running yet."""
@@ -171,6 +174,8 @@ QUEUE_REASON_NO_WORKER: QueueReason.ValueType  # 5
 """No worker that could run it is present at the moment."""
 QUEUE_REASON_SCHEDULER_STARTING: QueueReason.ValueType  # 6
 """The scheduler is restarting and has not yet looked at the job."""
+QUEUE_REASON_PARKED: QueueReason.ValueType  # 7
+"""It is running, but a fast job has its GPU for the moment; it goes on from where it is."""
 Global___QueueReason: _TypeAlias = QueueReason  # noqa: Y015
 
 @_typing.final
@@ -237,7 +242,7 @@ class Job(_message.Message):
     def end_time(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
     def queue_status(self) -> Global___QueueStatus:
-        """Present while the job waits."""
+        """Present while the job waits, and while it is parked in the middle."""
 
     @_builtins.property
     def images(self) -> _containers.RepeatedCompositeFieldContainer[Global___Image]:
@@ -306,23 +311,39 @@ class QueueStatus(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     SENTENCE_FIELD_NUMBER: _builtins.int
     POSITION_FIELD_NUMBER: _builtins.int
+    START_P50_MS_FIELD_NUMBER: _builtins.int
+    START_P90_MS_FIELD_NUMBER: _builtins.int
     reason: Global___QueueReason.ValueType
     sentence: _builtins.str
     """A sentence for a person."""
     position: _builtins.int
     """1 is next. 0 when a gate, not the order, holds the job."""
+    start_p50_ms: _builtins.int
+    """When it will probably start, in milliseconds from now: half of such jobs start before the first, nine in
+    ten before the second. Absent while that is not known, or something that no time opens holds it.
+    """
+    start_p90_ms: _builtins.int
     def __init__(
         self,
         *,
         reason: Global___QueueReason.ValueType = ...,
         sentence: _builtins.str = ...,
         position: _builtins.int = ...,
+        start_p50_ms: _builtins.int | None = ...,
+        start_p90_ms: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_start_p50_ms", b"_start_p50_ms", "_start_p90_ms", b"_start_p90_ms", "start_p50_ms", b"start_p50_ms", "start_p90_ms", b"start_p90_ms"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["position", b"position", "reason", b"reason", "sentence", b"sentence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_start_p50_ms", b"_start_p50_ms", "_start_p90_ms", b"_start_p90_ms", "position", b"position", "reason", b"reason", "sentence", b"sentence", "start_p50_ms", b"start_p50_ms", "start_p90_ms", b"start_p90_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__start_p50_ms: _TypeAlias = _typing.Literal["start_p50_ms"]  # noqa: Y015
+    _WhichOneofArgType__start_p50_ms: _TypeAlias = _typing.Literal["_start_p50_ms", b"_start_p50_ms"]  # noqa: Y015
+    _WhichOneofReturnType__start_p90_ms: _TypeAlias = _typing.Literal["start_p90_ms"]  # noqa: Y015
+    _WhichOneofArgType__start_p90_ms: _TypeAlias = _typing.Literal["_start_p90_ms", b"_start_p90_ms"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__start_p50_ms) -> _WhichOneofReturnType__start_p50_ms | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__start_p90_ms) -> _WhichOneofReturnType__start_p90_ms | None: ...
 
 Global___QueueStatus: _TypeAlias = QueueStatus  # noqa: Y015
 
@@ -716,6 +737,391 @@ class CancelJobRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CancelJobRequest: _TypeAlias = CancelJobRequest  # noqa: Y015
+
+@_typing.final
+class UpdateJobRequest(_message.Message):
+    """UpdateJobRequest is the request of UpdateJob."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    UPDATE_MASK_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    @_builtins.property
+    def job(self) -> Global___Job:
+        """`name` says which job."""
+
+    @_builtins.property
+    def update_mask(self) -> _field_mask_pb2.FieldMask:
+        """`tier`, the only field that can be changed."""
+
+    def __init__(
+        self,
+        *,
+        job: Global___Job | None = ...,
+        update_mask: _field_mask_pb2.FieldMask | None = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "update_mask", b"update_mask"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "request_id", b"request_id", "update_mask", b"update_mask"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateJobRequest: _TypeAlias = UpdateJobRequest  # noqa: Y015
+
+@_typing.final
+class ExplainJobRequest(_message.Message):
+    """ExplainJobRequest is the request of ExplainJob."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainJobRequest: _TypeAlias = ExplainJobRequest  # noqa: Y015
+
+@_typing.final
+class Explanation(_message.Message):
+    """Explanation is why a job is where it is. Other accounts and jobs of others are not named."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
+    SENTENCES_FIELD_NUMBER: _builtins.int
+    QUEUE_STATUS_FIELD_NUMBER: _builtins.int
+    PLACE_FIELD_NUMBER: _builtins.int
+    AHEAD_FIELD_NUMBER: _builtins.int
+    BOUND_FIELD_NUMBER: _builtins.int
+    END_MS_FIELD_NUMBER: _builtins.int
+    job: _builtins.str
+    """accounts/{account}/jobs/{uuid}"""
+    state: Global___JobState.ValueType
+    tier: Global___Tier.ValueType
+    end_ms: _builtins.int
+    """When it will probably end, in milliseconds from now, if it keeps its GPU; absent unless it runs."""
+    @_builtins.property
+    def sentences(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """For a person: what holds it, what it is compared by, what has to end first, by when it starts at the
+        latest; of a job that started, why it did.
+        """
+
+    @_builtins.property
+    def queue_status(self) -> Global___QueueStatus:
+        """Present while the job waits or is parked."""
+
+    @_builtins.property
+    def place(self) -> Global___Place:
+        """Present while the job waits."""
+
+    @_builtins.property
+    def ahead(self) -> Global___Ahead:
+        """Present while the job waits for other jobs to end."""
+
+    @_builtins.property
+    def bound(self) -> Global___WaitBound:
+        """Absent where something holds the job that no time opens."""
+
+    def __init__(
+        self,
+        *,
+        job: _builtins.str = ...,
+        state: Global___JobState.ValueType = ...,
+        tier: Global___Tier.ValueType = ...,
+        sentences: _abc.Iterable[_builtins.str] | None = ...,
+        queue_status: Global___QueueStatus | None = ...,
+        place: Global___Place | None = ...,
+        ahead: Global___Ahead | None = ...,
+        bound: Global___WaitBound | None = ...,
+        end_ms: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_end_ms", b"_end_ms", "ahead", b"ahead", "bound", b"bound", "end_ms", b"end_ms", "place", b"place", "queue_status", b"queue_status"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_end_ms", b"_end_ms", "ahead", b"ahead", "bound", b"bound", "end_ms", b"end_ms", "job", b"job", "place", b"place", "queue_status", b"queue_status", "sentences", b"sentences", "state", b"state", "tier", b"tier"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__end_ms: _TypeAlias = _typing.Literal["end_ms"]  # noqa: Y015
+    _WhichOneofArgType__end_ms: _TypeAlias = _typing.Literal["_end_ms", b"_end_ms"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__end_ms) -> _WhichOneofReturnType__end_ms | None: ...
+
+Global___Explanation: _TypeAlias = Explanation  # noqa: Y015
+
+@_typing.final
+class Place(_message.Message):
+    """Place is where a job stands in the order of its tier. Tags are GPU milliseconds per unit of weight; the
+    smallest is served first.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POSITION_FIELD_NUMBER: _builtins.int
+    OF_FIELD_NUMBER: _builtins.int
+    TAG_MS_FIELD_NUMBER: _builtins.int
+    SERVED_MS_FIELD_NUMBER: _builtins.int
+    MEMORY_MS_FIELD_NUMBER: _builtins.int
+    USED_MS_FIELD_NUMBER: _builtins.int
+    position: _builtins.int
+    """1 is next; 0: a gate holds it, not the order."""
+    of: _builtins.int
+    """How many jobs could start that this fleet can run."""
+    tag_ms: _builtins.int
+    """What the job is compared by, or would be."""
+    served_ms: _builtins.int
+    """Virtual time: the largest tag that its tier has started."""
+    memory_ms: _builtins.int
+    """How much of its tag its account's recent use is."""
+    used_ms: _builtins.int
+    """The account's recent use, in GPU milliseconds per unit of weight; it decides between equal tags."""
+    def __init__(
+        self,
+        *,
+        position: _builtins.int = ...,
+        of: _builtins.int = ...,
+        tag_ms: _builtins.int = ...,
+        served_ms: _builtins.int = ...,
+        memory_ms: _builtins.int = ...,
+        used_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["memory_ms", b"memory_ms", "of", b"of", "position", b"position", "served_ms", b"served_ms", "tag_ms", b"tag_ms", "used_ms", b"used_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Place: _TypeAlias = Place  # noqa: Y015
+
+@_typing.final
+class Ahead(_message.Message):
+    """Ahead is what has to end before a job can start."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OWN_ACCOUNT_FIELD_NUMBER: _builtins.int
+    EARLIER_JOBS_FIELD_NUMBER: _builtins.int
+    RUNNING_FIELD_NUMBER: _builtins.int
+    PARKED_FIELD_NUMBER: _builtins.int
+    FAST_WAITING_FIELD_NUMBER: _builtins.int
+    SOONEST_END_MS_FIELD_NUMBER: _builtins.int
+    own_account: _builtins.bool
+    """Only jobs of its own account count: the plan's limits hold it."""
+    earlier_jobs: _builtins.int
+    """Jobs of its account and tier that wait and came before it."""
+    running: _builtins.int
+    """Attempts that have a GPU it could run on."""
+    parked: _builtins.int
+    """Runs that are parked and go on before it."""
+    fast_waiting: _builtins.int
+    """Fast jobs that a relax job waits for."""
+    soonest_end_ms: _builtins.int
+    """When the first of those running will probably end, in milliseconds from now; absent if none runs."""
+    def __init__(
+        self,
+        *,
+        own_account: _builtins.bool = ...,
+        earlier_jobs: _builtins.int = ...,
+        running: _builtins.int = ...,
+        parked: _builtins.int = ...,
+        fast_waiting: _builtins.int = ...,
+        soonest_end_ms: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_soonest_end_ms", b"_soonest_end_ms", "soonest_end_ms", b"soonest_end_ms"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_soonest_end_ms", b"_soonest_end_ms", "earlier_jobs", b"earlier_jobs", "fast_waiting", b"fast_waiting", "own_account", b"own_account", "parked", b"parked", "running", b"running", "soonest_end_ms", b"soonest_end_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__soonest_end_ms: _TypeAlias = _typing.Literal["soonest_end_ms"]  # noqa: Y015
+    _WhichOneofArgType__soonest_end_ms: _TypeAlias = _typing.Literal["_soonest_end_ms", b"_soonest_end_ms"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__soonest_end_ms) -> _WhichOneofReturnType__soonest_end_ms | None: ...
+
+Global___Ahead: _TypeAlias = Ahead  # noqa: Y015
+
+@_typing.final
+class WaitBound(_message.Message):
+    """WaitBound is within what a job starts, in milliseconds from now, while the fleet stays as it is and jobs take
+    as long as predicted.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WITHIN_MS_FIELD_NUMBER: _builtins.int
+    NEWCOMER_MS_FIELD_NUMBER: _builtins.int
+    WHATEVER_MS_FIELD_NUMBER: _builtins.int
+    GPUS_FIELD_NUMBER: _builtins.int
+    CALM_MS_FIELD_NUMBER: _builtins.int
+    within_ms: _builtins.int
+    """If nobody else comes."""
+    newcomer_ms: _builtins.int
+    """What each account adds that comes before it starts."""
+    whatever_ms: _builtins.int
+    """Whoever comes: by its age. Absent unless it is the first of its account."""
+    gpus: _builtins.int
+    """GPUs that are sure for its tier, on which this counts."""
+    calm_ms: _builtins.int
+    """If nobody comes and there is no fast job; absent in fast."""
+    def __init__(
+        self,
+        *,
+        within_ms: _builtins.int = ...,
+        newcomer_ms: _builtins.int = ...,
+        whatever_ms: _builtins.int | None = ...,
+        gpus: _builtins.int = ...,
+        calm_ms: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_calm_ms", b"_calm_ms", "_whatever_ms", b"_whatever_ms", "calm_ms", b"calm_ms", "whatever_ms", b"whatever_ms"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_calm_ms", b"_calm_ms", "_whatever_ms", b"_whatever_ms", "calm_ms", b"calm_ms", "gpus", b"gpus", "newcomer_ms", b"newcomer_ms", "whatever_ms", b"whatever_ms", "within_ms", b"within_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__calm_ms: _TypeAlias = _typing.Literal["calm_ms"]  # noqa: Y015
+    _WhichOneofArgType__calm_ms: _TypeAlias = _typing.Literal["_calm_ms", b"_calm_ms"]  # noqa: Y015
+    _WhichOneofReturnType__whatever_ms: _TypeAlias = _typing.Literal["whatever_ms"]  # noqa: Y015
+    _WhichOneofArgType__whatever_ms: _TypeAlias = _typing.Literal["_whatever_ms", b"_whatever_ms"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__calm_ms) -> _WhichOneofReturnType__calm_ms | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__whatever_ms) -> _WhichOneofReturnType__whatever_ms | None: ...
+
+Global___WaitBound: _TypeAlias = WaitBound  # noqa: Y015
+
+@_typing.final
+class EstimateJobRequest(_message.Message):
+    """EstimateJobRequest is the request of EstimateJob."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    CREATE_FIELD_NUMBER: _builtins.int
+    PLAN_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """A waiting job: what if it were in the other tier?"""
+    plan: _builtins.str
+    """plans/{plan}: also say what it would be if the account had this plan, and the fast time it has now."""
+    @_builtins.property
+    def create(self) -> Global___CreateJobRequest:
+        """A job that is not there yet. Its `request_id` and `validate_only` mean nothing here."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        create: Global___CreateJobRequest | None = ...,
+        plan: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create", b"create", "job", b"job", "name", b"name"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create", b"create", "job", b"job", "name", b"name", "plan", b"plan"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_job: _TypeAlias = _typing.Literal["name", "create"]  # noqa: Y015
+    _WhichOneofArgType_job: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_job) -> _WhichOneofReturnType_job | None: ...
+
+Global___EstimateJobRequest: _TypeAlias = EstimateJobRequest  # noqa: Y015
+
+@_typing.final
+class Estimate(_message.Message):
+    """Estimate is what a job would be on different terms."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OPTIONS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def options(self) -> _containers.RepeatedCompositeFieldContainer[Global___EstimateOption]:
+        """As relax and as fast; after them, where a plan was asked for, the same with that plan."""
+
+    def __init__(
+        self,
+        *,
+        options: _abc.Iterable[Global___EstimateOption] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["options", b"options"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Estimate: _TypeAlias = Estimate  # noqa: Y015
+
+@_typing.final
+class EstimateOption(_message.Message):
+    """EstimateOption is what a job would be on certain terms."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIER_FIELD_NUMBER: _builtins.int
+    PLAN_FIELD_NUMBER: _builtins.int
+    PRICE_FIELD_NUMBER: _builtins.int
+    REFUSAL_FIELD_NUMBER: _builtins.int
+    START_P50_MS_FIELD_NUMBER: _builtins.int
+    START_P90_MS_FIELD_NUMBER: _builtins.int
+    DELAYED_JOBS_FIELD_NUMBER: _builtins.int
+    DELAYED_MS_FIELD_NUMBER: _builtins.int
+    PRESENT_FIELD_NUMBER: _builtins.int
+    tier: Global___Tier.ValueType
+    plan: _builtins.str
+    """plans/{plan}"""
+    start_p50_ms: _builtins.int
+    """When it would start, in milliseconds from now: see QueueStatus. Absent while that is not known."""
+    start_p90_ms: _builtins.int
+    delayed_jobs: _builtins.int
+    """How many waiting jobs of others would start later for it, and by how much together. Absent while that is
+    not known.
+    """
+    delayed_ms: _builtins.int
+    present: _builtins.bool
+    """The job is on these terms now, or would be as it was asked for."""
+    @_builtins.property
+    def price(self) -> Global___Price:
+        """Absent if it would be refused."""
+
+    @_builtins.property
+    def refusal(self) -> Global___Failure:
+        """Present if it would be refused: the error's reason and sentence."""
+
+    def __init__(
+        self,
+        *,
+        tier: Global___Tier.ValueType = ...,
+        plan: _builtins.str = ...,
+        price: Global___Price | None = ...,
+        refusal: Global___Failure | None = ...,
+        start_p50_ms: _builtins.int | None = ...,
+        start_p90_ms: _builtins.int | None = ...,
+        delayed_jobs: _builtins.int | None = ...,
+        delayed_ms: _builtins.int | None = ...,
+        present: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_delayed_jobs", b"_delayed_jobs", "_delayed_ms", b"_delayed_ms", "_start_p50_ms", b"_start_p50_ms", "_start_p90_ms", b"_start_p90_ms", "delayed_jobs", b"delayed_jobs", "delayed_ms", b"delayed_ms", "price", b"price", "refusal", b"refusal", "start_p50_ms", b"start_p50_ms", "start_p90_ms", b"start_p90_ms"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_delayed_jobs", b"_delayed_jobs", "_delayed_ms", b"_delayed_ms", "_start_p50_ms", b"_start_p50_ms", "_start_p90_ms", b"_start_p90_ms", "delayed_jobs", b"delayed_jobs", "delayed_ms", b"delayed_ms", "plan", b"plan", "present", b"present", "price", b"price", "refusal", b"refusal", "start_p50_ms", b"start_p50_ms", "start_p90_ms", b"start_p90_ms", "tier", b"tier"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__delayed_jobs: _TypeAlias = _typing.Literal["delayed_jobs"]  # noqa: Y015
+    _WhichOneofArgType__delayed_jobs: _TypeAlias = _typing.Literal["_delayed_jobs", b"_delayed_jobs"]  # noqa: Y015
+    _WhichOneofReturnType__delayed_ms: _TypeAlias = _typing.Literal["delayed_ms"]  # noqa: Y015
+    _WhichOneofArgType__delayed_ms: _TypeAlias = _typing.Literal["_delayed_ms", b"_delayed_ms"]  # noqa: Y015
+    _WhichOneofReturnType__start_p50_ms: _TypeAlias = _typing.Literal["start_p50_ms"]  # noqa: Y015
+    _WhichOneofArgType__start_p50_ms: _TypeAlias = _typing.Literal["_start_p50_ms", b"_start_p50_ms"]  # noqa: Y015
+    _WhichOneofReturnType__start_p90_ms: _TypeAlias = _typing.Literal["start_p90_ms"]  # noqa: Y015
+    _WhichOneofArgType__start_p90_ms: _TypeAlias = _typing.Literal["_start_p90_ms", b"_start_p90_ms"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__delayed_jobs) -> _WhichOneofReturnType__delayed_jobs | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__delayed_ms) -> _WhichOneofReturnType__delayed_ms | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__start_p50_ms) -> _WhichOneofReturnType__start_p50_ms | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__start_p90_ms) -> _WhichOneofReturnType__start_p90_ms | None: ...
+
+Global___EstimateOption: _TypeAlias = EstimateOption  # noqa: Y015
 
 @_typing.final
 class WatchJobRequest(_message.Message):

@@ -50,6 +50,11 @@ class JobServiceStub:
                 request_serializer=scheduler_dot_v1_dot_job__pb2.ListJobsRequest.SerializeToString,
                 response_deserializer=scheduler_dot_v1_dot_job__pb2.ListJobsResponse.FromString,
                 _registered_method=True)
+        self.UpdateJob = channel.unary_unary(
+                '/scheduler.v1.JobService/UpdateJob',
+                request_serializer=scheduler_dot_v1_dot_job__pb2.UpdateJobRequest.SerializeToString,
+                response_deserializer=scheduler_dot_v1_dot_job__pb2.Job.FromString,
+                _registered_method=True)
         self.CancelJob = channel.unary_unary(
                 '/scheduler.v1.JobService/CancelJob',
                 request_serializer=scheduler_dot_v1_dot_job__pb2.CancelJobRequest.SerializeToString,
@@ -69,6 +74,16 @@ class JobServiceStub:
                 '/scheduler.v1.JobService/ListFeed',
                 request_serializer=scheduler_dot_v1_dot_job__pb2.ListFeedRequest.SerializeToString,
                 response_deserializer=scheduler_dot_v1_dot_job__pb2.ListFeedResponse.FromString,
+                _registered_method=True)
+        self.ExplainJob = channel.unary_unary(
+                '/scheduler.v1.JobService/ExplainJob',
+                request_serializer=scheduler_dot_v1_dot_job__pb2.ExplainJobRequest.SerializeToString,
+                response_deserializer=scheduler_dot_v1_dot_job__pb2.Explanation.FromString,
+                _registered_method=True)
+        self.EstimateJob = channel.unary_unary(
+                '/scheduler.v1.JobService/EstimateJob',
+                request_serializer=scheduler_dot_v1_dot_job__pb2.EstimateJobRequest.SerializeToString,
+                response_deserializer=scheduler_dot_v1_dot_job__pb2.Estimate.FromString,
                 _registered_method=True)
 
 
@@ -93,6 +108,13 @@ class JobServiceServicer:
 
     def ListJobs(self, request, context):
         """ListJobs returns the account's jobs, newest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateJob(self, request, context):
+        """UpdateJob moves a waiting job to the other tier, on the terms that a job submitted there now would have.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -128,6 +150,22 @@ class JobServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExplainJob(self, request, context):
+        """ExplainJob says why a live job is where it is: what holds it, what it is compared by, what has to end
+        first, and when it will start.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EstimateJob(self, request, context):
+        """EstimateJob says what a job would cost, when it would start and whom it would delay: as relax and as fast.
+        Nothing is created or changed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_JobServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -145,6 +183,11 @@ def add_JobServiceServicer_to_server(servicer, server):
                     servicer.ListJobs,
                     request_deserializer=scheduler_dot_v1_dot_job__pb2.ListJobsRequest.FromString,
                     response_serializer=scheduler_dot_v1_dot_job__pb2.ListJobsResponse.SerializeToString,
+            ),
+            'UpdateJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateJob,
+                    request_deserializer=scheduler_dot_v1_dot_job__pb2.UpdateJobRequest.FromString,
+                    response_serializer=scheduler_dot_v1_dot_job__pb2.Job.SerializeToString,
             ),
             'CancelJob': grpc.unary_unary_rpc_method_handler(
                     servicer.CancelJob,
@@ -165,6 +208,16 @@ def add_JobServiceServicer_to_server(servicer, server):
                     servicer.ListFeed,
                     request_deserializer=scheduler_dot_v1_dot_job__pb2.ListFeedRequest.FromString,
                     response_serializer=scheduler_dot_v1_dot_job__pb2.ListFeedResponse.SerializeToString,
+            ),
+            'ExplainJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExplainJob,
+                    request_deserializer=scheduler_dot_v1_dot_job__pb2.ExplainJobRequest.FromString,
+                    response_serializer=scheduler_dot_v1_dot_job__pb2.Explanation.SerializeToString,
+            ),
+            'EstimateJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.EstimateJob,
+                    request_deserializer=scheduler_dot_v1_dot_job__pb2.EstimateJobRequest.FromString,
+                    response_serializer=scheduler_dot_v1_dot_job__pb2.Estimate.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -249,6 +302,33 @@ class JobService:
             '/scheduler.v1.JobService/ListJobs',
             scheduler_dot_v1_dot_job__pb2.ListJobsRequest.SerializeToString,
             scheduler_dot_v1_dot_job__pb2.ListJobsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/scheduler.v1.JobService/UpdateJob',
+            scheduler_dot_v1_dot_job__pb2.UpdateJobRequest.SerializeToString,
+            scheduler_dot_v1_dot_job__pb2.Job.FromString,
             options,
             channel_credentials,
             insecure,
@@ -357,6 +437,60 @@ class JobService:
             '/scheduler.v1.JobService/ListFeed',
             scheduler_dot_v1_dot_job__pb2.ListFeedRequest.SerializeToString,
             scheduler_dot_v1_dot_job__pb2.ListFeedResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExplainJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/scheduler.v1.JobService/ExplainJob',
+            scheduler_dot_v1_dot_job__pb2.ExplainJobRequest.SerializeToString,
+            scheduler_dot_v1_dot_job__pb2.Explanation.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EstimateJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/scheduler.v1.JobService/EstimateJob',
+            scheduler_dot_v1_dot_job__pb2.EstimateJobRequest.SerializeToString,
+            scheduler_dot_v1_dot_job__pb2.Estimate.FromString,
             options,
             channel_credentials,
             insecure,

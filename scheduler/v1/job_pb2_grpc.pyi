@@ -46,6 +46,8 @@ class JobServiceStub:
     """GetJob returns one job of the caller's account (moderators: of any account)."""
     ListJobs: _grpc.UnaryUnaryMultiCallable[_job_pb2.ListJobsRequest, _job_pb2.ListJobsResponse]
     """ListJobs returns the account's jobs, newest first."""
+    UpdateJob: _grpc.UnaryUnaryMultiCallable[_job_pb2.UpdateJobRequest, _job_pb2.Job]
+    """UpdateJob moves a waiting job to the other tier, on the terms that a job submitted there now would have."""
     CancelJob: _grpc.UnaryUnaryMultiCallable[_job_pb2.CancelJobRequest, _job_pb2.Job]
     """CancelJob cancels a waiting job at once, and a running one at its next denoising step."""
     WatchJob: _grpc.UnaryStreamMultiCallable[_job_pb2.WatchJobRequest, _job_pb2.WatchJobResponse]
@@ -58,6 +60,14 @@ class JobServiceStub:
     """
     ListFeed: _grpc.UnaryUnaryMultiCallable[_job_pb2.ListFeedRequest, _job_pb2.ListFeedResponse]
     """ListFeed returns finished public jobs of all accounts, newest first."""
+    ExplainJob: _grpc.UnaryUnaryMultiCallable[_job_pb2.ExplainJobRequest, _job_pb2.Explanation]
+    """ExplainJob says why a live job is where it is: what holds it, what it is compared by, what has to end
+    first, and when it will start.
+    """
+    EstimateJob: _grpc.UnaryUnaryMultiCallable[_job_pb2.EstimateJobRequest, _job_pb2.Estimate]
+    """EstimateJob says what a job would cost, when it would start and whom it would delay: as relax and as fast.
+    Nothing is created or changed.
+    """
 
 @_typing.type_check_only
 class JobServiceAsyncStub(JobServiceStub):
@@ -72,6 +82,8 @@ class JobServiceAsyncStub(JobServiceStub):
     """GetJob returns one job of the caller's account (moderators: of any account)."""
     ListJobs: _aio.UnaryUnaryMultiCallable[_job_pb2.ListJobsRequest, _job_pb2.ListJobsResponse]  # type: ignore[assignment]
     """ListJobs returns the account's jobs, newest first."""
+    UpdateJob: _aio.UnaryUnaryMultiCallable[_job_pb2.UpdateJobRequest, _job_pb2.Job]  # type: ignore[assignment]
+    """UpdateJob moves a waiting job to the other tier, on the terms that a job submitted there now would have."""
     CancelJob: _aio.UnaryUnaryMultiCallable[_job_pb2.CancelJobRequest, _job_pb2.Job]  # type: ignore[assignment]
     """CancelJob cancels a waiting job at once, and a running one at its next denoising step."""
     WatchJob: _aio.UnaryStreamMultiCallable[_job_pb2.WatchJobRequest, _job_pb2.WatchJobResponse]  # type: ignore[assignment]
@@ -84,6 +96,14 @@ class JobServiceAsyncStub(JobServiceStub):
     """
     ListFeed: _aio.UnaryUnaryMultiCallable[_job_pb2.ListFeedRequest, _job_pb2.ListFeedResponse]  # type: ignore[assignment]
     """ListFeed returns finished public jobs of all accounts, newest first."""
+    ExplainJob: _aio.UnaryUnaryMultiCallable[_job_pb2.ExplainJobRequest, _job_pb2.Explanation]  # type: ignore[assignment]
+    """ExplainJob says why a live job is where it is: what holds it, what it is compared by, what has to end
+    first, and when it will start.
+    """
+    EstimateJob: _aio.UnaryUnaryMultiCallable[_job_pb2.EstimateJobRequest, _job_pb2.Estimate]  # type: ignore[assignment]
+    """EstimateJob says what a job would cost, when it would start and whom it would delay: as relax and as fast.
+    Nothing is created or changed.
+    """
 
 class JobServiceServicer(metaclass=_abc_1.ABCMeta):
     """JobService submits, watches and delivers image jobs of the caller's account."""
@@ -113,6 +133,14 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_job_pb2.ListJobsResponse, _abc.Awaitable[_job_pb2.ListJobsResponse]]:
         """ListJobs returns the account's jobs, newest first."""
+
+    @_abc_1.abstractmethod
+    def UpdateJob(
+        self,
+        request: _job_pb2.UpdateJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_job_pb2.Job, _abc.Awaitable[_job_pb2.Job]]:
+        """UpdateJob moves a waiting job to the other tier, on the terms that a job submitted there now would have."""
 
     @_abc_1.abstractmethod
     def CancelJob(
@@ -149,5 +177,25 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_job_pb2.ListFeedResponse, _abc.Awaitable[_job_pb2.ListFeedResponse]]:
         """ListFeed returns finished public jobs of all accounts, newest first."""
+
+    @_abc_1.abstractmethod
+    def ExplainJob(
+        self,
+        request: _job_pb2.ExplainJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_job_pb2.Explanation, _abc.Awaitable[_job_pb2.Explanation]]:
+        """ExplainJob says why a live job is where it is: what holds it, what it is compared by, what has to end
+        first, and when it will start.
+        """
+
+    @_abc_1.abstractmethod
+    def EstimateJob(
+        self,
+        request: _job_pb2.EstimateJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_job_pb2.Estimate, _abc.Awaitable[_job_pb2.Estimate]]:
+        """EstimateJob says what a job would cost, when it would start and whom it would delay: as relax and as fast.
+        Nothing is created or changed.
+        """
 
 def add_JobServiceServicer_to_server(servicer: JobServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -24,7 +24,7 @@ from grpc_status import rpc_status
 from PIL import Image as Pictures
 
 from billing.v1 import admin_pb2_grpc, billing_pb2_grpc
-from scheduler.v1 import account_pb2_grpc, job_pb2, job_pb2_grpc
+from scheduler.v1 import account_pb2_grpc, fleet_pb2_grpc, job_pb2, job_pb2_grpc
 
 UID = "1b4e28ba-2fa1-4d3b-9f0c-51d2a6e8c7f4"
 JOB = f"accounts/ada/jobs/{UID}"
@@ -143,6 +143,9 @@ def scripted_service() -> Iterator[ScriptedService]:
         )
         billing_pb2_grpc.add_BillingServiceServicer_to_server(
             _servicer(billing_pb2_grpc.BillingServiceServicer, service), server
+        )
+        fleet_pb2_grpc.add_FleetServiceServicer_to_server(
+            _servicer(fleet_pb2_grpc.FleetServiceServicer, service), server
         )
         admin_pb2_grpc.add_AdminServiceServicer_to_server(
             _servicer(admin_pb2_grpc.AdminServiceServicer, service), server

@@ -23,14 +23,15 @@ from tests.cluster.small_ray import NAMESPACE, NODE
 _WORKER = f"{NODE}/gpu-0"
 
 
-def a_request() -> RenderRequest:
+def a_request(*, tier: str = "fast", parks: str | None = None) -> RenderRequest:
     return RenderRequest(
         job_id=str(uuid.uuid4()),
         attempt_id=str(uuid.uuid4()),
         token="token",
         epoch=1,
-        tier="fast",
+        tier=tier,
         file_stem="fox",
+        parks=parks,
         spec=RenderSpec(
             kind=RenderKind.IMAGINE,
             model="stand-in",
@@ -44,7 +45,7 @@ def a_request() -> RenderRequest:
     )
 
 
-def a_fleet(folder: Path) -> RayFleet:
+def a_fleet(folder: Path, *, step_ms: int = 0) -> RayFleet:
     worker = WorkerSettings(
         worker_id="",
         release="test",
@@ -52,7 +53,7 @@ def a_fleet(folder: Path) -> RayFleet:
         cache_dir=folder / "cache",
         engine="timed",
         device="cpu",
-        timed_step_ms=0,
+        timed_step_ms=step_ms,
     )
     return RayFleet(worker=worker, namespace=NAMESPACE, heartbeat_ms=3_000)
 
@@ -111,6 +112,32 @@ async def test_an_attempt_is_rendered_and_its_result_heard(tmp_path: Path) -> No
                 return
 
 
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+async def test_run_that_is_parked_is_reported_and_goes_on(tmp_path: Path) -> None:
+    fleet = a_fleet(tmp_path, step_ms=500)
+    relax = a_request(tier="relax")
+    fast = a_request(parks=relax.attempt_id)
+    ended: list[str] = []
+    async with opened(fleet) as facts:
+        worker_id = ""
+        while len(ended) < 2:
+            fact = await facts.get()
+            if isinstance(fact, WorkerFound) and not worker_id:
+                worker_id = fact.report.worker_id
+                fleet.render(worker_id, relax)
+                fleet.render(worker_id, fast)
+            if isinstance(fact, WorkerHeard):
+                for result in fact.report.unacknowledged:
+                    assert result.outcome is Outcome.SUCCEEDED
+                    if result.attempt_id not in ended:
+                        ended.append(result.attempt_id)
+                        fleet.acknowledge(worker_id, result)
+                        fleet.resume(worker_id, relax.attempt_id)
+            assert not isinstance(fact, RenderRefused), fact
+    assert ended == [fast.attempt_id, relax.attempt_id]
+
+
 class Line:
     """In the place of an actor's handle: each call meets the next of these troubles, and then an answer."""
 
@@ -144,7 +171,8 @@ async def test_call_lost_on_the_way_is_made_again(tmp_path: Path) -> None:
     for act in (
         lambda fleet: fleet.render(_WORKER, a_request()),
         lambda fleet: fleet.stop(_WORKER, "attempt", "token"),
-        lambda fleet: fleet.forget(_WORKER, "attempt"),
+        lambda fleet: fleet.resume(_WORKER, "attempt"),
+        lambda fleet: fleet.forget(_WORKER, "attempt", kept=True),
     ):
         line = Line(unavailable(), unavailable())
         act(over(line, tmp_path))

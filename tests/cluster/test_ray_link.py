@@ -63,6 +63,7 @@ class ListeningScheduler:
     def __init__(self) -> None:
         self._jobs: set[str] = set()
         self._accounts: set[str] = set()
+        self._fleet = False
         self._told = asyncio.Condition()
 
     async def updates_after(self, number: int, wait_s: float) -> UpdateBatch:
@@ -79,10 +80,15 @@ class ListeningScheduler:
             self._accounts.update(account_ids)
             self._told.notify_all()
 
-    async def told(self) -> tuple[set[str], set[str]]:
-        """Wait until there were notices of both kinds, and return them."""
+    async def fleet_changed(self) -> None:
         async with self._told:
-            await self._told.wait_for(lambda: bool(self._jobs and self._accounts))
+            self._fleet = True
+            self._told.notify_all()
+
+    async def told(self) -> tuple[set[str], set[str]]:
+        """Wait until there were notices of all kinds, and return whom they named."""
+        async with self._told:
+            await self._told.wait_for(lambda: bool(self._jobs and self._accounts and self._fleet))
             return self._jobs, self._accounts
 
 
@@ -130,18 +136,22 @@ async def test_progress_of_a_worker_that_is_not_there_ends() -> None:
 
 async def test_line_outlives_a_database_that_is_away_and_then_delivers_every_notice() -> None:
     scheduler = ListeningScheduler.options(name="listens", namespace=NAMESPACE).remote()  # type: ignore[attr-defined]
-    away_for = 3
+    away = True
 
     async def holder() -> str:
-        nonlocal away_for
-        away_for -= 1
-        return "listens" if away_for < 0 else await no_holder()
+        return await no_holder() if away else "listens"
 
     async with ray_link(namespace=NAMESPACE, holder=holder) as link:
         assert await link.queue_statuses(["job"]) == {}
         assert not await link.scheduler_ready()
+        assert await link.explain("job") is None
+        assert await link.estimate([]) == []
+        assert await link.queues() is None
+        assert await link.workers_view() is None
         link.jobs_changed(["job"])
         link.accounts_changed(["account"])
+        link.fleet_changed()
+        away = False
         async with asyncio.timeout(30):
             assert await scheduler.told.remote() == ({"job"}, {"account"})
         assert not link.background.done()

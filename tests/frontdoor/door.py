@@ -23,13 +23,15 @@ from billing import accounts as ledger_accounts
 from billing import admin, ledger
 from billing.v1 import admin_pb2_grpc, billing_pb2_grpc
 from gpu_worker.contract import ImageFile, Progress, RenderSpec
+from scheduler.answers import Explained, Outlook, QueuesView, WhatIf, WorkerView
 from scheduler.metrics import FrontDoorMetrics
+from scheduler.policy.ids import Tier
 from scheduler.store import accounts, jobs
 from scheduler.store.accounts import Role
 from scheduler.store.jobs import JobReceipt
 from scheduler.store.pool import Pool
 from scheduler.updates import JobUpdate, QueueStatus
-from scheduler.v1 import account_pb2, account_pb2_grpc, job_pb2, job_pb2_grpc
+from scheduler.v1 import account_pb2, account_pb2_grpc, fleet_pb2_grpc, job_pb2, job_pb2_grpc
 
 PLANS = ("basic", "standard", "pro")
 MODELS = """
@@ -59,6 +61,12 @@ class SmallScheduler:
         self.statuses: dict[str, QueueStatus] = {}
         self.told_jobs: list[str] = []
         self.told_accounts: list[str] = []
+        self.told_fleet = 0
+        self.explanations: dict[str, Explained] = {}
+        self.outlooks: dict[Tier, Outlook] = {}
+        self.asked: list[WhatIf] = []
+        self.seen_queues: QueuesView | None = None
+        self.workers: Sequence[WorkerView] | None = ()
         self._newest: dict[str, JobUpdate] = {}
         self._followers: dict[str, list[asyncio.Queue[JobUpdate]]] = {}
         self._progress: dict[str, asyncio.Queue[Progress | None]] = {}
@@ -69,6 +77,22 @@ class SmallScheduler:
 
     def accounts_changed(self, account_ids: Sequence[str]) -> None:
         self.told_accounts += account_ids
+
+    def fleet_changed(self) -> None:
+        self.told_fleet += 1
+
+    async def explain(self, job_id: str) -> Explained | None:
+        return self.explanations.get(job_id)
+
+    async def estimate(self, what_ifs: Sequence[WhatIf]) -> Sequence[Outlook | None]:
+        self.asked += what_ifs
+        return [self.outlooks.get(what_if.tier) for what_if in what_ifs]
+
+    async def queues(self) -> QueuesView | None:
+        return self.seen_queues
+
+    async def workers_view(self) -> Sequence[WorkerView] | None:
+        return self.workers
 
     async def queue_statuses(self, job_ids: Sequence[str]) -> Mapping[str, QueueStatus]:
         return {job_id: self.statuses[job_id] for job_id in job_ids if job_id in self.statuses}
@@ -182,6 +206,7 @@ class Caller:
     secret: str
     jobs: job_pb2_grpc.JobServiceAsyncStub
     accounts: account_pb2_grpc.AccountServiceAsyncStub
+    fleet: fleet_pb2_grpc.FleetServiceAsyncStub
     billing: billing_pb2_grpc.BillingServiceAsyncStub
     admin: admin_pb2_grpc.AdminServiceAsyncStub
 
@@ -221,6 +246,19 @@ class Caller:
 
     async def get(self, name: str) -> job_pb2.Job:
         return await self.jobs.GetJob(job_pb2.GetJobRequest(name=name))
+
+    async def move(self, name: str, tier: job_pb2.Tier, request_id: str | None = None) -> job_pb2.Job:
+        return await self.jobs.UpdateJob(
+            job_pb2.UpdateJobRequest(
+                job=job_pb2.Job(name=name, tier=tier),
+                update_mask=FieldMask(paths=["tier"]),
+                request_id=request_id or str(uuid.uuid4()),
+            )
+        )
+
+    async def estimate(self, **fields: Any) -> list[job_pb2.EstimateOption]:
+        estimate = await self.jobs.EstimateJob(job_pb2.EstimateJobRequest(**fields))
+        return list(estimate.options)
 
     async def cancel(self, name: str, request_id: str | None = None) -> job_pb2.Job:
         return await self.jobs.CancelJob(
@@ -272,6 +310,7 @@ class Door:
             secret=secret,
             jobs=job_pb2_grpc.JobServiceStub(channel),  # type: ignore[arg-type]
             accounts=account_pb2_grpc.AccountServiceStub(channel),  # type: ignore[arg-type]
+            fleet=fleet_pb2_grpc.FleetServiceStub(channel),  # type: ignore[arg-type]
             billing=billing_pb2_grpc.BillingServiceStub(channel),  # type: ignore[arg-type]
             admin=admin_pb2_grpc.AdminServiceStub(channel),  # type: ignore[arg-type]
         )

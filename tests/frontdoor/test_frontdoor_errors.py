@@ -331,7 +331,7 @@ async def test_a_finished_job_is_not_cancelled(door: Door) -> None:
     refused = await refusal(ann.cancel(job.name))
     assert (refused.code, refused.reason) == (Code.FAILED_PRECONDITION, "JOB_FINISHED")
     assert refused.metadata == {"job": job.uid, "state": "succeeded"}
-    assert refused.message == f"Job {job.uid} has already ended (succeeded); there is nothing to cancel."
+    assert refused.message == f"Job {job.uid} has already ended (succeeded); nothing about it can be changed."
 
 
 async def test_a_request_id_with_other_content(door: Door) -> None:

@@ -110,6 +110,19 @@ class Stage:
             at=datetime.now(UTC),
         )
 
+    async def move(self, account_id: str, job_id: str, tier: Tier) -> None:
+        await intake.move(
+            self.pool,
+            self.link,  # type: ignore[arg-type]
+            self.metrics,
+            account_id=account_id,
+            job_id=job_id,
+            tier=tier,
+            request_id=str(uuid.uuid4()),
+            digest=b"",
+            at=datetime.now(UTC),
+        )
+
     async def adjust_balance(self, account_id: str, amount_ms: int) -> None:
         async with self.pool.transaction() as connection:
             await billing_admin.adjust_balance(

@@ -297,7 +297,7 @@ async def test_tags_and_usage_in_memory_equal_the_database(stage: Stage) -> None
         board = leader._loop.board
 
         async def settled() -> bool:
-            return not board.unstored_tags() and not leader._loop._running
+            return not board.unstored_tags() and not leader._loop._desk.running
 
         await stage.until(leader, settled)
         rows = await stage.connection.fetch("SELECT * FROM scheduler.fair_share ORDER BY account_id, tier")

@@ -20,7 +20,7 @@ from scheduler.fleet import WorkerHeard
 from scheduler.inbox import AccountsChanged, Inbox, JobsChanged
 from scheduler.policy.ids import Tier
 from scheduler.policy.parameters import Parameters
-from scheduler.store import live
+from scheduler.store import live, operations
 from tests.loop.conftest import Stage
 
 WORKER = "here/gpu-0"
@@ -163,7 +163,7 @@ async def test_store_that_is_away_sets_no_worker_aside_and_a_dying_gpu_is(stage:
             await stage.until(leader, lambda: fleet.busy)
             fleet.finish(WORKER, outcome=Outcome.FAILED, blame=Blame.PLATFORM, reason="ARTIFACTS_UNAVAILABLE")
         await stage.until(leader, lambda: fleet.busy)
-        assert await live.slots_set_aside(stage.connection) == {}
+        assert (await operations.wishes(stage.connection)).set_aside == {}
 
         # Each job is lost with the GPU three times and given up; with the third job it is the GPU's fault.
         for _ in range(7):
@@ -171,7 +171,7 @@ async def test_store_that_is_away_sets_no_worker_aside_and_a_dying_gpu_is(stage:
             fleet.kill(WORKER)
 
         async def set_aside() -> bool:
-            return list(await live.slots_set_aside(stage.connection)) == [WORKER]
+            return list((await operations.wishes(stage.connection)).set_aside) == [WORKER]
 
         await stage.until(leader, set_aside)
         waiting = await stage.connection.fetchval(

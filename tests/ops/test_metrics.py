@@ -102,7 +102,7 @@ def test_no_label_names_a_person_a_job_or_a_process(
     }
     assert labels <= {
         *("tier", "plan", "model", "worker", "outcome", "reason", "blame", "state", "stage", "result"),
-        *("residency", "use", "kind", "action", "le"),
+        *("residency", "where", "use", "kind", "action", "le"),
         *("grpc_type", "grpc_service", "grpc_method", "grpc_code"),
         *("version", "commit", "python", "ray", "torch", "protobuf", "generation"),
     }

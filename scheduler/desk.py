@@ -1,0 +1,77 @@
+"""What the parts of the loop have before them: the board, and all that is known beside it.
+
+One task uses it. Whatever the board is told goes through here, so that it is taken down.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from gpu_worker.contract import Checkpoint, RenderRequest, RenderSpec
+from gpu_worker.prompt import file_stem
+from scheduler.clock import LeaderClock
+from scheduler.fleet import Fleet
+from scheduler.metrics import SchedulerMetrics
+from scheduler.policy.board import Board
+from scheduler.policy.events import Event, WorkerDraining, WorkerResumed
+from scheduler.policy.ids import WorkerId
+from scheduler.policy.parameters import Parameters
+from scheduler.running import Running, RunningAttempts
+from scheduler.store import journal
+from scheduler.store.lanes import Lane
+from scheduler.updates import Updates
+from scheduler.workers import Workers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Desk:
+    """Of one leader."""
+
+    board: Board
+    parameters: Parameters
+    epoch: int
+    lane: Lane
+    fleet: Fleet
+    updates: Updates
+    clock: LeaderClock
+    metrics: SchedulerMetrics
+    running: RunningAttempts = field(default_factory=RunningAttempts)
+    workers: Workers = field(default_factory=Workers)
+    notes: journal.Notes = field(default_factory=journal.Notes)
+
+    def tell(self, *facts: Event) -> None:
+        """Tell the board what happened, and take it down."""
+        for fact in facts:
+            self.board.apply(fact)
+            self.notes.note(fact)
+
+    def look_at(self, worker_id: str) -> None:
+        """Let the board give a worker new attempts, or not, if that has changed."""
+        now_ms = self.clock.now_ms()
+        busy = self.running.with_gpu(worker_id) is not None
+        takes_jobs = self.workers.looked_at(worker_id, busy=busy, now_ms=now_ms)
+        if takes_jobs is True:
+            self.tell(WorkerResumed(at_ms=now_ms, worker_id=WorkerId(worker_id)))
+        elif takes_jobs is False:
+            self.tell(WorkerDraining(at_ms=now_ms, worker_id=WorkerId(worker_id)))
+
+    def give(self, running: Running, spec: RenderSpec, checkpoint: Checkpoint | None) -> None:
+        """Give an attempt that is a row to its worker, whose GPU it has from now on."""
+        self.running.put(replace(running, given_ms=self.clock.now_ms()))
+        self.look_at(running.worker_id)
+        # Also what the board thinks is parked already: the worker lets it go on by itself in between.
+        parked = self.running.parked_on(running.worker_id)
+        self.fleet.render(
+            running.worker_id,
+            RenderRequest(
+                job_id=running.job_id,
+                attempt_id=running.attempt_id,
+                token=running.token,
+                epoch=self.epoch,
+                tier=running.tier.value,
+                spec=spec,
+                file_stem=file_stem(spec.prompt),
+                parks=parked[-1].attempt_id if parked else None,
+                checkpoint=checkpoint,
+            ),
+        )

@@ -1,0 +1,241 @@
+"""When waiting jobs will start, and what would come of changes: foreseen in processes of their own.
+
+Every few seconds, while something waits, a copy of the board is played forward several times
+(`forecast_process`), and the newest result is kept. Questions about changes have a process to themselves, so
+that nobody waits behind a round. On boards too large to be copied between two cycles, and for jobs that are
+newer than the last round, the place in the order is set against the pace of late.
+
+What is foreseen decides nothing: without it the scheduler goes on, and says that it does not know.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import sys
+from collections import deque
+from collections.abc import Mapping, Sequence
+
+import structlog
+
+from scheduler.clock import LeaderClock
+from scheduler.forecast_process import LENGTH_BYTES, Answer, Question, framed
+from scheduler.policy.board import Board
+from scheduler.policy.eta import Eta
+from scheduler.policy.events import AttemptStarted, Event
+from scheduler.policy.ids import JobId, Tier
+from scheduler.policy.lately import Lately, Recent
+from scheduler.policy.parameters import Parameters
+from scheduler.policy.what_if import Change, WhatIf
+from scheduler.updates import StartTimes
+
+_log = structlog.get_logger()
+
+# Not `-m`: run as __main__, its classes would not be those that the messages are pickled of.
+_MAIN = "from scheduler.forecast_process import main; main()"
+
+_EVERY_S = 3.0
+# Copying this many takes the loop's thread a twentieth of a second.
+_MOST_JOBS = 20_000
+# Pickled at a time: between two of these slices the loop gets its turn.
+_SLICE = 200
+_DRAWS = 9
+_STARTS = 2_000
+_DRAWS_OF_CHANGE = 5
+_STARTS_OF_CHANGE = 500
+# Arrivals of late that a question brings; they are drawn from, and more would say little more.
+_MOST_RECENT = 2_000
+# The starts that the pace is told from.
+_PACE_OF = 200
+_PACE_SPAN_MS = 600_000
+# What nine of ten waits are below, of a wait told from the pace.
+_LATE_PERMILLE = 2_500
+
+
+class ListenedBoard(Board):
+    """A board whose facts forecasts listen to."""
+
+    def __init__(self, parameters: Parameters, lately: Lately, pace: Pace) -> None:
+        super().__init__(parameters)
+        self._lately = lately
+        self._pace = pace
+
+    def apply(self, event: Event) -> None:
+        """Take note of a fact."""
+        super().apply(event)
+        self._lately.apply(event)
+        if isinstance(event, AttemptStarted):
+            self._pace.started(self._cell.attempts[event.attempt_id].job.tier, event.at_ms)
+
+
+class Pace:
+    """How quickly jobs of each tier start."""
+
+    def __init__(self) -> None:
+        self._starts: dict[Tier, deque[int]] = {tier: deque(maxlen=_PACE_OF) for tier in Tier}
+
+    def started(self, tier: Tier, at_ms: int) -> None:
+        """Take note of a start."""
+        self._starts[tier].append(at_ms)
+
+    def start_times(self, tier: Tier, position: int, now_ms: int) -> StartTimes | None:
+        """Return when a job at this place will start if it goes on as of late; None: too little is known."""
+        starts = self._starts[tier]
+        while starts and starts[0] < now_ms - _PACE_SPAN_MS:
+            starts.popleft()
+        if len(starts) < 2:
+            return None
+        wait_ms = position * (now_ms - starts[0]) // len(starts)
+        return StartTimes(p50_ms=wait_ms, p90_ms=wait_ms * _LATE_PERMILLE // 1000)
+
+
+class Forecasts:
+    """What is foreseen of one board. `board` listens with the same `lately` and `pace`."""
+
+    def __init__(
+        self, *, board: Board, lately: Lately, pace: Pace, parameters: Parameters, clock: LeaderClock
+    ) -> None:
+        self._board = board
+        self._lately = lately
+        self._pace = pace
+        self._parameters = parameters
+        self._clock = clock
+        self._etas: Mapping[JobId, Eta] = {}
+        self._rounds = _Process("rounds")
+        self._changes = _Process("changes")
+        self._asked = 0
+
+    async def run(self) -> None:
+        """Foresee every few seconds, until cancelled."""
+        try:
+            while True:
+                await asyncio.sleep(_EVERY_S)
+                await self.foresee()
+        finally:
+            await self.close()
+
+    async def close(self) -> None:
+        """End the processes."""
+        await self._rounds.close()
+        await self._changes.close()
+
+    async def foresee(self) -> None:
+        """Work out once when what waits now will start."""
+        if not any(self._board.queued(tier) for tier in Tier) or self._is_large():
+            self._etas = {}
+            return
+        answer = await self._ask(self._rounds, None, draws=_DRAWS, first=_STARTS)
+        self._etas = {} if answer is None else answer.etas
+
+    def start_times(self, job_id: JobId, tier: Tier, position: int) -> StartTimes | None:
+        """Return when a job that waits for its turn will start; `position` 0: for one of its own account."""
+        now_ms = self._clock.now_ms()
+        eta = self._etas.get(job_id)
+        if eta is not None:
+            start: StartTimes | None = StartTimes(p50_ms=eta.p50_ms - now_ms, p90_ms=eta.p90_ms - now_ms)
+        else:
+            start = self._pace.start_times(tier, position, now_ms) if position else None
+        if start is None:
+            return None
+        return StartTimes(p50_ms=_coarse(start.p50_ms), p90_ms=_coarse(start.p90_ms))
+
+    async def what_ifs(self, changes: Sequence[Change]) -> Sequence[WhatIf | None]:
+        """Return what would come of each change, alone, to the board as it is now."""
+        if not changes or self._is_large():
+            return [None] * len(changes)
+        answer = await self._ask(
+            self._changes, tuple(changes), draws=_DRAWS_OF_CHANGE, first=_STARTS_OF_CHANGE
+        )
+        return [None] * len(changes) if answer is None else answer.what_ifs
+
+    def _is_large(self) -> bool:
+        return sum(self._board.queued(tier) + self._board.running(tier) for tier in Tier) > _MOST_JOBS
+
+    async def _ask(
+        self, process: _Process, changes: tuple[Change, ...] | None, *, draws: int, first: int
+    ) -> Answer | None:
+        now_ms = self._clock.now_ms()
+        self._asked += 1
+        question = Question(
+            parameters=self._parameters,
+            recent=_newest(self._lately.seen(now_ms)),
+            now_ms=now_ms,
+            draws=draws,
+            first=first,
+            seed=self._asked,
+            changes=changes,
+        )
+        return await process.ask(self._board.facts(now_ms), question)
+
+
+class _Process:
+    """One process that answers; started when it is first asked, and again if it died."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._process: asyncio.subprocess.Process | None = None
+        self._turn = asyncio.Lock()
+
+    async def ask(self, facts: Sequence[Event], question: Question) -> Answer | None:
+        """Return the answer; None if the process died over it."""
+        async with self._turn:
+            if self._process is None:
+                self._process = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    "-c",
+                    _MAIN,
+                    stdin=asyncio.subprocess.PIPE,
+                    stdout=asyncio.subprocess.PIPE,
+                )
+            stdin, stdout = self._process.stdin, self._process.stdout
+            assert stdin is not None, "it was made with pipes"
+            assert stdout is not None, "it was made with pipes"
+            try:
+                for begin in range(0, len(facts), _SLICE):
+                    stdin.write(framed(facts[begin : begin + _SLICE]))
+                    await stdin.drain()
+                    await asyncio.sleep(0)
+                stdin.write(framed(question))
+                await stdin.drain()
+                length = int.from_bytes(await stdout.readexactly(LENGTH_BYTES), "big")
+                answer: Answer = pickle.loads(await stdout.readexactly(length))  # noqa: S301 - our own child
+            except (OSError, asyncio.IncompleteReadError):
+                _log.error("forecast process died", process=self._name, status=await self._process.wait())
+                self._process = None
+                return None
+            except asyncio.CancelledError:
+                # Its answer, when it comes, would be taken for that of the next question.
+                await self._end()
+                raise
+        return answer
+
+    async def close(self) -> None:
+        """End the process, if there is one."""
+        async with self._turn:
+            await self._end()
+
+    async def _end(self) -> None:
+        if self._process is not None:
+            if self._process.returncode is None:
+                self._process.kill()
+            await self._process.wait()
+            self._process = None
+
+
+def _coarse(ms: int) -> int:
+    """Return an expected wait no finer than it can be known, so that who watches is not told every second."""
+    step_ms = 5_000 if ms < 120_000 else 30_000 if ms < 3_600_000 else 300_000
+    return max(0, (ms + step_ms // 2) // step_ms * step_ms)
+
+
+def _newest(recent: Recent) -> Recent:
+    """Return the newest of what was seen, and the shorter time it was seen in."""
+    jobs = recent.jobs[-_MOST_RECENT:]
+    if len(jobs) == len(recent.jobs):
+        return recent
+    begin_ms = jobs[0][0]
+    return Recent(
+        span_ms=max(1, recent.span_ms - begin_ms),
+        jobs=tuple((came_ms - begin_ms, job) for came_ms, job in jobs),
+        cost_permille=recent.cost_permille,
+    )

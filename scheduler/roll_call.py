@@ -1,0 +1,336 @@
+"""What workers and settlements say, held against what the rows say.
+
+A worker's report is the truth about the worker, the rows are the truth about attempts. Where they differ, the
+worker is told to let go of what is not ours, and what it should have and has not is lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+import structlog
+
+from gpu_worker.contract import AttemptResult, Blame, Outcome, RenderSpec, RunInHand, WorkerReport
+from scheduler.desk import Desk
+from scheduler.fleet import RenderRefused, WorkerFound, WorkerGone, WorkerHeard
+from scheduler.inbox import AttemptSettled, Item
+from scheduler.metrics import RequeueReason
+from scheduler.policy import events
+from scheduler.policy.events import (
+    AttemptFinished,
+    AttemptLost,
+    CheckpointSaved,
+    ModelEvicted,
+    ModelLoaded,
+    TierPaused,
+    TierResumed,
+    WorkerJoined,
+    WorkerLost,
+)
+from scheduler.policy.ids import AttemptId, Tier, WorkerId
+from scheduler.policy.worker import Worker
+from scheduler.running import Running
+from scheduler.settlement import Settlement, end_of, end_of_lost
+from scheduler.store import checkpoints
+from scheduler.store.checkpoints import SavedCheckpoint, as_policy_sees
+from scheduler.store.endings import AttemptEnd, Settled, Unknown, Verdict
+from scheduler.store.operations import Wishes
+from scheduler.updates import JobUpdate
+
+_log = structlog.get_logger()
+
+# A report that was made before an attempt arrived does not have it yet.
+_RENDER_GRACE_MS = 30_000
+# A GPU that hangs answers every heartbeat, since those come from another thread. No admitted job takes this
+# many times the largest predicted cost.
+_OVERDUE_TIMES = 3
+
+
+class RollCall:
+    """Takes what is heard, and tells the board."""
+
+    def __init__(self, desk: Desk, settlement: Settlement) -> None:
+        self._desk = desk
+        self._settlement = settlement
+        self._settling: dict[str, AttemptResult | None] = {}
+        """Attempts whose end is being settled, with what their workers said; None: they were given up."""
+        self._paused: frozenset[Tier] = frozenset()
+
+    def take(self, item: WorkerFound | WorkerHeard | WorkerGone | RenderRefused | AttemptSettled) -> None:
+        """Take note of one thing that was heard."""
+        match item:
+            case WorkerFound():
+                self._worker_found(item.report)
+            case WorkerHeard():
+                self._worker_heard(item.report)
+            case WorkerGone():
+                self._worker_gone(item)
+            case RenderRefused():
+                self._render_refused(item)
+            case AttemptSettled():
+                self._attempt_settled(item)
+
+    def adopt(self, one: Running, spec: RenderSpec) -> None:
+        """Bring a worker in step with the row of an attempt that ran before this scheduler led.
+
+        The last one may have died between its row and its call.
+        """
+        report = self._desk.workers.report(one.worker_id)
+        if report is None:
+            self._lose(one, "Its GPU worker was lost while the scheduler was away.", executed=True)
+            return
+        if one.attempt_id in self._settling:
+            return
+        parked = one.parked_since_ms is not None
+        if not _has(report, one.attempt_id):
+            if parked:
+                self._lose(one, "Its GPU worker has it no more.", executed=True)
+                return
+            # A worker that gets it twice draws it once.
+            fits = one.checkpoint is not None and one.checkpoint.device == report.device
+            self._desk.give(one, spec, one.checkpoint if fits else None)
+        elif not parked and any(run.attempt_id == one.attempt_id for run in report.parked):
+            self._desk.fleet.resume(one.worker_id, one.attempt_id)
+
+    def heed(self, wishes: Wishes) -> None:
+        """Tell the board what operators want, as far as that is new."""
+        now_ms = self._desk.clock.now_ms()
+        for tier in sorted(wishes.paused - self._paused):
+            _log.info("tier paused", tier=tier.value)
+            self._desk.tell(TierPaused(at_ms=now_ms, tier=tier))
+        for tier in sorted(self._paused - wishes.paused):
+            _log.info("tier resumed", tier=tier.value)
+            self._desk.tell(TierResumed(at_ms=now_ms, tier=tier))
+        self._paused = wishes.paused
+        for worker_id in sorted(self._desk.workers.wanted(wishes.draining, wishes.set_aside)):
+            self._desk.look_at(worker_id)
+
+    async def save_checkpoints(self, items: Iterable[Item]) -> None:
+        """Write the checkpoints that workers report.
+
+        Before anything else of these items: if one of them tells of a loss, its job goes on from there.
+        """
+        saved: dict[str, SavedCheckpoint] = {}
+        for item in items:
+            if not isinstance(item, WorkerFound | WorkerHeard):
+                continue
+            for run in _in_hand(item.report):
+                running = self._desk.running.get(run.attempt_id)
+                if (
+                    running is not None
+                    and run.checkpoint is not None
+                    and run.checkpoint != running.checkpoint
+                    and run.token == running.token
+                ):
+                    saved[run.attempt_id] = SavedCheckpoint(
+                        attempt_id=run.attempt_id, token=run.token, checkpoint=run.checkpoint
+                    )
+        if not saved:
+            return
+        stored = await self._desk.lane.run(
+            lambda connection: checkpoints.store_checkpoints(
+                connection, epoch=self._desk.epoch, saved=list(saved.values())
+            )
+        )
+        now_ms = self._desk.clock.now_ms()
+        for attempt_id, one in saved.items():
+            running = self._desk.running.get(attempt_id)
+            if attempt_id in stored and running is not None:
+                self._desk.running.put(replace(running, checkpoint=one.checkpoint))
+                self._desk.tell(
+                    CheckpointSaved(
+                        at_ms=now_ms,
+                        attempt_id=AttemptId(attempt_id),
+                        checkpoint=as_policy_sees(one.checkpoint),
+                    )
+                )
+
+    def _worker_found(self, report: WorkerReport) -> None:
+        now_ms = self._desk.clock.now_ms()
+        worker_id = WorkerId(report.worker_id)
+        _log.info("worker joined", worker=worker_id, device=report.device, pid=report.pid)
+        for running in self._desk.running.on(report.worker_id):
+            if running.incarnation != report.incarnation:
+                self._lose(running, f"The GPU worker {worker_id} was restarted.", executed=True)
+        self._desk.workers.joined(report, now_ms)
+        self._desk.updates.met_worker(report.memory_bytes)
+        self._desk.tell(
+            WorkerJoined(
+                at_ms=now_ms,
+                worker=Worker(
+                    worker_id=worker_id,
+                    memory_bytes=report.memory_bytes,
+                    speed_permille=report.speed_permille,
+                    warm_models=frozenset(report.warm_models),
+                    device=report.device,
+                ),
+            )
+        )
+        self._compare(report)
+
+    def _worker_heard(self, report: WorkerReport) -> None:
+        known = self._desk.workers.report(report.worker_id)
+        if known is None or known.incarnation != report.incarnation:
+            return  # said before it was given up: its next word comes as WorkerFound
+        now_ms = self._desk.clock.now_ms()
+        worker_id = WorkerId(report.worker_id)
+        for model in set(report.warm_models) - set(known.warm_models):
+            self._desk.tell(ModelLoaded(at_ms=now_ms, worker_id=worker_id, model=model))
+        for model in set(known.warm_models) - set(report.warm_models):
+            self._desk.tell(ModelEvicted(at_ms=now_ms, worker_id=worker_id, model=model))
+        if known.healthy and not report.healthy:
+            _log.warning("worker unhealthy", worker=worker_id, sentence=report.sentence)
+        self._compare(report)
+
+    def _compare(self, report: WorkerReport) -> None:
+        """Hold a worker's report against the rows: settle its results, end what is not ours."""
+        self._desk.metrics.worker_heard(report, self._desk.clock.now_ms())
+        for result in report.unacknowledged:
+            if result.attempt_id not in self._settling:
+                running = self._desk.running.get(result.attempt_id)
+                end = end_of(result, device=report.device, speed_permille=report.speed_permille)
+                self._settle(running, report.worker_id, end, result)
+        at_odds = False
+        for run in _in_hand(report):
+            # Not ours, or given up already: its loss is being settled, and what it does counts for nothing.
+            given_up = run.attempt_id in self._settling and self._settling[run.attempt_id] is None
+            if run.attempt_id not in self._desk.running or given_up:
+                # If it stored a checkpoint, its job probably goes on from there.
+                self._desk.fleet.forget(report.worker_id, run.attempt_id, kept=run.checkpoint is not None)
+                # What has the GPU for nobody ends at its next step; until then all else would be refused.
+                at_odds = at_odds or run is report.active
+        now_ms = self._desk.clock.now_ms()
+        for running in self._desk.running.on(report.worker_id):
+            if now_ms - running.given_ms > _RENDER_GRACE_MS and not _has(report, running.attempt_id):
+                was_there = running.parked_since_ms is not None
+                self._lose(running, "The GPU worker does not have it.", executed=was_there)
+            elif running.on_gpu_ms(now_ms) > _OVERDUE_TIMES * self._desk.parameters.max_predicted_ms:
+                self._lose(running, "It ran far longer than any job may: the GPU hangs.", executed=True)
+        self._desk.workers.heard(report, at_odds=at_odds)
+        self._desk.look_at(report.worker_id)
+
+    def _worker_gone(self, gone: WorkerGone) -> None:
+        report = self._desk.workers.report(gone.worker_id)
+        if report is None or report.incarnation != gone.incarnation:
+            return
+        _log.warning("worker lost", worker=gone.worker_id, sentence=gone.sentence)
+        self._desk.workers.gone(gone.worker_id)
+        self._desk.tell(WorkerLost(at_ms=self._desk.clock.now_ms(), worker_id=WorkerId(gone.worker_id)))
+        for running in self._desk.running.on(gone.worker_id):
+            self._lose(running, gone.sentence, executed=True)
+
+    def _render_refused(self, refused: RenderRefused) -> None:
+        running = self._desk.running.get(refused.attempt_id)
+        if running is not None:
+            _log.warning("render refused", worker=refused.worker_id, sentence=refused.sentence)
+            self._desk.workers.refused(refused.worker_id)
+            self._desk.look_at(refused.worker_id)
+            self._lose(running, refused.sentence, executed=False)
+
+    def _lose(self, running: Running, sentence: str, *, executed: bool) -> None:
+        if running.attempt_id not in self._settling:
+            end = end_of_lost(running.attempt_id, running.token, sentence, executed=executed)
+            self._settle(running, running.worker_id, end, None)
+
+    def _settle(
+        self, running: Running | None, worker_id: str, end: AttemptEnd, result: AttemptResult | None
+    ) -> None:
+        self._settling[end.attempt_id] = result
+        # An end that matches nothing we run is settled all the same:
+        # the database knows whether it is late or false.
+        self._settlement.put(running.account_id if running else "", worker_id, end)
+
+    def _attempt_settled(self, item: AttemptSettled) -> None:
+        attempt_id = item.end.attempt_id
+        result = self._settling.pop(attempt_id, None)
+        settled = item.outcome if isinstance(item.outcome, Settled) else None
+        running = self._desk.running.pop(attempt_id)
+        if result is not None:
+            if settled is None or settled.verdict is Verdict.LOST:
+                kept = _goes_on_elsewhere(item.outcome) and (
+                    running is None or running.checkpoint is not None
+                )
+                self._desk.fleet.forget(item.worker_id, attempt_id, kept=kept)
+            else:
+                self._desk.fleet.acknowledge(item.worker_id, result)
+        if running is None or settled is None:
+            _log.info("late result dropped", worker=item.worker_id, attempt=attempt_id)
+            return
+        now_ms = self._desk.clock.now_ms()
+        if settled.job_state == "queued":
+            self._desk.tell(
+                AttemptLost(at_ms=now_ms, attempt_id=AttemptId(attempt_id), executed=settled.counts_as_loss)
+            )
+        else:
+            self._desk.tell(
+                AttemptFinished(
+                    at_ms=now_ms,
+                    attempt_id=AttemptId(attempt_id),
+                    outcome=events.Outcome(settled.job_state),
+                    gpu_ms=settled.gpu_ms,
+                )
+            )
+        if settled.set_aside_until is not None:
+            _log.error("worker set aside", worker=running.worker_id, until=str(settled.set_aside_until))
+            self._desk.workers.set_aside(running.worker_id, settled.set_aside_until)
+        self._desk.look_at(running.worker_id)
+        self._desk.updates.publish(
+            JobUpdate(job_id=settled.job_id, event_seq=settled.event_seq, state=settled.job_state)
+        )
+        self._show_end(running, settled, result, now_ms)
+        _log.info(
+            "attempt ended",
+            job=settled.job_id,
+            attempt=attempt_id,
+            verdict=settled.verdict.value,
+            gpu_ms=settled.gpu_ms,
+            billed_ms=settled.billed_ms,
+            absorbed_ms=settled.absorbed_ms,
+            worker=running.worker_id,
+        )
+
+    def _show_end(
+        self, running: Running, settled: Settled, result: AttemptResult | None, now_ms: int
+    ) -> None:
+        if result is not None and settled.verdict is not Verdict.LOST:
+            self._desk.metrics.attempt_ended(
+                tier=running.tier,
+                model=running.model,
+                run_ms=running.on_gpu_ms(now_ms),
+                load_ms=result.load_ms,
+                times=result.times,
+            )
+        if settled.job_state == "queued":
+            out_of_memory = result is not None and result.failure_reason == "OUT_OF_MEMORY"
+            self._desk.metrics.job_requeued(RequeueReason.OOM if out_of_memory else RequeueReason.WORKER_LOST)
+        else:
+            failed = settled.job_state == "failed"
+            self._desk.metrics.job_ended(
+                tier=running.tier,
+                outcome=Outcome(settled.job_state),
+                blame=(result.blame if result else Blame.PLATFORM) if failed else Blame.NONE,
+            )
+        if running.tier is Tier.FAST:
+            self._desk.metrics.settled(
+                plan=settled.plan, billed_ms=settled.billed_ms, released_ms=settled.released_ms
+            )
+
+
+def _in_hand(report: WorkerReport) -> Iterator[RunInHand]:
+    """Return what a worker has begun and not ended."""
+    if report.active is not None:
+        yield report.active
+    yield from report.parked
+
+
+def _has(report: WorkerReport, attempt_id: str) -> bool:
+    """Return whether a worker has an attempt in hand, or its result."""
+    return any(run.attempt_id == attempt_id for run in _in_hand(report)) or any(
+        result.attempt_id == attempt_id for result in report.unacknowledged
+    )
+
+
+def _goes_on_elsewhere(outcome: Settled | Unknown) -> bool:
+    """Return whether an attempt whose end counts for nothing has a job that lives, or may live."""
+    return isinstance(outcome, Unknown) or outcome.job_state in ("queued", "running")

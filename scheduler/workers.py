@@ -1,0 +1,111 @@
+"""The workers as the loop knows them: their newest reports, and what keeps one from taking jobs.
+
+There are several such reasons and they overlap: an operator drains it, it lost too many jobs in a row, it
+says that it is not healthy, it has in hand what is not ours, it refused what it was given. The board only
+hears whether it takes jobs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import KeysView, Mapping
+from datetime import datetime
+
+from gpu_worker.contract import WorkerReport
+from scheduler.clock import to_ms
+
+
+class _Slot:
+    """A worker that has joined."""
+
+    __slots__ = ("at_odds", "idle_since_ms", "report")
+
+    def __init__(self, report: WorkerReport, now_ms: int) -> None:
+        self.report = report
+        self.at_odds = False
+        self.idle_since_ms: int | None = now_ms
+
+
+class Workers:
+    """All that have joined and are not lost."""
+
+    def __init__(self) -> None:
+        self._slots: dict[str, _Slot] = {}
+        self._closed: dict[str, None] = {}
+        self._draining: frozenset[str] = frozenset()
+        self._set_aside: dict[str, datetime] = {}
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def ids(self) -> KeysView[str]:
+        """Return their ids."""
+        return self._slots.keys()
+
+    def closed(self) -> KeysView[str]:
+        """Return the ids of those that take no jobs."""
+        return self._closed.keys()
+
+    def report(self, worker_id: str) -> WorkerReport | None:
+        """Return what a worker said last; None: there is no such worker."""
+        slot = self._slots.get(worker_id)
+        return None if slot is None else slot.report
+
+    def idle_since_ms(self, worker_id: str) -> int | None:
+        """Return since when no attempt has had a worker's GPU; None: one has."""
+        return self._slots[worker_id].idle_since_ms
+
+    def joined(self, report: WorkerReport, now_ms: int) -> None:
+        """Begin a worker's life. Like the board, take it for one that takes jobs."""
+        self.gone(report.worker_id)
+        self._slots[report.worker_id] = _Slot(report, now_ms)
+
+    def heard(self, report: WorkerReport, *, at_odds: bool) -> None:
+        """Note a worker's newest report. `at_odds`: until its next, it would refuse whatever it is given."""
+        slot = self._slots[report.worker_id]
+        slot.report, slot.at_odds = report, at_odds
+
+    def refused(self, worker_id: str) -> None:
+        """Note that a worker refused an attempt: until its next report, it would refuse any other."""
+        slot = self._slots.get(worker_id)
+        if slot is not None:
+            slot.at_odds = True
+
+    def gone(self, worker_id: str) -> None:
+        """End a worker's life."""
+        self._slots.pop(worker_id, None)
+        self._closed.pop(worker_id, None)
+
+    def set_aside(self, worker_id: str, until: datetime) -> None:
+        """Give a worker nothing until then: it lost too many jobs in a row."""
+        self._set_aside[worker_id] = until
+
+    def wanted(self, draining: frozenset[str], set_aside: Mapping[str, datetime]) -> set[str]:
+        """Note what the rows say of all slots; returns those of which they said something else before."""
+        changed = set(self._draining ^ draining)
+        changed.update(worker_id for worker_id, _ in self._set_aside.items() ^ set_aside.items())
+        self._draining, self._set_aside = draining, dict(set_aside)
+        return changed
+
+    def looked_at(self, worker_id: str, *, busy: bool, now_ms: int) -> bool | None:
+        """Work out whether a worker takes jobs now; None: it does or does not as before."""
+        slot = self._slots.get(worker_id)
+        if slot is None:
+            return None
+        if busy:
+            slot.idle_since_ms = None
+        elif slot.idle_since_ms is None:
+            slot.idle_since_ms = now_ms
+        aside_until = self._set_aside.get(worker_id)
+        takes_jobs = (
+            slot.report.healthy
+            and not slot.at_odds
+            and worker_id not in self._draining
+            and (aside_until is None or to_ms(aside_until) <= now_ms)
+        )
+        if takes_jobs is (worker_id not in self._closed):
+            return None
+        if takes_jobs:
+            del self._closed[worker_id]
+        else:
+            self._closed[worker_id] = None
+        return takes_jobs
