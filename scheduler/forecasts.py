@@ -3,7 +3,7 @@
 Every few seconds, while something waits, a copy of the board is played forward several times
 (`forecast_process`), and the newest result is kept. Questions about changes have a process to themselves, so
 that nobody waits behind a round. On boards too large to be copied between two cycles, and for jobs that are
-newer than the last round, the place in the order is set against the pace of late.
+newer than the last round, the board is only glanced at.
 
 What is foreseen decides nothing: without it the scheduler goes on, and says that it does not know.
 """
@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import pickle
 import sys
-from collections import deque
 from collections.abc import Mapping, Sequence
 
 import structlog
@@ -21,9 +20,10 @@ import structlog
 from scheduler.clock import LeaderClock
 from scheduler.forecast_process import LENGTH_BYTES, Answer, Question, framed
 from scheduler.policy.board import Board
-from scheduler.policy.eta import Eta
-from scheduler.policy.events import AttemptStarted, Event
+from scheduler.policy.eta import Eta, quick_eta
+from scheduler.policy.events import Event
 from scheduler.policy.ids import JobId, Tier
+from scheduler.policy.job import Job
 from scheduler.policy.lately import Lately, Recent
 from scheduler.policy.parameters import Parameters
 from scheduler.policy.what_if import Change, WhatIf
@@ -45,59 +45,27 @@ _DRAWS_OF_CHANGE = 5
 _STARTS_OF_CHANGE = 500
 # Arrivals of late that a question brings; they are drawn from, and more would say little more.
 _MOST_RECENT = 2_000
-# The starts that the pace is told from.
-_PACE_OF = 200
-_PACE_SPAN_MS = 600_000
-# What nine of ten waits are below, of a wait told from the pace.
-_LATE_PERMILLE = 2_500
 
 
 class ListenedBoard(Board):
     """A board whose facts forecasts listen to."""
 
-    def __init__(self, parameters: Parameters, lately: Lately, pace: Pace) -> None:
+    def __init__(self, parameters: Parameters, lately: Lately) -> None:
         super().__init__(parameters)
         self._lately = lately
-        self._pace = pace
 
     def apply(self, event: Event) -> None:
         """Take note of a fact."""
         super().apply(event)
         self._lately.apply(event)
-        if isinstance(event, AttemptStarted):
-            self._pace.started(self._cell.attempts[event.attempt_id].job.tier, event.at_ms)
-
-
-class Pace:
-    """How quickly jobs of each tier start."""
-
-    def __init__(self) -> None:
-        self._starts: dict[Tier, deque[int]] = {tier: deque(maxlen=_PACE_OF) for tier in Tier}
-
-    def started(self, tier: Tier, at_ms: int) -> None:
-        """Take note of a start."""
-        self._starts[tier].append(at_ms)
-
-    def start_times(self, tier: Tier, position: int, now_ms: int) -> StartTimes | None:
-        """Return when a job at this place will start if it goes on as of late; None: too little is known."""
-        starts = self._starts[tier]
-        while starts and starts[0] < now_ms - _PACE_SPAN_MS:
-            starts.popleft()
-        if len(starts) < 2:
-            return None
-        wait_ms = position * (now_ms - starts[0]) // len(starts)
-        return StartTimes(p50_ms=wait_ms, p90_ms=wait_ms * _LATE_PERMILLE // 1000)
 
 
 class Forecasts:
-    """What is foreseen of one board. `board` listens with the same `lately` and `pace`."""
+    """What is foreseen of one board. `board` listens with the same `lately`."""
 
-    def __init__(
-        self, *, board: Board, lately: Lately, pace: Pace, parameters: Parameters, clock: LeaderClock
-    ) -> None:
+    def __init__(self, *, board: Board, lately: Lately, parameters: Parameters, clock: LeaderClock) -> None:
         self._board = board
         self._lately = lately
-        self._pace = pace
         self._parameters = parameters
         self._clock = clock
         self._etas: Mapping[JobId, Eta] = {}
@@ -127,17 +95,15 @@ class Forecasts:
         answer = await self._ask(self._rounds, None, draws=_DRAWS, first=_STARTS)
         self._etas = {} if answer is None else answer.etas
 
-    def start_times(self, job_id: JobId, tier: Tier, position: int) -> StartTimes | None:
-        """Return when a job that waits for its turn will start; `position` 0: for one of its own account."""
+    def start_times(self, job: Job) -> StartTimes | None:
+        """Return when a waiting job will start; None: a gate holds it."""
         now_ms = self._clock.now_ms()
-        eta = self._etas.get(job_id)
-        if eta is not None:
-            start: StartTimes | None = StartTimes(p50_ms=eta.p50_ms - now_ms, p90_ms=eta.p90_ms - now_ms)
-        else:
-            start = self._pace.start_times(tier, position, now_ms) if position else None
-        if start is None:
+        eta = self._etas.get(job.job_id)
+        if eta is None:
+            eta = quick_eta(self._board.cell, job, self._lately.mean_ms, now_ms)
+        if eta is None:
             return None
-        return StartTimes(p50_ms=_coarse(start.p50_ms), p90_ms=_coarse(start.p90_ms))
+        return StartTimes(p50_ms=_coarse(eta.p50_ms - now_ms), p90_ms=_coarse(eta.p90_ms - now_ms))
 
     async def what_ifs(self, changes: Sequence[Change]) -> Sequence[WhatIf | None]:
         """Return what would come of each change, alone, to the board as it is now."""

@@ -12,7 +12,7 @@ from scheduler.answers import Explained, Outlook, QueuesView, WhatIf, WorkerView
 from scheduler.arrivals import Arrivals
 from scheduler.clock import LeaderClock
 from scheduler.fleet import Fleet
-from scheduler.forecasts import Forecasts, ListenedBoard, Pace
+from scheduler.forecasts import Forecasts, ListenedBoard
 from scheduler.inbox import AccountsChanged, FleetChanged, Inbox, JobsChanged
 from scheduler.loop import Loop
 from scheduler.metrics import SchedulerMetrics
@@ -133,11 +133,11 @@ async def lead(
             parameters=parameters,
         )
         arrivals = Arrivals(lane=lane, epoch=taken.epoch, clock=clock, models=models)
-        lately, pace = Lately(clock.now_ms()), Pace()
-        board = ListenedBoard(parameters, lately, pace)
+        lately = Lately(clock.now_ms())
+        board = ListenedBoard(parameters, lately)
         oracle = Oracle(
             board=board,
-            forecasts=Forecasts(board=board, lately=lately, pace=pace, parameters=parameters, clock=clock),
+            forecasts=Forecasts(board=board, lately=lately, parameters=parameters, clock=clock),
             parameters=parameters,
             clock=clock,
             models=models,

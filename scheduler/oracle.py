@@ -122,7 +122,7 @@ class Oracle:
         job = self._board.waiting_job(JobId(job_id))
         if job is None or status.reason not in _BY_TIME:
             return None
-        return self._forecasts.start_times(job.job_id, job.tier, status.position)
+        return self._forecasts.start_times(job)
 
     def _waits(self, job_id: str) -> bool:
         return self._board.waiting_job(JobId(job_id)) is not None

@@ -15,6 +15,6 @@ for argument in "$@"; do
     fi
 done
 
-deploy/environment.sh server,worker,dev
+deploy/environment.sh server,worker,simulator,dev
 # The long form, because bash 3.2, which macOS ships, takes an empty array for an unset variable.
 exec .venv/bin/python -m pytest ${selection[@]+"${selection[@]}"} ${arguments[@]+"${arguments[@]}"}

@@ -8,6 +8,7 @@ it anew.
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 from collections.abc import Mapping, Sequence
 
@@ -119,6 +120,9 @@ class SchedulerActor:
                 sweep_ms=settings.scheduling.sweep_ms,
             ) as leader:
                 self._leader = leader
+                # What was restored lives long. A collection that walks a million jobs would stop the loop for
+                # a second, again and again.
+                gc.freeze()
                 await leader.run()
         except* Deposed as deposed:
             _log.warning("deposed", reason=str(deposed.exceptions[0]))

@@ -312,7 +312,7 @@ class _Audit:
             self._check(Bound.B7, -math.inf, case)
             return
         before = keys.virtual_time if queue.virtual_time is None else queue.virtual_time
-        after = before if charge.aged else max(before, charge.start_tag)
+        after = before if charge.aged else max(before, charge.charged_from)
         self._check(
             Bound.B7, 0 - max(abs(keys.virtual_time - before), abs(charge.virtual_time - after)), case
         )
@@ -322,8 +322,12 @@ class _Audit:
         tag = account.turns[queue.tier].tag
         if tag is not None:
             self._check(Bound.TAGS, -abs(charge.start_tag - tag), case)
-        finish_tag = charge.start_tag + usage.tag_cost(charge.predicted_ms, charge.weight_milli)
-        self._check(Bound.TAGS, -abs(charge.finish_tag - finish_tag), case)
+        turn = account.turns[queue.tier]
+        if turn.known and queue.virtual_time is not None:
+            start = usage.start_of(charge.start_tag, turn.finish_tag, queue.virtual_time)
+            self._check(Bound.TAGS, -abs(charge.charged_from - start), case)
+        else:
+            self._check(Bound.TAGS, charge.start_tag - charge.charged_from, case)
         self._check(Bound.TAGS, -abs(record.keys.chosen.tag - charge.start_tag), case)
 
     def _check_next_tag(self, record: Dispatch, account: AccountState) -> None:
@@ -366,8 +370,8 @@ class _Audit:
             self._check(Bound.ORDER, margin, case)
 
     def _check_age(self, because: ChosenBecause, queue: Queue, case: Case) -> None:
-        if because is ChosenBecause.AGED and queue.since_aged is not None:
-            self._check(Bound.AGED, queue.since_aged - (self._parameters.aged_one_in - 1), case)
+        if because is ChosenBecause.AGED and queue.aged_wait_ms is not None:
+            self._check(Bound.AGED, -queue.aged_wait_ms, case)
 
     def _check_use(self, record: Dispatch, account: AccountState, queue: Queue, case: Case) -> None:
         """B9: what the account is remembered for is what it executed."""

@@ -89,6 +89,11 @@ class Board:
     def __init__(self, parameters: Parameters) -> None:
         self._cell = Cell(parameters)
 
+    @property
+    def cell(self) -> Cell:
+        """What the board knows, for questions that need much of it; only the board changes it."""
+        return self._cell
+
     def apply(self, event: Event) -> None:
         """Take note of a fact."""
         self._cell.positions.clear()
@@ -240,7 +245,7 @@ class Board:
         return self._cell.accounts[account_id].share(tier)
 
     def virtual_time(self, tier: Tier) -> int:
-        """Return the largest start tag served so far in a tier, aged starts apart."""
+        """Return the largest point of a tier that a start was charged from, aged starts apart."""
         return self._cell.queues[tier].virtual_time
 
     def knows_account(self, account_id: AccountId) -> bool:
@@ -432,7 +437,7 @@ class Board:
         else:
             assert hands.parked is None, "at most one run is parked on a worker"
             attempt.parked_since_ms = parked_since_ms
-            self._cell.parked[attempt_id] = attempt
+            self._cell.parked.put((parked_since_ms, attempt_id))
             self._cell.fleet.set_hands(attempt.worker_id, hands._replace(parked=attempt_id))
 
     def _get_gpu(self, attempt: Attempt) -> None:
@@ -454,7 +459,7 @@ class Board:
             self._cell.fleet.set_hands(attempt.worker_id, hands._replace(active=None, fast=False))
             self._cell.accounts[attempt.job.account_id].parkable.pop(attempt.attempt_id, None)
         else:
-            del self._cell.parked[attempt.attempt_id]
+            self._cell.parked.discard(attempt.attempt_id)
             self._cell.fleet.set_hands(attempt.worker_id, hands._replace(parked=None))
 
     def _attempt_parked(self, event: AttemptParked) -> None:
@@ -466,7 +471,7 @@ class Board:
         )
         self._lose_gpu(attempt)
         attempt.is_parked(event.at_ms, self._cell.fleet.speed_permille(attempt.worker_id))
-        self._cell.parked[attempt.attempt_id] = attempt
+        self._cell.parked.put((event.at_ms, attempt.attempt_id))
         self._cell.fleet.set_hands(attempt.worker_id, Hands(parked=attempt.attempt_id))
 
     def _attempt_resumed(self, event: AttemptResumed) -> None:
@@ -598,10 +603,6 @@ class Board:
             self._rank_parkable(self._cell.accounts[self._cell.attempts[active].job.account_id])
 
     def _recovery_ended(self) -> None:
-        # They are restored in any order.
-        self._cell.parked = dict(
-            sorted(self._cell.parked.items(), key=lambda one: (one[1].parked_since_ms, one[0]))
-        )
         for account in self._cell.accounts.values():
             for tier in self._cell.queues:
                 turn = account.turn(tier)

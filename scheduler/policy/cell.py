@@ -51,8 +51,8 @@ class Cell:
         self.accounts: dict[AccountId, Account] = {}
         self.jobs: dict[JobId, Live] = {}
         self.attempts: dict[AttemptId, Attempt] = {}
-        self.parked: dict[AttemptId, Attempt] = {}
-        """The one parked longest first."""
+        self.parked: Ranking[AttemptId] = Ranking()
+        """By since when they are."""
         self.fleet = Fleet()
         # Fast first, wherever tiers are gone through.
         self.queues = {tier: FairQueue(tier, self.accounts, parameters) for tier in (Tier.FAST, Tier.RELAX)}

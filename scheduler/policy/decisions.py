@@ -23,8 +23,9 @@ class Charge:
     """Of the tag: the plan's in relax, 1000 in fast."""
     charged_at_ms: int
     start_tag: int
+    """The tag it was chosen by, memory included."""
     finish_tag: int
-    """The account's new finish tag in the tier."""
+    """The account's new finish tag in the tier: where it stood, memory apart, and the cost."""
     next_tag: int | None
     """The account's new tag in the tier; None: this start ends its eligibility."""
     usage_added: float
@@ -33,6 +34,11 @@ class Charge:
     """The tier's virtual time becomes the greatest of this and what it is."""
     aged: bool
     """Taken for its age, out of the order."""
+
+    @property
+    def charged_from(self) -> int:
+        """Where in virtual time the account stood, memory apart: where its finish tag is counted from."""
+        return self.finish_tag - self.predicted_ms * 1_000_000 // self.weight_milli
 
 
 class ChosenBecause(StrEnum):

@@ -57,7 +57,7 @@ def eta_of(starts: Sequence[int]) -> Eta:
 
 
 def quick_eta(cell: Cell, job: Job, mean_ms: int, now_ms: int) -> Eta | None:
-    """Return when a job that is not on the board yet would start, at a glance; None: a gate would hold it.
+    """Return when a job starts that waits, or would wait from now on, at a glance; None: a gate holds it.
 
     The jobs with smaller tags, told by the queue's counts of tags, over the GPUs of its tier, at `mean_ms` of
     GPU time each; and its own account's jobs beyond its caps, over the caps. Nothing is played forward, and
@@ -70,8 +70,9 @@ def quick_eta(cell: Cell, job: Job, mean_ms: int, now_ms: int) -> Eta | None:
     tag, own, slots = queue.virtual_time, 0, 1
     if account is not None:
         turn = account.turn(job.tier)
-        tag = next_tag(queue, account, now_ms) + sum(map(queue.steps(account, now_ms), turn.jobs()))
-        own = max(0, turn.waiting + 1 - account.free(job.tier))
+        older = [other for other in turn.jobs() if other.arrival < job.arrival]
+        tag = next_tag(queue, account, now_ms) + sum(map(queue.steps(account, now_ms), older))
+        own = max(0, len(older) + 1 - account.free(job.tier))
         slots = max(1, account.limits.free(job.tier, running=0, relax_running=0))
     most_fast = fleet.taking - relax_floor(fleet.taking, cell.parameters)
     ahead = queue.before(tag)

@@ -278,7 +278,9 @@ def _bound(cell: Cell, job: Job, place: Place, now_ms: int) -> Bound | None:
             for lane_of in one.turn(job.tier).lanes.values()
         )
         aged_ms = max(0, lane.head_since_ms + parameters.aging_ms - now_ms)
-        whatever_ms = aged_ms + within(sure, parameters.aged_one_in * (older + 1) * c_max)
+        # Between two that are taken for their age others take their share, and the last of them goes over.
+        turns = (parameters.aged_one_in + 1) * (older + 1)
+        whatever_ms = aged_ms + within(sure, turns * c_max)
     return Bound(
         within_ms=within(sure, work_ms),
         newcomer_ms=newcomer_ms,

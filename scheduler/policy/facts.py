@@ -46,7 +46,8 @@ def facts(cell: Cell, now_ms: int) -> list[Event]:
         if draining:
             facts.append(WorkerDraining(at_ms=now_ms, worker_id=worker.worker_id))
     facts += [_restored(cell, attempt, now_ms) for attempt in cell.attempts.values()]
-    for job_id, live in cell.jobs.items():
+    # Held ones last: an account that had nothing else for a moment would lose its tag.
+    for job_id, live in sorted(cell.jobs.items(), key=lambda one: one[1].state is State.HELD):
         if live.state is State.RUNNING:
             if live.cancel_wanted:
                 facts.append(CancelWanted(at_ms=now_ms, job_id=job_id))

@@ -49,9 +49,9 @@ class FairQueue:
     def __init__(self, tier: Tier, accounts: Mapping[AccountId, Account], parameters: Parameters) -> None:
         self.tier = tier
         self.virtual_time = 0
-        """The largest start tag served so far, aged starts apart."""
-        self.since_aged = 0
-        """Starts since the last one that was taken for its age."""
+        """The largest point that a start was charged from, aged starts apart."""
+        self.aged_wait_ms = 0
+        """GPU time that must start in the order of tags before something starts for its age again."""
         self.decay_origin_ms = 0
         self._accounts = accounts
         self._parameters = parameters
@@ -120,9 +120,10 @@ class FairQueue:
         turn = account.turn(self.tier)
         assert turn.tag is not None
         aged = head.because is ChosenBecause.AGED
-        weight_milli = self._weight_milli(account)
-        finish_tag = turn.tag + usage.tag_cost(job.predicted_ms, weight_milli)
-        virtual_time = self.virtual_time if aged else max(self.virtual_time, turn.tag)
+        weight_milli = self.weight_milli(account)
+        start = usage.start_of(turn.tag, turn.finish_tag, self.virtual_time)
+        finish_tag = start + usage.tag_cost(job.predicted_ms, weight_milli)
+        virtual_time = self.virtual_time if aged else max(self.virtual_time, start)
         added = usage.usage_cost(
             job.predicted_ms,
             self.tier,
@@ -132,7 +133,7 @@ class FairQueue:
         )
         next_tag = None
         if turn.waiting > 1 and account.free(self.tier) > 1:
-            next_tag = max(finish_tag, virtual_time) + self._memory(account, account.usage + added, now_ms)
+            next_tag = max(finish_tag, virtual_time) + self.memory(account, now_ms, account.usage + added)
         return Charge(
             predicted_ms=job.predicted_ms,
             weight_milli=weight_milli,
@@ -154,7 +155,10 @@ class FairQueue:
         account.usage += charge.usage_added
         account.count(self.tier, 1)
         self.virtual_time = max(self.virtual_time, charge.virtual_time)
-        self.since_aged = 0 if charge.aged else self.since_aged + 1
+        if charge.aged:
+            self.aged_wait_ms = (self._parameters.aged_one_in - 1) * charge.predicted_ms
+        else:
+            self.aged_wait_ms = max(0, self.aged_wait_ms - charge.predicted_ms)
 
     def growth(self, at_ms: int) -> float:
         """Return what use at `at_ms` is multiplied by to be stored."""
@@ -166,26 +170,30 @@ class FairQueue:
             self._growth = moment, growth
         return self._growth[1]
 
-    def usage_per_weight(self, account: Account) -> float:
+    def usage_per_weight(self, account: Account, stored: float | None = None) -> float:
         """Return what accounts with equal tags are compared by: stored use in relax, nothing in fast."""
-        return 0.0 if self.tier is Tier.FAST else account.usage * 1000 / account.weight_milli
+        if self.tier is Tier.FAST:
+            return 0.0
+        return (account.usage if stored is None else stored) * 1000 / account.weight_milli
 
     def steps(self, account: Account, now_ms: int) -> Callable[[Job], int]:
         """Return how far each start of a job would move the account's tag, as its use is now."""
-        weight_milli = self._weight_milli(account)
+        weight_milli = self.weight_milli(account)
         remembered = self.memory(account, now_ms)
         return lambda job: usage.tag_cost(job.predicted_ms, weight_milli) + remembered
 
-    def memory(self, account: Account, now_ms: int) -> int:
-        """Return how much later than its turn the account's next job is tagged for what it has used."""
-        return self._memory(account, account.usage, now_ms)
+    def memory(self, account: Account, now_ms: int, stored: float | None = None) -> int:
+        """Return how much later than its turn the account's next job is tagged for what it has used.
 
-    def _memory(self, account: Account, stored: float, now_ms: int) -> int:
+        `stored` is its use where that is not what it is now.
+        """
         if self.tier is Tier.FAST:
             return 0
-        return usage.memory(stored / self.growth(now_ms) * 1000 / account.weight_milli, self._parameters)
+        used = (account.usage if stored is None else stored) / self.growth(now_ms)
+        return usage.memory(used * 1000 / account.weight_milli, self._parameters)
 
-    def _weight_milli(self, account: Account) -> int:
+    def weight_milli(self, account: Account) -> int:
+        """Return what an account's costs are divided by, in thousandths."""
         return usage.FAST_WEIGHT_MILLI if self.tier is Tier.FAST else account.weight_milli
 
     def tag_entry(self, account: Account, tag: int, job: Job) -> tuple[int, float, int, AccountId]:

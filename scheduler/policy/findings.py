@@ -81,7 +81,7 @@ PROMISES = {
     Bound.ORDER: Promise(
         sentence="the smallest key goes first, within theta if warm", unit="GPU-us per weight"
     ),
-    Bound.AGED: Promise(sentence="few starts are taken for their age", unit="starts"),
+    Bound.AGED: Promise(sentence="little is started for its age", unit="GPU-ms"),
     Bound.TAGS: Promise(sentence="tags follow from the charges", unit="GPU-us per weight"),
 }
 

@@ -1,8 +1,8 @@
 """The order of one tier while a cycle is planned: the queue's own, less what the plan has started so far.
 
 A start moves its account back or out, in every line that it waits in. Ranking it anew at once, and again when
-the plan is taken back, would cost more than the decision. So the queue's ranks stay as they are: the plan
-goes through them from the front, and looks at an account that it has changed once that comes first.
+the plan is taken back, would cost more than the decision. So the plan looks at an account that it has changed
+only once that comes first in a line, lifts it out there, and puts it back at the end.
 """
 
 from __future__ import annotations
@@ -16,18 +16,20 @@ from scheduler.policy.fair_queue import FairQueue, Head
 from scheduler.policy.ids import AccountId
 from scheduler.policy.job import Fit
 from scheduler.policy.parameters import Parameters
-from scheduler.policy.ranking import Cursor, Entry, Ranking
+from scheduler.policy.ranking import Entry, Ranking
 
 
 class _View:
     """One ranking of a line, as a plan sees it."""
 
-    __slots__ = ("cursor", "entry_now", "fit", "moved")
+    __slots__ = ("entry_now", "fit", "lifted", "moved", "ranking")
 
     def __init__(
         self, ranking: Ranking[AccountId], fit: Fit, entry_now: Callable[[Account, Lane], Entry]
     ) -> None:
-        self.cursor: Cursor[AccountId] = Cursor(ranking)
+        self.ranking = ranking
+        self.lifted: list[Entry] = []
+        """What was taken off the ranking's front."""
         self.fit = fit
         self.entry_now = entry_now
         self.moved: list[Entry] = []
@@ -69,6 +71,7 @@ class Order:
         turn = account.turn(self._queue.tier)
         if turn.tag is None or account.free(self._queue.tier) <= 0:
             self._out.add(account_id)
+            self._changed.discard(account_id)
         else:
             self._changed.add(account_id)
         for fit in turn.lanes:
@@ -76,12 +79,18 @@ class Order:
             if entry is not None and entry[-1] == account_id:
                 del fronts[fit]
 
+    def put_back(self) -> None:
+        """Leave the queue's ranks as they were. The order is of no more use."""
+        for view in (*self._by_tag.values(), *self._by_age.values()):
+            for entry in view.lifted:
+                view.ranking.put_back(entry)
+
     def choose(self, fits: Iterable[Fit]) -> Head | None:
         """Return the job to start next among these fits: by age if it is age's turn, else by tag."""
         first = self._first(fits)
         if first is None:
             return None
-        if self._queue.since_aged >= self._parameters.aged_one_in - 1 and self._may_be_aged():
+        if self._queue.aged_wait_ms == 0 and self._may_be_aged():
             oldest = self._oldest(fits)
             assert oldest is not None, "what has a tag has an age"
             entry, fit = oldest
@@ -138,8 +147,8 @@ class Order:
     def _behind(self, fit: Fit, first: Entry) -> Entry | None:
         """Return the one behind the first of a line, which the plan has changed."""
         view = self._by_tag[fit]
-        if view.cursor.first() is first:
-            view.cursor.advance()
+        if view.ranking.first() is first:
+            view.lifted.append(view.ranking.lift())
         else:
             heapq.heappop(view.moved)
         behind = self._first_of(view)
@@ -166,18 +175,16 @@ class Order:
 
     def _first_of(self, view: _View) -> Entry | None:
         """Return the first entry of a view that is right, having moved back those before it that are not."""
-        cursor, moved, out, changed = view.cursor, view.moved, self._out, self._changed
-        while (entry := cursor.first()) is not None:
-            key = entry[-1]
-            if key not in out:
-                if key not in changed:
-                    break
-                right = self._entry_now(view, entry)
-                if right == entry:
-                    break
-                if right is not None:
-                    heapq.heappush(moved, right)
-            cursor.advance()
+        ranking, moved = view.ranking, view.moved
+        view.lifted += ranking.lift_while(self._out)
+        while (entry := ranking.first()) is not None and entry[-1] in self._changed:
+            right = self._entry_now(view, entry)
+            if right == entry:
+                break
+            if right is not None:
+                heapq.heappush(moved, right)
+            view.lifted.append(ranking.lift())
+            view.lifted += ranking.lift_while(self._out)
         while moved and (entry is None or moved[0] < entry):
             right = self._entry_now(view, moved[0])
             if right == moved[0]:

@@ -121,6 +121,8 @@ class Fleet:
         self._hands: dict[WorkerId, Hands] = {}
         """Of those that have something."""
         self._pools: dict[Kind, _Pools] = {}
+        self._able_pools: dict[Fit, list[tuple[int, _Pools]]] = {}
+        """Asked for at each decision, and the same while no new kind of worker comes."""
         self._kinds: dict[Kind, int] = {}
         self._kinds_taking: dict[Kind, int] = {}
         """Without workers that drain."""
@@ -142,7 +144,9 @@ class Fleet:
         self.leave(worker.worker_id)
         slot = self._slots[worker.worker_id] = _Slot(worker)
         _count(self._kinds, slot.kind, 1)
-        self._pools.setdefault(slot.kind, _Pools())
+        if slot.kind not in self._pools:
+            self._pools[slot.kind] = _Pools()
+            self._able_pools.clear()
         self._take_part(worker.worker_id, slot, 1)
 
     def leave(self, worker_id: WorkerId) -> None:
@@ -215,16 +219,26 @@ class Fleet:
     def place(self, fit: Fit, *, held_too: bool = False) -> Placement | None:
         """Return the idle worker that suits a job best; with `held_too` also those with a parked run."""
         best: tuple[bool, bool, int, WorkerId] | None = None
-        for kind, pools in self._pools.items():
-            if kind.can_run(fit):
-                for held, pool in ((False, pools.open), (True, pools.held)):
-                    if held and not held_too:
-                        continue
-                    entry, warm = pool.first(fit.model)
-                    if entry is not None:
-                        rank = (not warm, held, -kind.speed_permille, entry[-1])
-                        best = rank if best is None or rank < best else best
+        for slowness, pools in self._able(fit):
+            entry, warm = pools.open.first(fit.model)
+            if entry is not None:
+                rank = (not warm, False, slowness, entry[-1])
+                best = rank if best is None or rank < best else best
+            if held_too:
+                entry, warm = pools.held.first(fit.model)
+                if entry is not None:
+                    rank = (not warm, True, slowness, entry[-1])
+                    best = rank if best is None or rank < best else best
         return None if best is None else Placement(best[-1], not best[0])
+
+    def _able(self, fit: Fit) -> list[tuple[int, _Pools]]:
+        """Return the pools of the kinds that can run a job, and what puts the faster first."""
+        able = self._able_pools.get(fit)
+        if able is None:
+            able = self._able_pools[fit] = [
+                (-kind.speed_permille, pools) for kind, pools in self._pools.items() if kind.can_run(fit)
+            ]
+        return able
 
     def relax_has(self, fit: Fit, device: str | None = None) -> bool:
         """Return whether a worker that runs a relax job could run such a job: relax gets it when that ends.

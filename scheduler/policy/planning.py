@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from scheduler.policy.attempt import Attempt
 from scheduler.policy.cell import Cell
 from scheduler.policy.decisions import (
     ChosenBecause,
@@ -26,6 +27,7 @@ from scheduler.policy.job import Fit
 from scheduler.policy.order import Order
 from scheduler.policy.placement import Placement
 from scheduler.policy.preemption import relax_floor
+from scheduler.policy.ranking import Cursor
 from scheduler.policy.trial import Trial
 
 
@@ -111,7 +113,7 @@ class Plan:
         """
         floor = relax_floor(self._fleet.taking, self._parameters)
         long_ago_ms = self._now_ms - self._parameters.aging_ms
-        for attempt in self._cell.parked.values():
+        for attempt in self._parked():
             assert attempt.parked_since_ms is not None
             if attempt.parked_since_ms > long_ago_ms:
                 break
@@ -165,7 +167,7 @@ class Plan:
 
     def _migrations(self) -> Iterator[Migrate]:
         """Give the runs that are parked longest to open workers that draw the same bits."""
-        for attempt in self._cell.parked.values():
+        for attempt in self._parked():
             assert attempt.parked_since_ms is not None
             parked_ms = self._now_ms - attempt.parked_since_ms
             if not self._fleet.open or parked_ms < self._parameters.park_patience_ms:
@@ -186,6 +188,13 @@ class Plan:
             )
             self._trial.migrate(attempt, migrate)
             yield migrate
+
+    def _parked(self) -> Iterator[Attempt]:
+        """Go through the runs that were parked before this plan, the one parked longest first."""
+        cursor = Cursor(self._cell.parked)
+        while (entry := cursor.first()) is not None:
+            yield self._cell.attempts[entry[-1]]
+            cursor.advance()
 
     def _relax_starts(self) -> Iterator[Start]:
         """Start relax jobs on open workers."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any, Generic, TypeVar
 
 Key = TypeVar("Key", bound=str)
@@ -55,6 +55,29 @@ class Ranking(Generic[Key]):
                 return entry
             heapq.heappop(heap)
         return None
+
+    def lift(self) -> Entry:
+        """Take the smallest entry off the front for a while, still ranked; to be called after `first`."""
+        entry: Entry = heapq.heappop(self._heap)
+        return entry
+
+    def lift_while(self, keys: Container[Key]) -> list[Entry]:
+        """Lift the smallest entries as long as their keys are among these, and return them."""
+        heap, live = self._heap, self._live
+        lifted: list[Entry] = []
+        while heap:
+            entry = heap[0]
+            key = entry[-1]
+            if live.get(key) is entry:
+                if key not in keys:
+                    break
+                lifted.append(entry)
+            heapq.heappop(heap)
+        return lifted
+
+    def put_back(self, entry: Entry) -> None:
+        """Put an entry back that was lifted."""
+        heapq.heappush(self._heap, entry)
 
 
 class Cursor(Generic[Key]):

@@ -263,7 +263,7 @@ class Replay:
 
     def _cell_restored(self, record: CellRestored) -> None:
         queue = self.queues[record.tier]
-        queue.virtual_time, queue.since_aged = record.virtual_time, 0
+        queue.virtual_time, queue.aged_wait_ms = record.virtual_time, 0
         self.recovering = True
         if record.tier is Tier.RELAX:
             self.decay_origin_ms = record.decay_origin_ms
@@ -366,9 +366,12 @@ class Replay:
         turn.lanes[job.fit].waiting -= 1
         aged = record.keys.because is ChosenBecause.AGED
         before = record.keys.virtual_time if queue.virtual_time is None else queue.virtual_time
-        queue.virtual_time = before if aged else max(before, charge.start_tag)
+        queue.virtual_time = before if aged else max(before, charge.charged_from)
         self.recovering = False
-        queue.since_aged = 0 if aged else None if queue.since_aged is None else queue.since_aged + 1
+        if aged:
+            queue.aged_wait_ms = (self.parameters.aged_one_in - 1) * charge.predicted_ms
+        elif queue.aged_wait_ms is not None:
+            queue.aged_wait_ms = max(0, queue.aged_wait_ms - charge.predicted_ms)
         queue.aged += aged
         queue.warm += record.keys.because is ChosenBecause.MODEL_WARM
         queue.most_cost_ms = max(queue.most_cost_ms, charge.predicted_ms)

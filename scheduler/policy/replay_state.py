@@ -347,7 +347,7 @@ class Queue:
     def __init__(self, tier: Tier, starts: int) -> None:
         self.tier = tier
         self.virtual_time: int | None = None
-        self.since_aged: int | None = None
+        self.aged_wait_ms: int | None = None
         self.served = Served(starts)
         self.aged = self.warm = 0
         self.most_cost_ms = 0

@@ -433,8 +433,8 @@ class _Roll:
 
     def _tags(self, tier: Tier) -> Iterator[tuple[JobId, int]]:
         """Return the tags that the waiting jobs have or will have if nothing else changes."""
-        queue = self._board._cell.queues[tier]
-        for account in self._board._cell.accounts.values():
+        queue = self._board.cell.queues[tier]
+        for account in self._board.cell.accounts.values():
             tag, step = next_tag(queue, account, self._now_ms), queue.steps(account, self._now_ms)
             for job in account.turn(tier).jobs():
                 yield job.job_id, tag

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import heapq
 from dataclasses import dataclass
 from enum import StrEnum
 
+from scheduler.policy import usage
 from scheduler.policy.account import Account
 from scheduler.policy.cell import Cell, State
 from scheduler.policy.fair_queue import FairQueue
@@ -126,24 +128,31 @@ def position_about(queue: FairQueue, account: Account, job: Job, now_ms: int) ->
 def positions(queue: FairQueue, fleet: Fleet, now_ms: int) -> dict[JobId, int]:
     """Return the places of the jobs of one tier that could start: those no gate holds.
 
-    The second job of an account stands where the start of the first will have moved its tag to. Jobs beyond
-    an account's caps have no place, as they wait for a job of their own account.
+    The order is played as if one after the other started now. Jobs beyond an account's caps have no place,
+    as they wait for a job of their own account.
     """
+    virtual_time = queue.virtual_time
     able = {fit: fleet.lacks(fit, draining_count=False) is None for fit in queue.lines}
-    order: list[tuple[int, float, int, JobId]] = []
+    fronts = []
     for account in queue.accounts():
         turn = account.turn(queue.tier)
-        tag = turn.tag
-        assert tag is not None
-        step = queue.steps(account, now_ms)
-        used = queue.usage_per_weight(account)
-        free = account.free(queue.tier)
-        for job in turn.jobs():
-            if free == 0:
-                break
-            if able[job.fit]:
-                order.append((tag, used, job.arrival, job.job_id))
-                tag += step(job)
-                free -= 1
-    order.sort()
-    return {job_id: place for place, (*_, job_id) in enumerate(order, start=1)}
+        jobs = [job for job in turn.jobs() if able[job.fit]][: account.free(queue.tier)]
+        if jobs:
+            assert turn.tag is not None
+            stored = account.usage
+            used = queue.usage_per_weight(account, stored)
+            fronts.append((turn.tag, used, jobs[0].arrival, turn.finish_tag, stored, account, jobs))
+    heapq.heapify(fronts)
+    places: dict[JobId, int] = {}
+    while fronts:
+        tag, _, _, finish_tag, stored, account, (job, *others) = heapq.heappop(fronts)
+        places[job.job_id] = len(places) + 1
+        start = usage.start_of(tag, finish_tag, virtual_time)
+        virtual_time = max(virtual_time, start)
+        if others:
+            finish_tag = start + usage.tag_cost(job.predicted_ms, queue.weight_milli(account))
+            stored += job.predicted_ms * queue.growth(now_ms)
+            tag = max(finish_tag, virtual_time) + queue.memory(account, now_ms, stored)
+            used = queue.usage_per_weight(account, stored)
+            heapq.heappush(fronts, (tag, used, others[0].arrival, finish_tag, stored, account, others))
+    return places

@@ -28,7 +28,7 @@ class Trial:
         self._queues = queues
         self._orders = orders
         self._fleet = fleet
-        self._before = {tier: (queue.virtual_time, queue.since_aged) for tier, queue in queues.items()}
+        self._before = {tier: (queue.virtual_time, queue.aged_wait_ms) for tier, queue in queues.items()}
         self._mementos: dict[AccountId, AccountMemento] = {}
         self._hands: dict[WorkerId, tuple[Hands, Parkable | None]] = {}
         self._started: list[tuple[Turn, Job]] = []
@@ -72,6 +72,8 @@ class Trial:
 
     def take_back(self) -> None:
         """Make the board what it was."""
+        for order in self._orders.values():
+            order.put_back()
         for turn, job in reversed(self._started):
             turn.put_back(job)
         for memento in self._mementos.values():
@@ -80,7 +82,7 @@ class Trial:
             self._fleet.set_hands(worker_id, hands)
             self._fleet.set_parkable(worker_id, parkable)
         for tier, queue in self._queues.items():
-            queue.virtual_time, queue.since_aged = self._before[tier]
+            queue.virtual_time, queue.aged_wait_ms = self._before[tier]
 
     def _set(self, worker_id: WorkerId, hands: Hands) -> None:
         if worker_id not in self._hands:

@@ -8,7 +8,6 @@ Cormode, Shkapenyuk, Srivastava, Xu: "Forward Decay" (ICDE 2009).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from scheduler.policy.ids import Tier
@@ -66,11 +65,20 @@ def usage_cost(
 def memory(usage_per_weight_ms: float, parameters: Parameters) -> int:
     """Return how much later than its turn a relax job is tagged, for decayed use per unit of weight.
 
-    Between 0 and P, in tag units, and logarithmic: the first hour of use costs more than the tenth.
+    Between 0 and P, in tag units, and linear. A logarithm would cost the first minutes most, and put an
+    account that has used little nearly as far back as one that has used all.
     """
-    used = math.log2(1 + usage_per_weight_ms / parameters.memory_unit_ms)
-    full = math.log2(1 + parameters.memory_full_ms / parameters.memory_unit_ms)
-    return int(parameters.memory_span_ms * 1000 * min(1.0, used / full))
+    return int(parameters.memory_span_ms * 1000 * min(1.0, usage_per_weight_ms / parameters.memory_full_ms))
+
+
+def start_of(tag: int, finish_tag: int, virtual_time: int) -> int:
+    """Return the point of virtual time from which a start is charged.
+
+    It is where the account stands among the others, its memory left out: that made the job wait, and charging
+    it as well would make a small job of a heavy account as dear as a large one. Never beyond the tag, so
+    that a job which others went before, for their age or for a model, loses nothing by it.
+    """
+    return min(tag, max(finish_tag, virtual_time))
 
 
 def correction(

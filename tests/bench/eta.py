@@ -210,7 +210,7 @@ class Replay:
             memory_bytes=8 * _GIB,
         )
         if self.now_ms >= _WARM_UP_MS:
-            glance = quick_eta(self.board._cell, job, self.lately.mean_ms, self.now_ms)
+            glance = quick_eta(self.board.cell, job, self.lately.mean_ms, self.now_ms)
             assert glance is not None
             self.glances.append(Told(self.now_ms, job.job_id, job.tier, glance, True))
         self.waiting[job.job_id] = job

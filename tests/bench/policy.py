@@ -178,6 +178,8 @@ def _row(waiting: int, seed: int) -> str:
             )
         )
     fleet.fill()
+    gc.collect()
+    gc.freeze()  # as the service does once it has restored its board
 
     decisions = 0
     decide_s = 0.0

@@ -13,10 +13,10 @@ from scheduler.answers import PlanTerms, WhatIf
 from scheduler.clock import LeaderClock
 from scheduler.cluster.local_fleet import LocalFleet
 from scheduler.forecast_process import LENGTH_BYTES, Answer, Question, framed, serve
-from scheduler.forecasts import Forecasts, ListenedBoard, Pace
+from scheduler.forecasts import Forecasts, ListenedBoard
 from scheduler.leader import Leader
 from scheduler.policy.eta import Eta
-from scheduler.policy.events import AccountRestored, Event, JobSubmitted, WorkerJoined
+from scheduler.policy.events import AccountRestored, Event, JobSubmitted, TierPaused, WorkerJoined
 from scheduler.policy.explain import Stage as Where
 from scheduler.policy.ids import AccountId, JobId, Tier, WorkerId
 from scheduler.policy.job import Job
@@ -87,58 +87,52 @@ def test_the_process_answers_each_question_from_the_facts_before_it() -> None:
     assert (moved.others_delayed, moved.delay_ms_sum) == (1, 10_000)
 
 
-def test_the_pace_of_late_tells_when_a_place_comes_up() -> None:
-    pace = Pace()
-    assert pace.start_times(Tier.FAST, 3, 0) is None
-    for at_ms in range(0, 10_000, 1_000):
-        pace.started(Tier.FAST, at_ms)
-    assert pace.start_times(Tier.FAST, 3, 10_000) == StartTimes(p50_ms=3_000, p90_ms=7_500)
-    assert pace.start_times(Tier.RELAX, 3, 10_000) is None
-    assert pace.start_times(Tier.FAST, 3, 10_000_000) is None, "an hour ago says nothing"
-
-
 @pytest.mark.parametrize(
     ("ms", "told_ms"), [(-900, 0), (2_400, 0), (2_600, 5_000), (119_000, 120_000), (140_000, 150_000)]
 )
 def test_an_expected_start_is_told_no_finer_than_it_is_known(ms: int, told_ms: int) -> None:
-    lately, pace = Lately(0), Pace()
-    board = ListenedBoard(Parameters(), lately, pace)
+    lately = Lately(0)
+    board = ListenedBoard(Parameters(), lately)
     clock = LeaderClock(started_ms=0)
-    forecasts = Forecasts(board=board, lately=lately, pace=pace, parameters=Parameters(), clock=clock)
-    job_id = JobId("ben's")
-    forecasts._etas = {job_id: Eta(p50_ms=clock.now_ms() + ms, p90_ms=clock.now_ms() + ms)}
-    start = forecasts.start_times(job_id, Tier.RELAX, 1)
+    forecasts = Forecasts(board=board, lately=lately, parameters=Parameters(), clock=clock)
+    job = a_job("ben", 1)
+    forecasts._etas = {job.job_id: Eta(p50_ms=clock.now_ms() + ms, p90_ms=clock.now_ms() + ms)}
+    start = forecasts.start_times(job)
     assert start == StartTimes(p50_ms=told_ms, p90_ms=told_ms)
 
 
-async def test_a_board_too_large_to_be_copied_is_told_by_its_pace(forecasts: Forecasts) -> None:
+async def test_a_board_too_large_to_be_copied_is_only_glanced_at(forecasts: Forecasts) -> None:
     board = forecasts._board
     for number in range(20_000):
         board.apply(JobSubmitted(at_ms=0, job=a_job("ada", 10 + number)))
     await forecasts.foresee()
     assert await forecasts.what_ifs([in_tier(JobId("ben's"), Tier.FAST, 0)]) == [None]
-    for _ in range(2):
-        forecasts._pace.started(Tier.RELAX, 0)
-    assert forecasts.start_times(JobId("ben's"), Tier.RELAX, 2) is not None
-    assert forecasts.start_times(JobId("ben's"), Tier.RELAX, 0) is None, "its own account's jobs hold it"
+    ben = board.waiting_job(JobId("ben's"))
+    assert ben is not None
+    start = forecasts.start_times(ben)
+    assert start is not None
+    assert 0 < start.p50_ms < start.p90_ms
+    board.apply(TierPaused(at_ms=0, tier=Tier.RELAX))
+    assert forecasts.start_times(ben) is None, "nobody knows when an operator opens a gate"
 
 
 @pytest.fixture
 async def forecasts() -> Forecasts:
-    lately, pace = Lately(0), Pace()
-    board = ListenedBoard(Parameters(), lately, pace)
+    lately = Lately(0)
+    board = ListenedBoard(Parameters(), lately)
     for event in facts():
         board.apply(event)
     clock = LeaderClock(started_ms=0)
-    return Forecasts(board=board, lately=lately, pace=pace, parameters=Parameters(), clock=clock)
+    return Forecasts(board=board, lately=lately, parameters=Parameters(), clock=clock)
 
 
 async def test_a_round_tells_when_each_waiting_job_starts(forecasts: Forecasts) -> None:
     ben = JobId("ben's")
     try:
-        assert forecasts.start_times(ben, Tier.RELAX, 2) is None
+        job = forecasts._board.waiting_job(ben)
+        assert job is not None
         await forecasts.foresee()
-        start = forecasts.start_times(ben, Tier.RELAX, 2)
+        start = forecasts.start_times(job)
         assert start is not None
         assert 0 <= start.p50_ms <= start.p90_ms <= 10_000
     finally:

@@ -17,6 +17,6 @@ _COMMON = settings(
     print_blob=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
 )
-settings.register_profile("policy", _COMMON, max_examples=250)
+settings.register_profile("policy", _COMMON, max_examples=120)
 settings.register_profile("policy-long", _COMMON, max_examples=5000)
 settings.load_profile("policy-long" if os.environ.get("DARKROOM_LONG") else "policy")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from random import Random
 
 from hypothesis import strategies as st
@@ -36,7 +38,6 @@ from scheduler.policy.ids import AccountId, AttemptId, JobId, Tier, WorkerId
 from scheduler.policy.job import Job
 from scheduler.policy.limits import Limits
 from scheduler.policy.parameters import Parameters
-from scheduler.policy.preemption import relax_floor
 from scheduler.policy.worker import Worker
 
 ACCOUNTS = "abcd"
@@ -199,8 +200,10 @@ class Chaos(Cell):
             case ("drain", str(worker)):
                 self._drain(WorkerId(worker))
             case ("load", str(worker), str(model)):
+                self._warm(WorkerId(worker), lambda warm: warm | {model})
                 self.apply(ModelLoaded(at_ms=self.now_ms, worker_id=WorkerId(worker), model=model))
             case ("evict", str(worker), str(model)):
+                self._warm(WorkerId(worker), lambda warm: warm - {model})
                 self.apply(ModelEvicted(at_ms=self.now_ms, worker_id=WorkerId(worker), model=model))
             case ("pause", Tier() as tier):
                 self._pause(tier)
@@ -287,7 +290,8 @@ class Chaos(Cell):
             one.job.tier is Tier.FAST and one.active_since_ms is not None and one.worker_id in taking
             for one in self.running.values()
         )
-        return self.relax_has_work() and held + more > len(taking) - relax_floor(len(taking), self.parameters)
+        floor = 0 if len(taking) < 4 else max(1, math.ceil(len(taking) / 20))
+        return self.relax_has_work() and held + more > len(taking) - floor
 
     def settle(self) -> Chaos:
         """Open every gate and let everything end."""
@@ -388,6 +392,11 @@ class Chaos(Cell):
         self.answers_stops = answers
         self.cancel(job_id)
         self.decide()
+
+    def _warm(self, worker_id: WorkerId, change: Callable[[frozenset[str]], frozenset[str]]) -> None:
+        worker = self.present.get(worker_id)
+        if worker is not None:
+            self.present[worker_id] = replace(worker, warm_models=change(worker.warm_models))
 
     def _drain(self, worker_id: WorkerId) -> None:
         if worker_id in self.draining:

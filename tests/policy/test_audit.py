@@ -187,7 +187,7 @@ def test_b2_b3_and_b4_are_broken_by_a_job_more() -> None:
 
 def test_b2_and_b4_allow_an_account_that_used_all_the_span_of_memory() -> None:
     parameters = Parameters(
-        memory_span_ms=3_000, affinity_ms=0, aging_ms=NEVER_MS, half_life_ms=NEVER_MS, memory_unit_ms=10**9
+        memory_span_ms=3_000, affinity_ms=0, aging_ms=NEVER_MS, half_life_ms=NEVER_MS, memory_full_ms=10**9
     )
     heavy = 10.0**12
     made = a_wait(others_starts=4, parameters=parameters, used_ms=heavy)
@@ -523,14 +523,16 @@ def test_the_order_is_broken_where_an_eligible_account_is_not_even_named() -> No
     assert finding.worst.accounts == ("a", "b")
 
 
-def test_one_start_in_four_may_be_taken_for_its_age_and_no_more() -> None:
-    for between, margin in ((3, 0), (2, -1)):
-        made = Made(Parameters(memory_span_ms=0, affinity_ms=0, aging_ms=0))
+def test_a_part_of_the_time_may_be_started_for_its_age_and_no_more() -> None:
+    """One in four: a second for its age, then three others' before the next."""
+    for between, margin in ((3, 0), (2, -1_000)):
+        made = Made(Parameters(memory_span_ms=0, affinity_ms=0, aging_ms=0, aged_one_in=4))
         made.account("a")
         made.submit("a", *(f"a{number}" for number in range(9)))
-        for number in range(between):
+        made.run("a0", 0, because=ChosenBecause.AGED)
+        for number in range(1, between + 1):
             made.run(f"a{number}", number * SECOND)
-        made.run(f"a{between}", between * SECOND, because=ChosenBecause.AGED)
+        made.run(f"a{between + 1}", (between + 1) * SECOND, because=ChosenBecause.AGED)
         finding = made.finding(Bound.AGED)
         assert finding.worst_margin == margin
         assert finding.verdict is (Verdict.VIOLATED if margin < 0 else Verdict.HOLDS)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
+from itertools import pairwise
+
 import pytest
 from policy_cell import GIB, NEVER_MS, PLAIN, PLAN, REMEMBERING, WIDE, Cell, a_worker
 
@@ -182,15 +186,33 @@ def test_a_held_job_that_moves_to_relax_needs_no_funds() -> None:
 # -- the order of relax ------------------------------------------------------------------------------
 
 
-def test_a_head_start_is_paid_once_per_job() -> None:
-    """Each job of a heavy account waits, whether it keeps a backlog or sends one at a time."""
-    cell = Cell(REMEMBERING)
+def test_each_job_of_a_heavy_account_waits_behind_what_another_is_served() -> None:
+    """Whether it keeps a backlog or sends one at a time: ten minutes' worth each, at this span."""
+    cell = Cell(replace(REMEMBERING, memory_span_ms=600_000))
     cell.account("heavy", usage_ms=1000 * HOUR_MS)
+    cell.account("other", limits=WIDE)
     for _ in range(3):
-        cell.submit("heavy")
-    cell.run()
-    tags = [one.start.charge.start_tag for one in cell.served]
-    assert tags == [600_000_000, 1_201_000_000, 1_802_000_000]
+        cell.submit("heavy", 60_000)
+    for _ in range(60):
+        cell.submit("other", 60_000)
+        cell.apply(UsageReset(at_ms=0, account_id=AccountId("other")))
+    cell.run(starts=40)
+    places = [place for place, one in enumerate(cell.served) if one.account == "heavy"]
+    assert [there - here for here, there in pairwise([0, *places])] == [10, 11, 11]
+
+
+def test_memory_delays_and_is_not_charged() -> None:
+    """Two equally heavy accounts share in GPU time, whatever the size of their jobs."""
+    cell = Cell(REMEMBERING)
+    for name, cost_ms in (("small", 1_000), ("large", 60_000)):
+        cell.account(name, usage_ms=1000 * HOUR_MS)
+        for _ in range(600_000 // cost_ms):
+            cell.submit(name, cost_ms)
+    cell.run(until_ms=600_000)
+    served_ms = Counter[str]()
+    for one in cell.served:
+        served_ms[one.account] += one.start.charge.predicted_ms
+    assert abs(served_ms["small"] - served_ms["large"]) <= 61_000
 
 
 def test_a_next_tag_remembers_the_job_just_started() -> None:
@@ -325,18 +347,22 @@ def test_time_at_the_head_begins_anew_after_a_cap() -> None:
     assert cell.started_ms(job) == 130_000
 
 
-def test_at_most_one_start_in_four_goes_by_age() -> None:
+def test_at_most_a_tenth_of_the_time_goes_by_age() -> None:
+    """Of the time, not of the starts: a giant lets nine times its cost go before the next that is old."""
     cell = Cell(Parameters(memory_span_ms=0, aging_ms=1))
-    for account in "abcde":
+    for account, cost_ms in zip("abc", (1_000, 30_000, 1_000), strict=True):
         cell.account(account, finish_tag=10**9)
-        for _ in range(4):
-            cell.submit(account)
-    for _ in range(40):
+        for _ in range(2):
+            cell.submit(account, cost_ms)
+    for _ in range(700):
         cell.submit("new")
     cell.run()
-    aged = [one.start.charge.aged for one in cell.served]
-    assert any(aged)
-    assert all(sum(aged[first : first + 4]) <= 1 for first in range(len(aged) - 3))
+    starts = [one.start.charge for one in cell.served]
+    aged = [place for place, charge in enumerate(starts) if charge.aged]
+    assert len(aged) > 2
+    for here, there in pairwise(aged):
+        between_ms = sum(charge.predicted_ms for charge in starts[here + 1 : there])
+        assert between_ms >= 9 * starts[here].predicted_ms
 
 
 def test_time_at_the_head_counts_only_below_the_caps() -> None:

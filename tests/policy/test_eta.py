@@ -444,4 +444,4 @@ def an_arrival(account: str, *, after_ms: int, predicted_ms: int = 10_000) -> Ar
 
 
 def glance(cell: Cell, account: str, tier: Tier) -> Eta | None:
-    return quick_eta(cell.board._cell, a_job("new", account=account, tier=tier), 10_000, cell.now_ms)
+    return quick_eta(cell.board.cell, a_job("new", account=account, tier=tier), 10_000, cell.now_ms)

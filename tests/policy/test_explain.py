@@ -108,16 +108,18 @@ def test_a_waiting_job_has_its_place_and_its_tag_against_the_one_being_served() 
     assert first.place is not None
     assert second.place is not None
     assert (first.place.position, second.place.position, second.place.of) == (1, 2, 2)
-    assert second.place.memory == 600_000_000
-    assert second.place.tag == first.place.tag + 600_000_000
+    span = REMEMBERING.memory_span_ms
+    assert second.place.memory == span * 1000
+    assert second.place.tag == first.place.tag + span * 1000
     assert second.place.used_per_weight_ms > 29 * HOUR_MS
     assert second.before == Before(
         own=False, earlier=0, running=1, parked=0, fast_waiting=0, soonest_end_ms=30_000
     )
     assert second.sentences[:3] == (
         "Your job is number 2 in the relax queue.",
-        "Jobs go in the order of their tags: relax has served up to 0.0 s, and this job has 600.0 s.",
-        "Your recent use (1,800.0 GPU-min per unit of your weight) counts for 600.0 s of that.",
+        "Jobs go in the order of their tags: relax has served up to 0.0 s, "
+        f"and this job has {span / 1000:,.1f} s.",
+        f"Your recent use (1,800.0 GPU-min per unit of your weight) counts for {span / 1000:,.1f} s of that.",
     )
 
 

@@ -573,7 +573,7 @@ def test_b14_one_fast_job_parks_one_run_and_what_is_parked_parks_nobody(
 
 SMALL, LARGE = 4, 12
 fleets = st.lists(
-    st.tuples(st.sampled_from([8, 16]), st.sampled_from("de"), st.sampled_from([500, 1000, 2000])),
+    st.tuples(st.sampled_from([8, 8, 8, 16]), st.sampled_from("ddde"), st.sampled_from([500, 1000])),
     min_size=1,
     max_size=7,
 )
