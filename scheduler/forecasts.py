@@ -13,7 +13,8 @@ from __future__ import annotations
 import asyncio
 import pickle
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 
 import structlog
 
@@ -21,10 +22,11 @@ from scheduler.clock import LeaderClock
 from scheduler.forecast_process import LENGTH_BYTES, Answer, Question, framed
 from scheduler.policy.board import Board
 from scheduler.policy.eta import Eta, quick_eta
-from scheduler.policy.events import Event
-from scheduler.policy.ids import JobId, Tier
+from scheduler.policy.events import Event, JobSubmitted, LimitsChanged
+from scheduler.policy.facts import facts
+from scheduler.policy.ids import AccountId, JobId, Tier
 from scheduler.policy.job import Job
-from scheduler.policy.lately import Lately, Recent
+from scheduler.policy.lately import Lately
 from scheduler.policy.parameters import Parameters
 from scheduler.policy.what_if import Change, WhatIf
 from scheduler.updates import StartTimes
@@ -35,8 +37,11 @@ _log = structlog.get_logger()
 _MAIN = "from scheduler.forecast_process import main; main()"
 
 _EVERY_S = 3.0
-# Copying this many takes the loop's thread a twentieth of a second.
-_MOST_JOBS = 20_000
+# Copying this many jobs and workers takes the loop's thread a twentieth of a second, where each job has an
+# account of its own.
+_MOST_COPIED = 5_000
+# After so long without an answer a process is taken to hang.
+_ANSWER_S = 30.0
 # Pickled at a time: between two of these slices the loop gets its turn.
 _SLICE = 200
 _DRAWS = 9
@@ -74,11 +79,20 @@ class Forecasts:
         self._asked = 0
 
     async def run(self) -> None:
-        """Foresee every few seconds, until cancelled."""
+        """Foresee every few seconds, until cancelled. Whatever fails, nothing else ends with it."""
+        failing = False
         try:
             while True:
                 await asyncio.sleep(_EVERY_S)
-                await self.foresee()
+                try:
+                    await self.foresee()
+                except Exception as error:
+                    self._etas = {}
+                    if not failing:
+                        _log.exception("forecasts fail", reason=str(error))
+                    failing = True
+                else:
+                    failing = False
         finally:
             await self.close()
 
@@ -115,23 +129,28 @@ class Forecasts:
         return [None] * len(changes) if answer is None else answer.what_ifs
 
     def _is_large(self) -> bool:
-        return sum(self._board.queued(tier) + self._board.running(tier) for tier in Tier) > _MOST_JOBS
+        jobs = sum(self._board.queued(tier) + self._board.running(tier) for tier in Tier)
+        return jobs + self._board.sharing().gpus > _MOST_COPIED
 
     async def _ask(
         self, process: _Process, changes: tuple[Change, ...] | None, *, draws: int, first: int
     ) -> Answer | None:
         now_ms = self._clock.now_ms()
         self._asked += 1
+        recent = self._lately.seen(now_ms, _MOST_RECENT)
+        lately = dict.fromkeys(job.account_id for _, job in recent.jobs)
+        for change in changes or ():
+            lately.update(dict.fromkeys(_accounts_of(change)))
         question = Question(
             parameters=self._parameters,
-            recent=_newest(self._lately.seen(now_ms)),
+            recent=recent,
             now_ms=now_ms,
             draws=draws,
             first=first,
             seed=self._asked,
             changes=changes,
         )
-        return await process.ask(self._board.facts(now_ms), question)
+        return await process.ask(facts(self._board.cell, now_ms, lately), question)
 
 
 class _Process:
@@ -141,38 +160,51 @@ class _Process:
         self._name = name
         self._process: asyncio.subprocess.Process | None = None
         self._turn = asyncio.Lock()
+        self._failing = False
+        """It was told already that it does not answer."""
 
     async def ask(self, facts: Sequence[Event], question: Question) -> Answer | None:
-        """Return the answer; None if the process died over it."""
+        """Return the answer; None if the process cannot be started, died over it or hangs."""
         async with self._turn:
-            if self._process is None:
-                self._process = await asyncio.create_subprocess_exec(
-                    sys.executable,
-                    "-c",
-                    _MAIN,
-                    stdin=asyncio.subprocess.PIPE,
-                    stdout=asyncio.subprocess.PIPE,
-                )
-            stdin, stdout = self._process.stdin, self._process.stdout
-            assert stdin is not None, "it was made with pipes"
-            assert stdout is not None, "it was made with pipes"
             try:
-                for begin in range(0, len(facts), _SLICE):
-                    stdin.write(framed(facts[begin : begin + _SLICE]))
-                    await stdin.drain()
-                    await asyncio.sleep(0)
-                stdin.write(framed(question))
-                await stdin.drain()
-                length = int.from_bytes(await stdout.readexactly(LENGTH_BYTES), "big")
-                answer: Answer = pickle.loads(await stdout.readexactly(length))  # noqa: S301 - our own child
-            except (OSError, asyncio.IncompleteReadError):
-                _log.error("forecast process died", process=self._name, status=await self._process.wait())
-                self._process = None
+                async with asyncio.timeout(_ANSWER_S):
+                    answer = await self._exchange(facts, question)
+            except (OSError, asyncio.IncompleteReadError) as error:
+                # A TimeoutError is an OSError.
+                status = await self._end()
+                if not self._failing:
+                    _log.error(
+                        "no forecast", process=self._name, reason=str(error) or repr(error), status=status
+                    )
+                self._failing = True
                 return None
-            except asyncio.CancelledError:
+            except BaseException:
                 # Its answer, when it comes, would be taken for that of the next question.
                 await self._end()
                 raise
+            self._failing = False
+        return answer
+
+    async def _exchange(self, facts: Sequence[Event], question: Question) -> Answer:
+        if self._process is None:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-c",
+                _MAIN,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+            )
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None, "it was made with pipes"
+        assert stdout is not None, "it was made with pipes"
+        for begin in range(0, len(facts), _SLICE):
+            stdin.write(framed(facts[begin : begin + _SLICE]))
+            await stdin.drain()
+            await asyncio.sleep(0)
+        stdin.write(framed(question))
+        await stdin.drain()
+        length = int.from_bytes(await stdout.readexactly(LENGTH_BYTES), "big")
+        answer: Answer = pickle.loads(await stdout.readexactly(length))  # noqa: S301 - our own child
         return answer
 
     async def close(self) -> None:
@@ -180,28 +212,28 @@ class _Process:
         async with self._turn:
             await self._end()
 
-    async def _end(self) -> None:
-        if self._process is not None:
-            if self._process.returncode is None:
-                self._process.kill()
-            await self._process.wait()
-            self._process = None
+    async def _end(self) -> int | None:
+        """End the process and return its exit status; None: there is none."""
+        process, self._process = self._process, None
+        if process is None:
+            return None
+        if process.returncode is None:
+            # It may end by itself at this moment.
+            with suppress(ProcessLookupError):
+                process.kill()
+        return await process.wait()
+
+
+def _accounts_of(change: Change) -> Iterator[AccountId]:
+    """Return the accounts that a change is about, of which the facts must tell."""
+    for event in change.events:
+        if isinstance(event, JobSubmitted):
+            yield event.job.account_id
+        elif isinstance(event, LimitsChanged):
+            yield event.account_id
 
 
 def _coarse(ms: int) -> int:
     """Return an expected wait no finer than it can be known, so that who watches is not told every second."""
     step_ms = 5_000 if ms < 120_000 else 30_000 if ms < 3_600_000 else 300_000
     return max(0, (ms + step_ms // 2) // step_ms * step_ms)
-
-
-def _newest(recent: Recent) -> Recent:
-    """Return the newest of what was seen, and the shorter time it was seen in."""
-    jobs = recent.jobs[-_MOST_RECENT:]
-    if len(jobs) == len(recent.jobs):
-        return recent
-    begin_ms = jobs[0][0]
-    return Recent(
-        span_ms=max(1, recent.span_ms - begin_ms),
-        jobs=tuple((came_ms - begin_ms, job) for came_ms, job in jobs),
-        cost_permille=recent.cost_permille,
-    )

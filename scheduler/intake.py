@@ -65,7 +65,8 @@ class Accepted:
 
     job: StoredJob
     queue_status: QueueStatus | None
-    """What can be said before the scheduler has looked at it; None once it no longer waits."""
+    """What can be said before the scheduler has looked at it; None where it has: of a request repeated, or of
+    a move that changed nothing."""
 
 
 async def made_before(
@@ -188,24 +189,25 @@ async def move(
     request_id: str,
     digest: bytes,
     at: datetime,
-) -> StoredJob:
+) -> Accepted:
     """Move a waiting job to `tier` and return it; one that is there already stays as it is.
 
     Its price becomes that of a job submitted there now. It keeps its age, but not its place: the other tier
-    has an order of its own. Locks the request id, then the account, then the job. Raises NotFoundOrNotYours,
-    JobStarted, JobFinished, FastTimeExhausted, SpendCapReached, PlanLacksPrivate, RequestIdReused or
-    Overloaded.
+    has an order of its own. Nor does it go on from a checkpoint: relax never debits fast time. Locks the
+    request id, then the account, then the job. Raises NotFoundOrNotYours, JobStarted, JobFinished,
+    FastTimeExhausted, SpendCapReached, PlanLacksPrivate, RequestIdReused or Overloaded.
     """
     async with pool.transaction() as connection:
         outcome = await idempotency.claim(connection, account_id, "UpdateJob", request_id, digest)
+        status = None
         if outcome is None:
-            await _move(connection, metrics, account_id, job_id, tier, at)
+            status = await _move(connection, metrics, account_id, job_id, tier, at)
             await idempotency.store(connection, account_id, "UpdateJob", request_id, {"job_id": job_id})
         job = await jobs.read_job(connection, job_id)
     if job is None:
         raise NotFoundOrNotYours
     link.jobs_changed([job_id])
-    return job
+    return Accepted(job=job, queue_status=status)
 
 
 def expected_status(tier: Tier, place: LivePlace, terms: Terms) -> QueueStatus:
@@ -336,7 +338,8 @@ async def _move(
     job_id: str,
     tier: Tier,
     at: datetime,
-) -> None:
+) -> QueueStatus | None:
+    """Return what can be said of it in its new tier; None: it is there already."""
     # Before the job's row: everybody locks accounts before jobs.
     terms = await ledger_accounts.lock_terms(connection, account_id, at)
     job = await jobs.lock_job(connection, job_id)
@@ -344,7 +347,7 @@ async def _move(
         raise NotFoundOrNotYours
     refuse_unless_waiting(job)
     if job.tier is tier:
-        return
+        return None
     found = await jobs.settings_and_live_jobs(connection, account_id)
     assert found is not None, "a job's account has its settings"
     _, live = found
@@ -359,6 +362,7 @@ async def _move(
             at,
         )
     await jobs.move_waiting(connection, job_id, tier, pricing, f"Moved to {tier} by its owner.")
+    return expected_status(tier, (await jobs.live_places(connection, [job_id]))[job_id], terms)
 
 
 def _receipt_of_nothing(available_ms: int, currency: str, at: datetime, job: StoredJob) -> JobReceipt:

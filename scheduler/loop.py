@@ -34,11 +34,15 @@ from scheduler.updates import JobUpdate, QueueReason, QueueStatus, Updates
 
 # How often the time is persisted, accounts without funds are looked at, and open holds are shown.
 _KEEP_TIME_MS = 5_000
-# The journal is for whoever audits it, who can do without the last second of a scheduler that died.
+# The journal is for whoever audits it, who can do without the last second of a scheduler that died. What is
+# left then is written in the next cycles, so that the rate follows the load.
 _JOURNAL_MS = 1_000
 # A fairness that somebody doubts is doubted within a month.
 _JOURNAL_KEPT_MS = 30 * 24 * 3_600_000
 _TIDY_MS = 3_600_000
+# As long as there is more to forget; and a new leader has better things to do.
+_TIDY_ON_MS = 1_000
+_TIDY_FIRST_MS = 60_000
 # The whole fleet is counted for it.
 _SHOW_FLEET_MS = 1_000
 
@@ -81,7 +85,7 @@ class Loop:
         self._swept_ms = 0
         self._kept_ms = 0
         self._journaled_ms = 0
-        self._tidied_ms = 0
+        self._tidy_at_ms = clock.now_ms() + _TIDY_FIRST_MS
         self._shown_ms = 0
 
     @property
@@ -92,7 +96,7 @@ class Loop:
     async def run(self) -> None:
         """Turn until cancelled; raises Deposed when another scheduler leads."""
         while True:
-            await self._inbox.wait(self._sweep_ms / 1000)
+            await self._inbox.wait(0 if self._desk.notes.behind else self._sweep_ms / 1000)
             await self.cycle()
 
     async def cycle(self) -> None:
@@ -133,16 +137,16 @@ class Loop:
             )
             holds = await self._desk.lane.run(ledger.open_holds)
             self._desk.metrics.holds_seen(holds=holds.count, held_ms=holds.held_ms)
-        if now_ms - self._journaled_ms >= _JOURNAL_MS:
+        if self._desk.notes.behind or now_ms - self._journaled_ms >= _JOURNAL_MS:
             self._journaled_ms = now_ms
             lines = self._desk.notes.lines()
             await self._desk.lane.run(
                 lambda connection: journal.write(connection, epoch=self._desk.epoch, lines=lines)
             )
-        if now_ms - self._tidied_ms >= _TIDY_MS:
-            self._tidied_ms = now_ms
+        if now_ms >= self._tidy_at_ms:
             before = from_ms(now_ms - _JOURNAL_KEPT_MS)
-            await self._desk.lane.run(lambda connection: journal.forget(connection, before=before))
+            more = await self._desk.lane.run(lambda connection: journal.forget(connection, before=before))
+            self._tidy_at_ms = now_ms + (_TIDY_ON_MS if more else _TIDY_MS)
 
     def _take(self, item: Item, notices: set[str], accounts: set[str]) -> None:
         match item:

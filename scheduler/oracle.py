@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -31,6 +32,7 @@ _AIMS = Aims(wait_ms={Tier.FAST: 30_000, Tier.RELAX: 30 * 60_000}, at_least=1, a
 """The waits that the service promises, and the largest fleet of one cell. What it may cost is for whoever
 buys the GPUs."""
 
+_WANTED_S = 1.0
 _THOUGHT_OF = JobId("")
 # Each takes seconds of a core, and whoever asked waits no longer than a few of them take.
 _MOST_ESTIMATES = 8
@@ -60,6 +62,9 @@ class Oracle:
         """Not the loop's: it never waits for a question."""
         self._turn = asyncio.Lock()
         self._estimates = 0
+        self._wanted = 0
+        self._wanted_until = 0.0
+        """Monotonic, s."""
 
     async def run(self) -> None:
         """Keep the forecasts fresh until cancelled."""
@@ -85,15 +90,27 @@ class Oracle:
         """Return what waits and runs, and how the GPUs are shared."""
         now_ms = self._clock.now_ms()
         sharing = self._board.sharing()
-        loads = {tier: self._board.load(tier, now_ms) for tier in Tier}
         return QueuesView(
             tiers=tuple(self._tier(tier, now_ms) for tier in Tier),
             gpus=sharing.gpus,
             idle_gpus=sharing.idle,
             fast_gpus=sharing.fast,
             relax_floor_gpus=sharing.relax_floor,
-            wanted_gpus=demand(loads, _AIMS, self._parameters).gpus,
+            wanted_gpus=self._wanted_gpus(now_ms),
         )
+
+    def _wanted_gpus(self, now_ms: int) -> int:
+        """Return how many GPUs the work of a moment ago asks for.
+
+        That takes a walk over all of it: it is done once a second, and for a twentieth of the time at most.
+        """
+        begin = time.monotonic()
+        if begin >= self._wanted_until:
+            loads = {tier: self._board.load(tier, now_ms) for tier in Tier}
+            self._wanted = demand(loads, _AIMS, self._parameters).gpus
+            end = time.monotonic()
+            self._wanted_until = end + max(_WANTED_S, 20 * (end - begin))
+        return self._wanted
 
     async def estimate(self, what_ifs: Sequence[WhatIf]) -> Sequence[Outlook | None]:
         """Return what would come of each, alone; None: it cannot be told, or too many ask at once."""

@@ -10,6 +10,8 @@ arguments=()
 for argument in "$@"; do
     if [[ $argument == --long ]]; then
         selection=()
+        # Properties are tried on many more examples too.
+        export DARKROOM_LONG=1
     else
         arguments+=("$argument")
     fi

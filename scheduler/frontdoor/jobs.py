@@ -159,7 +159,7 @@ class JobService(job_pb2_grpc.JobServiceServicer):
         assert tier is not None, "whatever made it None is a violation"
         if not name.is_of(principal.account_id):
             raise NotFoundOrNotYours
-        job = await intake.move(
+        moved = await intake.move(
             self.pool,
             self.link,
             self.metrics,
@@ -170,7 +170,10 @@ class JobService(job_pb2_grpc.JobServiceServicer):
             digest=digest(request),
             at=self.clock(),
         )
-        return await self._message(job)
+        if moved.queue_status is None:
+            return await self._message(moved.job)
+        # Not the scheduler's word: it has not heard of the move, and speaks of the tier before.
+        return messages.job(moved.job, moved.queue_status)
 
     async def CancelJob(self, request: job_pb2.CancelJobRequest, context: _Context) -> job_pb2.Job:  # noqa: N802
         """Cancel a job of the caller's own."""

@@ -348,6 +348,8 @@ class Board:
         self._leave(live)
         self._cell.not_running[live.job.tier].discard(live.job.job_id)
         live.job = replace(live.job, tier=tier)
+        # It begins anew: what was drawn in one tier is not paid for in the other.
+        live.checkpoint = None
         self._wait(live)
 
     def _start_refused(self, event: StartRefused) -> None:
@@ -437,8 +439,15 @@ class Board:
         else:
             assert hands.parked is None, "at most one run is parked on a worker"
             attempt.parked_since_ms = parked_since_ms
-            self._cell.parked.put((parked_since_ms, attempt_id))
+            self._put_with_parked(attempt, parked_since_ms)
             self._cell.fleet.set_hands(attempt.worker_id, hands._replace(parked=attempt_id))
+
+    def _put_with_parked(self, attempt: Attempt, since_ms: int) -> None:
+        # A worker that has not joined yet after a recovery has not said what it is, but the checkpoint does.
+        device = "" if attempt.checkpoint is None else attempt.checkpoint.device
+        if self._cell.fleet.is_present(attempt.worker_id):
+            device = self._cell.fleet.device(attempt.worker_id)
+        self._cell.parked.put(attempt, device, since_ms)
 
     def _get_gpu(self, attempt: Attempt) -> None:
         worker_id = attempt.worker_id
@@ -471,7 +480,7 @@ class Board:
         )
         self._lose_gpu(attempt)
         attempt.is_parked(event.at_ms, self._cell.fleet.speed_permille(attempt.worker_id))
-        self._cell.parked.put((event.at_ms, attempt.attempt_id))
+        self._put_with_parked(attempt, event.at_ms)
         self._cell.fleet.set_hands(attempt.worker_id, Hands(parked=attempt.attempt_id))
 
     def _attempt_resumed(self, event: AttemptResumed) -> None:

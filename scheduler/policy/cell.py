@@ -14,6 +14,7 @@ from scheduler.policy.fair_queue import FairQueue
 from scheduler.policy.ids import AccountId, AttemptId, JobId, Tier
 from scheduler.policy.job import Checkpoint, Job
 from scheduler.policy.parameters import Parameters
+from scheduler.policy.parked import ParkedRuns
 from scheduler.policy.placement import Fleet
 from scheduler.policy.ranking import Ranking
 
@@ -51,8 +52,7 @@ class Cell:
         self.accounts: dict[AccountId, Account] = {}
         self.jobs: dict[JobId, Live] = {}
         self.attempts: dict[AttemptId, Attempt] = {}
-        self.parked: Ranking[AttemptId] = Ranking()
-        """By since when they are."""
+        self.parked = ParkedRuns()
         self.fleet = Fleet()
         # Fast first, wherever tiers are gone through.
         self.queues = {tier: FairQueue(tier, self.accounts, parameters) for tier in (Tier.FAST, Tier.RELAX)}

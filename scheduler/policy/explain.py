@@ -21,6 +21,10 @@ from scheduler.policy.parameters import Parameters
 from scheduler.policy.preemption import relax_floor
 from scheduler.policy.status import JobStatus, QueueReason
 
+_MOST_WALKED = 2_000
+"""Of a board with more that could start, that runs, or that it could run on, no more is told than what needs
+no walk over all of it: whoever may ask may ask often, and the scheduler waits meanwhile."""
+
 
 class Stage(StrEnum):
     """Where a live job is."""
@@ -97,9 +101,11 @@ class Explanation:
     place: Place | None
     """None: it does not wait."""
     before: Before | None
-    """None: a gate holds it that no end of an attempt opens, or it does not wait."""
+    """None: a gate holds it that no end of an attempt opens, it does not wait, or there is too much to look
+    at."""
     bound: Bound | None
-    """None: its wait has none, for a gate holds it, or fast may take every GPU it could run on."""
+    """None: its wait has none, for a gate holds it, or fast may take every GPU it could run on; or there is
+    too much to look at to work it out."""
     started_ms: int | None
     ends_ms: int | None
     """When it will probably end, if it keeps its GPU; of a parked run, when the job it is parked for will."""
@@ -118,7 +124,11 @@ def next_tag(queue: FairQueue, account: Account, now_ms: int) -> int:
 
 
 def explain(cell: Cell, job_id: JobId, now_ms: int) -> Explanation | None:
-    """Return why a job is where it is; None: it is not on the board. O(accounts + attempts + workers)."""
+    """Return why a job is where it is; None: it is not on the board.
+
+    O(accounts that could start + attempts + workers) on boards up to `_MOST_WALKED` of each; beyond, it tells
+    less, in O(the account's own jobs).
+    """
     live = cell.jobs.get(job_id)
     if live is None:
         return None
@@ -141,11 +151,13 @@ def _of_waiting(cell: Cell, live: Live, now_ms: int) -> Explanation:
     if not gates:
         position = status.status(cell, job.job_id)
         assert position is not None
-        before = _before(cell, job)
-        bound = _bound(cell, job, place, now_ms)
-        sentences += [position.sentence, *_of_place(place, job.tier), *_of_before(before, now_ms)]
-        sentences += _of_bound(bound, job.tier, place, cell.parameters)
-    elif [gate.reason for gate in gates] == [QueueReason.CONCURRENCY_LIMIT]:
+        sentences += [position.sentence, *_of_place(place, job.tier)]
+        if _runs_little(cell) and cell.queues[job.tier].could_start <= _MOST_WALKED:
+            before = _before(cell, job)
+            bound = _bound(cell, job, place, now_ms)
+            sentences += _of_before(before, now_ms)
+            sentences += _of_bound(bound, job.tier, place, cell.parameters)
+    elif [gate.reason for gate in gates] == [QueueReason.CONCURRENCY_LIMIT] and _runs_little(cell):
         before = _before_own(cell, job)
         sentences += _of_before(before, now_ms)
     return Explanation(
@@ -162,6 +174,11 @@ def _of_waiting(cell: Cell, live: Live, now_ms: int) -> Explanation:
         parks=0,
         sentences=tuple(sentences),
     )
+
+
+def _runs_little(cell: Cell) -> bool:
+    """Return whether attempts and workers can be walked over."""
+    return len(cell.attempts) <= _MOST_WALKED and cell.fleet.taking <= _MOST_WALKED
 
 
 def _gates(cell: Cell, live: Live) -> Iterator[JobStatus]:
@@ -312,7 +329,7 @@ def _of_running(cell: Cell, attempt: Attempt, now_ms: int, *, cancelled: bool) -
         active = cell.fleet.hands(attempt.worker_id).active
         holder = None if active is None else cell.attempts.get(active)
         ends_ms = None if holder is None else holder.ends_ms
-        waited = _span(now_ms - attempt.parked_since_ms)
+        waited = _about(now_ms - attempt.parked_since_ms)
         sentences = [
             f"It has been parked for {waited}, between two steps, as a fast job needed its GPU; "
             "no step is done twice."
@@ -320,7 +337,7 @@ def _of_running(cell: Cell, attempt: Attempt, now_ms: int, *, cancelled: bool) -
         if ends_ms is not None:
             sentences.append(f"That job will probably end {_in(ends_ms - now_ms)}; then it goes on.")
         if attempt.checkpoint is not None:
-            patience = _span(cell.parameters.park_patience_ms)
+            patience = _about(cell.parameters.park_patience_ms)
             sentences.append(
                 f"Once parked for {patience} it goes on on another GPU of its kind if one is free sooner."
             )
@@ -403,21 +420,21 @@ def _of_bound(bound: Bound | None, tier: Tier, place: Place, parameters: Paramet
         if tier is Tier.RELAX:
             yield (
                 "Fast jobs may take every GPU it could use, so there is no time by which it surely starts; "
-                f"once it has waited {_span(parameters.aging_ms)}, relax gets one start in "
+                f"once it has waited {_about(parameters.aging_ms)}, relax gets one start in "
                 f"{parameters.relax_first_one_in} of those that fast would have."
             )
         return
     yield (
-        f"It starts within {_span(bound.within_ms)} if nobody else comes: {_number(bound.gpus, 'GPU')} "
+        f"It starts within {_about(bound.within_ms)} if nobody else comes: {_number(bound.gpus, 'GPU')} "
         f"{'is' if bound.gpus == 1 else 'are'} sure for {tier}, one job takes at most "
-        f"{_span(parameters.max_predicted_ms)}, and the others' jobs with tags up to "
+        f"{_about(parameters.max_predicted_ms)}, and the others' jobs with tags up to "
         f"{_tag(place.tag)} go before it."
     )
-    yield f"Each account that comes before then adds at most {_span(bound.newcomer_ms)}."
+    yield f"Each account that comes before then adds at most {_about(bound.newcomer_ms)}."
     if bound.calm_ms is not None and bound.calm_ms < bound.within_ms:
-        yield f"Without fast jobs it would start within {_span(bound.calm_ms)}."
+        yield f"Without fast jobs it would start within {_about(bound.calm_ms)}."
     if bound.whatever_ms is not None:
-        yield f"Whoever comes, it starts within {_span(bound.whatever_ms)}, for its age if not for its tag."
+        yield f"Whoever comes, it starts within {_about(bound.whatever_ms)}, for its age if not for its tag."
     yield "All this as long as GPUs stay, models are loaded, and jobs take as long as was predicted."
 
 
@@ -430,13 +447,16 @@ def _number(count: int, of: str) -> str:
 
 
 def _in(ms: int) -> str:
-    return f"in {_span(ms)}" if ms > 0 else "at any moment"
+    return f"in {_about(ms)}" if ms > 0 else "at any moment"
 
 
-def _span(ms: int) -> str:
-    seconds = -(-ms // 1000)
-    if seconds < 120:
+def _about(ms: int) -> str:
+    """Return a time for people, in the words and the rounding of the command line's `about`."""
+    seconds = (max(ms, 0) + 500) // 1000
+    if seconds < 100:
         return f"{seconds} s"
-    if seconds < 7200:
-        return f"{-(-seconds // 60)} min"
-    return f"{seconds / 3600:,.1f} h"
+    minutes = (seconds + 30) // 60
+    if minutes < 100:
+        return f"{minutes} min"
+    hours, minutes = divmod((minutes + 5) // 10 * 10, 60)
+    return f"{hours} h {minutes} min" if minutes else f"{hours} h"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from scheduler.policy.attempt import Attempt
 from scheduler.policy.cell import Cell, State
 from scheduler.policy.events import (
@@ -18,14 +20,22 @@ from scheduler.policy.events import (
     WorkerDraining,
     WorkerJoined,
 )
-from scheduler.policy.ids import Tier
+from scheduler.policy.ids import AccountId, Tier
 
 
-def facts(cell: Cell, now_ms: int) -> list[Event]:
+def facts(cell: Cell, now_ms: int, lately: Iterable[AccountId] | None = None) -> list[Event]:
     """Return events that make a board like this one, for whoever rolls a copy of it forward.
 
-    What the copy lacks is how long heads have waited and the counts of turns, as after a recovery.
+    What the copy lacks is how long heads have waited and the counts of turns, as after a recovery. With
+    `lately` it also lacks all accounts but these and those with a live job: a board remembers every account
+    that it ever met.
     """
+    account_ids: Iterable[AccountId] = cell.accounts
+    if lately is not None:
+        # Not a set: its order would be another one each time.
+        wanted = dict.fromkeys(live.job.account_id for live in cell.jobs.values())
+        wanted.update(dict.fromkeys(lately))
+        account_ids = (account_id for account_id in wanted if account_id in cell.accounts)
     origin_ms = cell.queues[Tier.RELAX].decay_origin_ms
     facts: list[Event] = [
         CellRestored(at_ms=now_ms, tier=tier, virtual_time=queue.virtual_time, decay_origin_ms=origin_ms)
@@ -39,7 +49,7 @@ def facts(cell: Cell, now_ms: int) -> list[Event]:
             weight_milli=account.weight_milli,
             shares={tier: account.share(tier) for tier in cell.queues},
         )
-        for account in cell.accounts.values()
+        for account in map(cell.accounts.__getitem__, account_ids)
     ]
     for worker, draining in cell.fleet.workers():
         facts.append(WorkerJoined(at_ms=now_ms, worker=worker))

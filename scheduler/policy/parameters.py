@@ -12,8 +12,9 @@ class Parameters:
     memory_span_ms: int = 1_800_000
     """P, what past use can cost: a job of the heaviest account comes as if this much service later, so it
     waits about half an hour's worth of others' service. Less, and heavy use is hardly felt: on a recorded day
-    at 130 % load, ten minutes cost light accounts a third more waiting. More, and the bound on the wait of a
-    heavy account (P times the weights of the others over the GPUs) is no promise."""
+    at 130 % load, ten minutes cost light accounts two thirds more waiting, and an hour gained them nothing.
+    More, and the bound on the wait of a heavy account (P times the weights of the others over the GPUs) is no
+    promise."""
 
     memory_full_ms: int = 18_000_000
     """U_ref, use per unit of weight that is remembered in full: five GPU-hours, three hundred pictures."""
@@ -23,14 +24,15 @@ class Parameters:
     a month is not."""
 
     aging_ms: int = 30 * 60_000
-    """D: without it, an endless stream of brand-new accounts could hold back an old one for ever."""
+    """D: without it, an endless stream of brand-new accounts could hold back an old one for ever. Three
+    of the largest jobs (c_max): where a job takes longer than D, all are old as soon as the fleet is full."""
 
     aged_one_in: int = 40
     """At most one part in this many of a tier's GPU time starts for its age, so that overload, where
     everything is old, does not turn the fair order into order of arrival. Of the time, not of the starts: one
-    giant in four starts was nine tenths of the time on a recorded trace of training jobs. On that trace at
-    130 % load, one part in ten cost light accounts up to a third more waiting, and one in forty nothing that
-    could be told from chance. Eight GPUs still start an old picture of a minute every five minutes."""
+    giant in four starts was nine tenths of the time on a recorded trace of training jobs. On a recorded day
+    of image jobs at 130 % load, one part in ten cost light accounts a fifth more waiting than one in forty.
+    Eight GPUs still start an old picture of a minute every five minutes."""
 
     affinity_ms: int = 60_000
     """theta: to save the loading of a model, a job may be passed over by one that is this much behind it. It

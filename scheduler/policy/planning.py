@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from scheduler.policy.attempt import Attempt
 from scheduler.policy.cell import Cell
 from scheduler.policy.decisions import (
     ChosenBecause,
@@ -27,7 +26,6 @@ from scheduler.policy.job import Fit
 from scheduler.policy.order import Order
 from scheduler.policy.placement import Placement
 from scheduler.policy.preemption import relax_floor
-from scheduler.policy.ranking import Cursor
 from scheduler.policy.trial import Trial
 
 
@@ -113,12 +111,15 @@ class Plan:
         """
         floor = relax_floor(self._fleet.taking, self._parameters)
         long_ago_ms = self._now_ms - self._parameters.aging_ms
-        for attempt in self._parked():
+        parked = self._cell.parked.longest_first()
+        for attempt_id in parked:
+            attempt = self._cell.attempts[attempt_id]
             assert attempt.parked_since_ms is not None
             if attempt.parked_since_ms > long_ago_ms:
                 break
             kept = attempt.checkpoint
             if floor and kept is not None and self._fleet.relax_has(attempt.job.fit, kept.device):
+                parked.pass_over_its_like()
                 continue
             if (
                 attempt.attempt_id not in self._trial.moved
@@ -167,7 +168,9 @@ class Plan:
 
     def _migrations(self) -> Iterator[Migrate]:
         """Give the runs that are parked longest to open workers that draw the same bits."""
-        for attempt in self._parked():
+        parked = self._cell.parked.longest_first()
+        for attempt_id in parked:
+            attempt = self._cell.attempts[attempt_id]
             assert attempt.parked_since_ms is not None
             parked_ms = self._now_ms - attempt.parked_since_ms
             if not self._fleet.open or parked_ms < self._parameters.park_patience_ms:
@@ -178,6 +181,7 @@ class Plan:
                 continue
             placement = self._fleet.place_like(attempt.job.fit, attempt.checkpoint.device)
             if placement is None:
+                parked.pass_over_its_like()
                 continue
             migrate = Migrate(
                 attempt_id=attempt.attempt_id,
@@ -188,13 +192,6 @@ class Plan:
             )
             self._trial.migrate(attempt, migrate)
             yield migrate
-
-    def _parked(self) -> Iterator[Attempt]:
-        """Go through the runs that were parked before this plan, the one parked longest first."""
-        cursor = Cursor(self._cell.parked)
-        while (entry := cursor.first()) is not None:
-            yield self._cell.attempts[entry[-1]]
-            cursor.advance()
 
     def _relax_starts(self) -> Iterator[Start]:
         """Start relax jobs on open workers."""

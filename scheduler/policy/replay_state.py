@@ -199,9 +199,6 @@ class Run:
         self.over = False
         """It has had what it was charged for, and still runs."""
 
-    def spent_by(self, now_ms: int) -> int:
-        return self.spent_ms + (0 if self.active_since_ms is None else now_ms - self.active_since_ms)
-
 
 class Returned(NamedTuple):
     """An account that became eligible at a virtual time that its tags had not reached."""

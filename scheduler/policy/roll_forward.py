@@ -56,7 +56,8 @@ class Arrival:
     account_id: AccountId
     """Unknown to the board: a newcomer."""
     like: AccountId
-    """The account whose limits, weight and use a newcomer has; of one that is known, the account itself."""
+    """The account whose limits, weight and use a newcomer has; of one that is known, the account itself. If
+    the facts do not tell of it, the job does not come."""
     tier: Tier
     predicted_ms: int
     step_ms: int
@@ -75,6 +76,9 @@ class Draws:
     cost_permille: tuple[int, ...] = (1000,)
     """What jobs take of what was predicted. A job has its own of these, by its arrival number, so that it is
     the same in all futures that are compared; a run has the next that its time so far does not rule out."""
+    beyond_permille: tuple[int, ...] = (1000,)
+    """What a run takes yet that has taken longer than any of these costs, of its time so far. Each job has
+    its own, as of the costs."""
     load_ms: int = 0
     """What a start adds where the model is not loaded."""
 
@@ -340,8 +344,8 @@ class _Roll:
             total_ms = job.predicted_ms * chances[(job.arrival + number) % len(chances)] // 1000
             if total_ms > worked_ms:
                 return total_ms
-        # Longer than any was seen to take: it may end at any moment.
-        return worked_ms
+        beyond = self._draws.beyond_permille
+        return worked_ms + max(1, worked_ms * beyond[job.arrival % len(beyond)] // 1000)
 
     def _wake(self, at_ms: int, run: _Run | None) -> None:
         self._count += 1
@@ -378,7 +382,10 @@ class _Roll:
         """Accept a job, unless its account has as many as it may."""
         account_id = arrival.account_id
         if account_id not in self._limits:
-            self._newcomer(account_id, self._accounts[arrival.like])
+            like = self._accounts.get(arrival.like)
+            if like is None:
+                return
+            self._newcomer(account_id, like)
         if self._accepted.get(account_id, 0) >= self._limits[account_id].accepted:
             return
         number = self._last_arrival + 1

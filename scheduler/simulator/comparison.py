@@ -10,7 +10,7 @@ from scheduler.policy.limits import Limits
 from scheduler.simulator import plots, report
 from scheduler.simulator.policies import CONTESTANTS
 from scheduler.simulator.report import Comparison, Figures, Groups
-from scheduler.simulator.simulation import PLAN_CAPS, Simulated, simulate
+from scheduler.simulator.simulation import PLAN_CAPS, Simulated, parameters_for, simulate
 from scheduler.simulator.workload import Workload
 from scheduler.simulator.world import Cluster
 
@@ -120,7 +120,8 @@ def preamble(experiment: Experiment) -> str:
         f"fleet: {cluster.gpus} GPUs of speed {speeds}, {cluster.models_per_gpu} models at once in each, "
         f"{cluster.model_load_ms / 1000:g} s to load one; {faults}",
         f"caps: {caps}; nobody is turned away",
-        f"costs: as predicted; the largest is {workload.longest_ms / 1000:,.1f} s",
+        f"costs: as predicted; the largest is {workload.longest_ms / 1000:,.1f} s; old is a job that waited "
+        f"{parameters_for(workload).aging_ms / 60_000:,.0f} min",
         f"seed: {experiment.seed}",
         f"accounts: {sum(map(len, (groups.light, groups.middle, groups.heavy))):,}, of which light "
         f"{len(groups.light):,}, middle {len(groups.middle):,}, heavy {len(groups.heavy):,}; "

@@ -8,7 +8,7 @@ what it was told, and what happens is what it decided.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 from scheduler.policy.audit import audit
@@ -47,6 +47,10 @@ from scheduler.simulator.world import GIB, Cluster, Loss, Reports, Run, Spell, W
 PLAN_CAPS = Limits(running=3, relax_running=2, accepted=10**9)
 """PRODUCT.md's, but that nobody is turned away: refusals would hide waits."""
 NO_CAPS = Limits(running=10**9, relax_running=10**9, accepted=10**9)
+
+
+# What the service's D is to its c_max.
+_OLD_AFTER_JOBS = 3
 
 
 class Stuck(RuntimeError):
@@ -109,6 +113,20 @@ class Simulated:
     """Events and decisions the policy was asked for; for measuring speed."""
 
 
+def parameters_for(workload: Workload) -> Parameters:
+    """Return the service's parameters, with the largest job that is admitted as large as the workload's.
+
+    What is old grows with it: where a job takes days, all are old after half an hour, and the order of age,
+    which is for the few that would wait for ever, would be the order of everything.
+    """
+    ours = Parameters()
+    return replace(
+        ours,
+        max_predicted_ms=workload.longest_ms,
+        aging_ms=max(ours.aging_ms, _OLD_AFTER_JOBS * workload.longest_ms),
+    )
+
+
 def simulate(
     contestant: Contestant, workload: Workload, cluster: Cluster, *, limits: Limits = PLAN_CAPS, seed: int = 0
 ) -> Simulated:
@@ -127,7 +145,7 @@ class _Simulation:
         self._workload = workload
         self._cluster = cluster
         self._limits = limits
-        self._parameters = contestant.parameters(Parameters(max_predicted_ms=workload.longest_ms))
+        self._parameters = contestant.parameters(parameters_for(workload))
         self._recorder = Recorder() if contestant.audited else None
         self._policy = contestant.make(self._parameters)
         self._kernel = Kernel()

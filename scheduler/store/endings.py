@@ -6,7 +6,9 @@ no such row came from a worker that was given up, and counts for nothing. Settli
 returns what was done the first time.
 
 GPU time is conserved: what an attempt's job had in its checkpoint when it started, and what it took since,
-is used, absorbed, or in the checkpoint that its job goes on from.
+is used, absorbed, or in the checkpoint that its job goes on from. The one thing it leaves out: what is in the
+checkpoint of a waiting job is dropped when its owner cancels the job or moves it to the other tier. Nobody is
+charged for it, and no settlement tells of it, because no attempt ends then.
 """
 
 from __future__ import annotations

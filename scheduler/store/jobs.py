@@ -383,7 +383,8 @@ async def cancel_waiting(connection: Connection, job_id: str, receipt: JobReceip
                INSERT INTO scheduler.job_event (job_id, state, sentence) VALUES ($1, 'cancelled', $2)
                RETURNING seq)
            UPDATE scheduler.job
-           SET state = 'cancelled', ended_at = now(), receipt = $3, event_seq = event.seq, noticed_epoch = 0
+           SET state = 'cancelled', ended_at = now(), receipt = $3, event_seq = event.seq, noticed_epoch = 0,
+               checkpoint = NULL
            FROM event WHERE job_id = $1 AND state = 'queued'""",
         UUID(job_id),
         sentence,
@@ -397,13 +398,16 @@ async def move_waiting(
 ) -> None:
     """Put a waiting job, whose row the caller has locked, in `tier` on these terms, with an event.
 
-    Should the scheduler not be told, its sweep finds the row: it counts as one nobody has noticed.
+    It loses its checkpoint: what was drawn in relax would be charged as fast, and what was drawn in fast
+    would be free. Should the scheduler not be told, its sweep finds the row: it counts as one nobody has
+    noticed.
     """
     done = await connection.execute(
         """WITH event AS (
                INSERT INTO scheduler.job_event (job_id, state, sentence) VALUES ($1, 'queued', $4)
                RETURNING seq)
-           UPDATE scheduler.job SET tier = $2, pricing = $3, event_seq = event.seq, noticed_epoch = 0
+           UPDATE scheduler.job
+           SET tier = $2, pricing = $3, event_seq = event.seq, noticed_epoch = 0, checkpoint = NULL
            FROM event WHERE job_id = $1 AND state = 'queued'""",
         UUID(job_id),
         tier,

@@ -1,11 +1,13 @@
 """The journal of what the board was told, as rows, and a period of it as an auditor reads it.
 
-The loop takes every event down and writes them at the end of its cycle. A line holds the whole event, so that
-a period can be audited long after its jobs were deleted.
+The loop takes every event down and writes them about once a second; while one write does not take
+them all, in every cycle. A line holds the whole event, so that a period can be audited long after its jobs
+were deleted.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import types
 import typing
@@ -18,6 +20,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import asyncpg
+import structlog
 
 from scheduler.clock import from_ms, to_ms
 from scheduler.policy.decisions import Decision
@@ -51,8 +54,17 @@ from scheduler.policy.job import Job
 from scheduler.policy.journal import AccountMet, CellMet, Dispatch, Journal, Record, Recorder
 from scheduler.store.leadership import require_leader
 
-# Encoding one takes about 40 us, and nothing else is decided meanwhile.
-_MOST_LINES = 2_000
+_log = structlog.get_logger()
+
+# Encoding one takes about 25 us, and nothing else is decided meanwhile.
+_MOST_LINES = 500
+# Twice what a recovery of a million live jobs takes down. Beyond it the database has been too slow for
+# minutes, and a scheduler that runs out of memory decides nothing at all.
+_MOST_KEPT = 2_000_000
+# Deleting them takes about as long as writing them, and nothing else is decided meanwhile.
+_MOST_FORGOTTEN = 5_000
+# No event: in the place of those that were dropped. The space keeps it apart from every id.
+_GAP = "lines lost"
 
 GRACE_MS = 2_000
 """From a fact to the row of what was decided for it: a cycle and its commit, on a busy database."""
@@ -74,9 +86,10 @@ class Line:
 
 
 class Notes:
-    """What the board of one leader was told and is not written yet."""
+    """What the board of one leader was told and is not written yet; of more than `most`, the newest."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = _MOST_KEPT) -> None:
+        self._most = most
         self._recorder = Recorder()
         self._records: deque[Record] = deque()
         self._number = 0
@@ -89,6 +102,11 @@ class Notes:
         """Take an event down."""
         self._recorder.note(event)
 
+    @property
+    def behind(self) -> bool:
+        """Whether `lines` left some for the next time."""
+        return bool(self._records)
+
     def lines(self) -> Sequence[Line]:
         """Return the next lines that were taken down and not returned so far.
 
@@ -96,19 +114,31 @@ class Notes:
         """
         self._records.extend(self._recorder.take())
         lines: list[Line] = []
+        if len(self._records) > self._most:
+            lines.append(self._gap())
         for _ in range(min(len(self._records), _MOST_LINES)):
             record = self._records.popleft()
-            self._number += 1
             lines.append(
-                Line(
-                    number=self._number,
-                    at_ms=record.at_ms,
-                    kind=type(record).__name__,
-                    subject=_subject(record),
-                    facts=json.dumps(asdict(record), default=sorted),
+                self._line(
+                    record.at_ms,
+                    type(record).__name__,
+                    _subject(record),
+                    json.dumps(asdict(record), default=sorted),
                 )
             )
         return lines
+
+    def _gap(self) -> Line:
+        """Drop the oldest records that are too many, and return the line that says so."""
+        dropped = [self._records.popleft() for _ in range(len(self._records) - self._most)]
+        began_ms, until_ms = dropped[0].at_ms, dropped[-1].at_ms
+        _log.error("journal lines lost", lines=len(dropped), from_ms=began_ms, until_ms=until_ms)
+        facts = {"lines": len(dropped), "from_ms": began_ms, "until_ms": until_ms}
+        return self._line(until_ms, _GAP, _GAP, json.dumps(facts))
+
+    def _line(self, at_ms: int, kind: str, subject: str, facts: str) -> Line:
+        self._number += 1
+        return Line(number=self._number, at_ms=at_ms, kind=kind, subject=subject, facts=facts)
 
 
 async def write(connection: asyncpg.Connection, *, epoch: int, lines: Sequence[Line]) -> None:
@@ -130,9 +160,16 @@ async def write(connection: asyncpg.Connection, *, epoch: int, lines: Sequence[L
         )
 
 
-async def forget(connection: asyncpg.Connection, *, before: datetime) -> None:
-    """Delete the lines from before a time."""
-    await connection.execute("DELETE FROM scheduler.journal WHERE at < $1", before)
+async def forget(connection: asyncpg.Connection, *, before: datetime) -> bool:
+    """Delete some of the lines from before a time, oldest first; returns whether there may be more."""
+    done = await connection.execute(
+        """DELETE FROM scheduler.journal
+           WHERE (epoch, number) IN
+                 (SELECT epoch, number FROM scheduler.journal ORDER BY epoch, number LIMIT $2) AND at < $1""",
+        before,
+        _MOST_FORGOTTEN,
+    )
+    return bool(done == f"DELETE {_MOST_FORGOTTEN}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,19 +188,25 @@ async def read(connection: asyncpg.Connection, *, start: datetime, end: datetime
     stood in the queues then shows with their first starts.
     """
     async with connection.transaction(isolation="repeatable_read", readonly=True):
-        lines = [
-            _Told(row["epoch"], row["number"], _decode(row["kind"], row["facts"]))
-            async for row in connection.cursor(
-                """SELECT epoch, number, kind, facts FROM scheduler.journal
-                   WHERE at >= $1 AND at < $2 ORDER BY epoch, number""",
-                start,
-                end,
-                prefetch=5_000,
-            )
-        ]
+        cursor = await connection.cursor(
+            """SELECT epoch, number, kind, facts FROM scheduler.journal
+               WHERE at >= $1 AND at < $2 AND kind <> $3 ORDER BY epoch, number""",
+            start,
+            end,
+            _GAP,
+        )
+        lines: list[_Told] = []
+        while rows := await cursor.fetch(_DECODED_AT_ONCE):
+            lines += await asyncio.to_thread(_decoded, rows)
         before = await _Before.of(connection, start, end, lines)
-    records, dropped = before.joined_to(lines)
+        lost = await _lost(connection, before.start_ms if before.cell is None else before.cell.at_ms, end)
+    records, dropped = await asyncio.to_thread(before.joined_to, lines)
     unknown = []
+    if lost:
+        unknown.append(
+            f"{lost} lines of this time, or of before under the same scheduler, could not be kept: what they "
+            "told is missing, and findings that touch on it may be wrong."
+        )
     if before.cell is None:
         unknown.append("Nothing is known from before the period: it begins with the first takeover in it.")
     if dropped:
@@ -177,6 +220,21 @@ class _Told(NamedTuple):
     epoch: int
     number: int
     record: Record
+
+
+# Whoever reads serves others meanwhile: decoding a day of a large fleet takes a minute.
+_DECODED_AT_ONCE = 5_000
+
+
+def _decoded(rows: Iterable[asyncpg.Record]) -> list[_Told]:
+    return [_Told(row["epoch"], row["number"], _decode(row["kind"], row["facts"])) for row in rows]
+
+
+async def _lost(connection: asyncpg.Connection, start_ms: int, end: datetime) -> int:
+    """Return how many lines of a time were dropped, counting whole every gap that reaches into it."""
+    rows = await connection.fetch("SELECT facts FROM scheduler.journal WHERE subject = $1", _GAP)
+    gaps = [json.loads(row["facts"]) for row in rows]
+    return sum(gap["lines"] for gap in gaps if gap["from_ms"] < to_ms(end) and gap["until_ms"] >= start_ms)
 
 
 @dataclass(kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -27,7 +28,7 @@ from scheduler.policy.parameters import Parameters
 from scheduler.policy.worker import Worker
 from scheduler.store import journal
 from scheduler.store.accounts import Role
-from scheduler.v1 import fleet_pb2
+from scheduler.v1 import fleet_pb2, job_pb2
 from tests.frontdoor.door import Caller, Door, refusal
 
 START = datetime(2026, 11, 10, tzinfo=UTC)
@@ -145,6 +146,24 @@ async def test_a_period_that_is_none_is_refused(
     operator: Caller, request_: fleet_pb2.AuditFairnessRequest, field: str
 ) -> None:
     assert field in (await refusal(operator.fleet.AuditFairness(request_))).violations
+
+
+async def test_audits_wait_for_one_another(door: Door, operator: Caller) -> None:
+    await note_two_jobs(door, idle_ms=0)
+
+    async def reading() -> int:
+        for _ in range(10):  # whoever would read as well gets its turns
+            await operator.jobs.ListFeed(job_pb2.ListFeedRequest())
+        readers: int = await door.sql("SELECT count(*) FROM pg_locks WHERE NOT granted")
+        return readers
+
+    async with door.pool.transaction() as connection:
+        await connection.execute("LOCK TABLE scheduler.journal")
+        audits = [asyncio.ensure_future(operator.fleet.AuditFairness(period())) for _ in range(3)]
+        assert await reading() == 1
+        audits[0].cancel()
+        assert await reading() == 1, "whoever hangs up makes no room before the work is done"
+    assert [(await one).starts for one in audits[1:]] == [2, 2]
 
 
 async def test_users_may_not_ask(door: Door) -> None:

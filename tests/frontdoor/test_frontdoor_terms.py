@@ -36,6 +36,36 @@ async def test_a_waiting_job_moves_to_fast_at_the_price_of_fast(door: Door) -> N
     )
 
 
+async def test_the_answer_to_a_move_says_nothing_of_the_place_in_the_tier_before(door: Door) -> None:
+    ann = await door.caller("ann")
+    job = await ann.create("a fox --relax")
+    door.scheduler.statuses[job.uid] = QueueStatus(
+        reason=QueueReason.WAITING_FOR_GPU, sentence="Number 12 in relax.", position=12
+    )
+    request_id = str(uuid.uuid4())
+    moved = await ann.move(job.name, FAST, request_id)
+    assert (moved.queue_status.position, "relax" in moved.queue_status.sentence) == (0, False)
+    again = await ann.move(job.name, FAST, request_id)
+    assert again.queue_status.position == 12, "a repeat asks the scheduler, which may have heard by now"
+
+
+@pytest.mark.parametrize("to", [FAST, RELAX])
+async def test_a_job_begins_anew_in_its_new_tier(door: Door, to: job_pb2.Tier) -> None:
+    ann = await door.caller("ann")
+    job = await ann.create("a fox --relax" if to == FAST else "a fox --fast")
+    await door.sql("""UPDATE scheduler.job SET checkpoint = '{"step": 3}' RETURNING 1""")
+    await ann.move(job.name, to)
+    assert await door.sql("SELECT checkpoint FROM scheduler.job") is None
+
+
+async def test_a_cancelled_job_keeps_no_checkpoint(door: Door) -> None:
+    ann = await door.caller("ann")
+    job = await ann.create("a fox --relax")
+    await door.sql("""UPDATE scheduler.job SET checkpoint = '{"step": 3}' RETURNING 1""")
+    await ann.cancel(job.name)
+    assert await door.sql("SELECT checkpoint FROM scheduler.job") is None
+
+
 async def test_a_moved_job_is_found_by_the_sweep_if_nobody_was_told(door: Door) -> None:
     ann = await door.caller("ann")
     job = await ann.create("a fox --relax")

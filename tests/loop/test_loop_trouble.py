@@ -14,10 +14,12 @@ import pytest
 from billing import invariants
 from billing.refusals import AdjustmentTooLarge
 from gpu_worker.contract import Blame, Outcome
+from gpu_worker.models import read_models
 from scheduler.clock import to_ms
 from scheduler.cluster.local_fleet import LocalFleet
 from scheduler.fleet import WorkerHeard
 from scheduler.inbox import AccountsChanged, Inbox, JobsChanged
+from scheduler.leader import lead
 from scheduler.policy.ids import Tier
 from scheduler.policy.parameters import Parameters
 from scheduler.store import live, operations
@@ -35,6 +37,53 @@ async def test_job_of_a_model_that_is_gone_waits_and_holds_up_nobody(stage: Stag
             await stage.until_state(leader, await stage.submit("ada"), "succeeded")
             status = leader.queue_statuses([orphan])[orphan]
             assert status.reason.value == "no_worker"
+
+
+async def test_what_a_recovery_takes_down_is_written_cycle_by_cycle_and_not_second_by_second(
+    stage: Stage,
+) -> None:
+    await stage.open_account("ada")
+    job_id = await stage.submit("ada")
+    await stage.connection.execute(
+        """INSERT INTO scheduler.job OVERRIDING SYSTEM VALUE
+           SELECT (jsonb_populate_record(job, jsonb_build_object(
+               'job_id', gen_random_uuid(), 'arrival', arrival + number))).*
+           FROM scheduler.job, generate_series(1, 1200) AS number WHERE job_id = $1""",
+        job_id,
+    )
+    async with lead(
+        dsn=stage.dsn,
+        holder="test",
+        fleet=LocalFleet(workers=0, take_ms=None),
+        models=read_models(None),
+        sweep_ms=200,
+    ) as leader:
+        for _ in range(4):
+            await leader._loop.cycle()
+    told = await stage.connection.fetchval(
+        "SELECT count(DISTINCT subject) FROM scheduler.journal WHERE kind = 'JobSubmitted'"
+    )
+    assert told == 1_201
+
+
+async def test_a_new_leader_has_better_things_to_do_than_to_forget_old_lines(stage: Stage) -> None:
+    await stage.connection.execute(
+        """INSERT INTO scheduler.journal (epoch, number, at, kind, subject, facts)
+           VALUES (0, 1, now() - interval '31 days', 'TierPaused', 'fast', '{}')"""
+    )
+    async with lead(
+        dsn=stage.dsn,
+        holder="test",
+        fleet=LocalFleet(workers=0, take_ms=None),
+        models=read_models(None),
+        sweep_ms=200,
+    ) as leader:
+        await leader._loop.cycle()
+        oldest = "SELECT epoch FROM scheduler.journal ORDER BY epoch LIMIT 1"
+        assert await stage.connection.fetchval(oldest) == 0
+        leader._loop._tidy_at_ms = 0  # a minute later
+        await leader._loop.cycle()
+        assert await stage.connection.fetchval(oldest) != 0
 
 
 async def test_cancel_that_comes_with_a_loss_ends_the_job(stage: Stage) -> None:

@@ -419,6 +419,33 @@ async def test_moved_job_is_known_in_its_new_tier(stage: Stage) -> None:
         assert [request.job_id for request in fleet.parked(WORKER)] == [relax]
 
 
+async def test_time_drawn_in_relax_is_not_charged_after_a_move_to_fast(stage: Stage) -> None:
+    fleet = LocalFleet(workers=1, take_ms=None, gpu_ms=PICTURE_MS)
+    async with stage.leading(fleet) as leader:
+        moved, fast = await parked_pair(stage, leader, fleet)
+
+        async def stored() -> bool:
+            return (await stage.job(moved))["checkpoint"] is not None
+
+        await stage.until(leader, stored)
+        fleet.kill(WORKER)
+        await stage.until_attempts(leader, fast, 2)
+        assert (await stage.job(moved))["checkpoint"] is not None
+        await stage.move("ben", moved, Tier.FAST)
+        assert (await stage.job(moved))["checkpoint"] is None
+        fleet.finish(WORKER)
+        await stage.until_attempts(leader, moved, 2)
+        await stage.until(leader, lambda: fleet.busy)
+        assert fleet.busy[WORKER].checkpoint is None, "it begins anew"
+        fleet.finish(WORKER)
+        await stage.until_state(leader, moved, "succeeded")
+        await shares_in_memory_equal_the_database(stage, leader)
+    assert (await stage.attempts(moved))[-1]["kept_ms"] == 0
+    async with stage.pool.transaction() as connection:
+        assert (await ledger.balance(connection, "ben", datetime.now(UTC))).used_ms == PICTURE_MS
+    await ledger_is_sound(stage)
+
+
 async def test_drain_and_pause_outlive_the_scheduler(stage: Stage) -> None:
     fleet = LocalFleet(workers=1, take_ms=0, gpu_ms=PICTURE_MS)
     await stage.open_account("ada")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import pickle
 from collections.abc import Sequence
 
 import pytest
+from structlog.testing import capture_logs
 
 from gpu_worker.models import read_models
 from scheduler.answers import PlanTerms, WhatIf
@@ -23,7 +25,7 @@ from scheduler.policy.job import Job
 from scheduler.policy.lately import Lately
 from scheduler.policy.limits import Limits
 from scheduler.policy.parameters import Parameters
-from scheduler.policy.what_if import in_tier
+from scheduler.policy.what_if import in_tier, submitted
 from scheduler.policy.worker import Worker
 from scheduler.updates import QueueReason, StartTimes
 from tests.loop.conftest import PREDICTED_MS, Stage
@@ -154,6 +156,81 @@ async def test_a_process_that_dies_is_nobodys_answer_and_is_started_anew(forecas
         await forecasts.close()
 
 
+async def test_a_question_about_an_account_that_has_nothing_there_is_answered(forecasts: Forecasts) -> None:
+    forecasts._board.apply(
+        AccountRestored(at_ms=0, account_id=AccountId("eve"), limits=LIMITS, weight_milli=1_000, shares={})
+    )
+    change = submitted(a_job("eve", 20), 0)
+    try:
+        (told,) = await forecasts.what_ifs([change])
+        assert told is not None
+        assert told.start is not None
+    finally:
+        await forecasts.close()
+
+
+async def test_a_process_that_cannot_be_started_is_no_answer(
+    forecasts: Forecasts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("scheduler.forecasts.sys.executable", "/nowhere/python")
+    with capture_logs() as logs:
+        await forecasts.foresee()
+        await forecasts.foresee()
+    (told,) = logs
+    assert told["event"] == "no forecast"
+    assert "/nowhere/python" in told["reason"]
+    monkeypatch.undo()
+    await forecasts.foresee()
+    assert JobId("ben's") in forecasts._etas
+    await forecasts.close()
+
+
+async def test_a_process_that_hangs_is_ended_and_the_next_one_answers(
+    forecasts: Forecasts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change = in_tier(JobId("ben's"), Tier.FAST, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr("scheduler.forecasts._MAIN", "import time; time.sleep(600)")
+        patch.setattr("scheduler.forecasts._ANSWER_S", 0.5)
+        began = asyncio.get_running_loop().time()
+        assert await forecasts.what_ifs([change]) == [None]
+        assert 0.4 < asyncio.get_running_loop().time() - began < 30
+    assert forecasts._changes._process is None
+    try:
+        (told,) = await forecasts.what_ifs([change])
+        assert told is not None
+    finally:
+        await forecasts.close()
+
+
+async def test_forecasts_that_fail_are_told_once_and_go_on(
+    forecasts: Forecasts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("scheduler.forecasts._EVERY_S", 0.01)
+    asked = 0
+    enough = asyncio.Event()
+
+    async def fail() -> None:
+        nonlocal asked
+        asked += 1
+        if asked == 6:
+            enough.set()
+        if asked != 3:
+            raise RuntimeError("no more stars")
+
+    monkeypatch.setattr(forecasts, "foresee", fail)
+    forecasts._etas = {JobId("ben's"): Eta(p50_ms=0, p90_ms=0)}
+    with capture_logs() as logs:
+        running = asyncio.create_task(forecasts.run())
+        await enough.wait()
+        await asyncio.sleep(0)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+    assert [told["reason"] for told in logs] == ["no more stars"] * 2, "once an outage"
+    assert forecasts._etas == {}, "what was foreseen before is too old to be told"
+
+
 async def full(stage: Stage, leader: Leader, fleet: LocalFleet) -> Sequence[str]:
     """Let Ada have the only GPU, while a job of Ben's and one of Cleo's wait."""
     jobs = []
@@ -246,7 +323,7 @@ async def test_a_leader_tells_what_would_come_of_other_terms(stage: Stage) -> No
         assert not leader._loop.board.knows_account(AccountId("dora")), "a question leaves no trace"
 
 
-async def test_a_leader_shows_its_queues_and_workers(stage: Stage) -> None:
+async def test_a_leader_shows_its_queues_and_workers(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     fleet = LocalFleet(workers=1, take_ms=None)
     async with stage.leading(fleet) as leader:
         running, *_ = await full(stage, leader, fleet)
@@ -257,6 +334,10 @@ async def test_a_leader_shows_its_queues_and_workers(stage: Stage) -> None:
         assert relax.oldest_wait_ms >= 0
         assert (queues.gpus, queues.idle_gpus, queues.fast_gpus, queues.relax_floor_gpus) == (1, 0, 0, 0)
         assert queues.wanted_gpus == 1
+        asked: list[Tier] = []
+        monkeypatch.setattr(leader._loop.board, "load", lambda tier, now_ms: asked.append(tier))
+        assert leader.queues().wanted_gpus == 1, "it is worked out once a second"
+        assert asked == []
         (worker,) = leader.workers_view()
         assert worker.active is not None
         assert worker.active.job_id == running

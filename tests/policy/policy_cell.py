@@ -279,15 +279,12 @@ class Cell:
             match decision:
                 case Stop():
                     self.apply(StopAsked(at_ms=self.now_ms, attempt_id=decision.attempt_id))
-                    self.stop(self.running[decision.attempt_id])
                 case GiveUp():
                     self.given_up.append(decision.job_id)
                     self.waiting.remove(decision.job_id)
                     self.apply(JobGivenUp(at_ms=self.now_ms, job_id=decision.job_id))
                 case Resume():
-                    # One that was stopped by the same batch has ended: nothing is written.
-                    if decision.attempt_id in self.running:
-                        self._resume(decision)
+                    self._resume(decision)
                 case Migrate():
                     self._migrate(decision)
                 case Start():
@@ -304,6 +301,10 @@ class Cell:
                         self.move(decision.job_id)
                     self.apply(StartRefused(at_ms=self.now_ms, job_id=decision.job_id, reason=because))
             self.check()
+        # Workers answer after the batch.
+        for decision in decisions:
+            if isinstance(decision, Stop):
+                self.stop(self.running[decision.attempt_id])
         return served
 
     def store_tags(self) -> None:
@@ -343,6 +344,7 @@ class Cell:
         """Change the tier in the row of a waiting job."""
         job = self.jobs[job_id]
         self.jobs[job_id] = replace(job, tier=Tier.RELAX if job.tier is Tier.FAST else Tier.FAST)
+        self.checkpoints.pop(job_id, None)
 
     def save_checkpoint(self, attempt_id: AttemptId) -> None:
         """Store what a run has done so far."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from random import Random
+from typing import assert_never
 
 from hypothesis import strategies as st
 from policy_cell import PLAN, Cell, Restarted, Running, Served, a_worker
@@ -377,6 +378,14 @@ class Chaos(Cell):
                 assert self._rank(chosen)[0] <= first[0] + self.parameters.affinity_ms * 1000
             case ChosenBecause.AGED:
                 assert start.charge.virtual_time == keys.virtual_time, "an aged start does not move V"
+            case ChosenBecause.RELAX_TURN:
+                assert start.tier is Tier.RELAX
+                assert start.sheltered
+                taking = len(self.present.keys() - self.draining)
+                if taking < self.parameters.relax_floor_from_gpus:
+                    assert self._rank(chosen) == first
+            case _:
+                assert_never(keys.because)
 
     def _rank(self, job: Job) -> tuple[int, float, int, str]:
         tag = self.board.share(job.account_id, job.tier).tag

@@ -347,9 +347,9 @@ def test_time_at_the_head_begins_anew_after_a_cap() -> None:
     assert cell.started_ms(job) == 130_000
 
 
-def test_at_most_a_tenth_of_the_time_goes_by_age() -> None:
+def test_at_most_a_part_of_the_time_goes_by_age() -> None:
     """Of the time, not of the starts: a giant lets nine times its cost go before the next that is old."""
-    cell = Cell(Parameters(memory_span_ms=0, aging_ms=1))
+    cell = Cell(Parameters(memory_span_ms=0, aging_ms=1, aged_one_in=10))
     for account, cost_ms in zip("abc", (1_000, 30_000, 1_000), strict=True):
         cell.account(account, finish_tag=10**9)
         for _ in range(2):

@@ -14,7 +14,15 @@ from policy_cell import GIB, NEVER_MS, PLAN, REMEMBERING, Cell, a_worker
 
 from scheduler.policy.board import Board
 from scheduler.policy.eta import Eta, eta_of, etas, quick_eta
-from scheduler.policy.events import AccountRestored, FairShare, RefusedBecause, TierPaused
+from scheduler.policy.events import (
+    AccountRestored,
+    CancelWanted,
+    FairShare,
+    JobSubmitted,
+    RefusedBecause,
+    TierPaused,
+)
+from scheduler.policy.facts import facts
 from scheduler.policy.ids import AccountId, JobId, Tier
 from scheduler.policy.job import Job
 from scheduler.policy.lately import Lately, Recent, resampled
@@ -117,12 +125,52 @@ def test_a_run_that_takes_longer_than_was_predicted_is_given_a_cost_that_fits() 
     assert dict(future(cell, draws).starts) == {JobId("b-2"): 18_000}
 
 
-def test_a_run_beyond_all_that_was_seen_may_end_at_any_moment() -> None:
+def test_a_run_beyond_all_that_was_seen_goes_on_for_a_part_of_its_time_so_far() -> None:
     cell = Cell(workers=1)
     cell.submit("a", 10_000, actual_ms=100_000)
     cell.submit("b", 10_000)
     cell.run(until_ms=15_000)
-    assert dict(future(cell).starts) == {JobId("b-2"): 15_000}
+    assert dict(future(cell).starts) == {JobId("b-2"): 30_000}
+    assert dict(future(cell, Draws(beyond_permille=(200,))).starts) == {JobId("b-2"): 18_000}
+
+
+def test_nobody_is_told_to_start_at_once_after_a_run_beyond_all_that_was_seen() -> None:
+    cell, chance = Cell(workers=1), random.Random(5).random
+    cell.submit("a", 60_000, actual_ms=HOUR_MS)
+    cell.submit("b", 10_000)
+    cell.run(until_ms=180_000)
+    draws = [resampled(Lately(0).seen(cell.now_ms), chance) for _ in range(19)]
+    told = etas(cell.board.facts(cell.now_ms), cell.parameters, draws, cell.now_ms)[JobId("b-2")]
+    assert 20_000 < told.p50_ms - cell.now_ms < 200_000
+    assert 150_000 < told.p90_ms - cell.now_ms < 3_000_000
+
+
+def test_facts_may_leave_out_accounts_that_have_nothing_there() -> None:
+    cell = Cell(workers=1)
+    for name in ("running", "waiting", "lately", "gone"):
+        cell.account(name)
+    cell.submit("running", 10_000)
+    cell.decide()
+    cell.submit("waiting", 10_000)
+    for name in ("lately", "gone"):
+        job_id = JobId(cell.submit(name, 10_000))
+        cell.apply(CancelWanted(at_ms=0, job_id=job_id))
+        cell.waiting.discard(job_id)
+    known = facts(cell.board.cell, 0, [AccountId("lately"), AccountId("unknown"), AccountId("running")])
+    told = [fact.account_id for fact in known if isinstance(fact, AccountRestored)]
+    assert sorted(told) == ["lately", "running", "waiting"]
+    arrivals = (an_arrival("gone", after_ms=1), an_arrival("lately", after_ms=2))
+    draws = Draws(arrivals=arrivals)
+    assert roll_forward(known, cell.parameters, draws, 0).starts == future(cell, draws).starts
+
+
+def test_of_many_arrivals_the_newest_are_seen_and_the_time_they_came_in() -> None:
+    lately = Lately(0)
+    for at_ms in range(100):
+        lately.apply(JobSubmitted(at_ms=at_ms, job=a_job(f"job{at_ms}")))
+    recent = lately.seen(200, 10)
+    assert (recent.span_ms, [at_ms for at_ms, _ in recent.jobs]) == (110, list(range(10)))
+    assert [job.job_id for _, job in recent.jobs] == [f"job{at_ms}" for at_ms in range(90, 100)]
 
 
 def test_who_comes_later_and_has_used_less_goes_first() -> None:

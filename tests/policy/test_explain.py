@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from policy_cell import NEVER_MS, PLAN, REMEMBERING, WIDE, Cell, a_worker
 
+from scheduler.client.terminal import about
 from scheduler.policy.events import AttemptLost, RefusedBecause, TierPaused
 from scheduler.policy.explain import Before, Explanation, Stage
 from scheduler.policy.ids import AttemptId, JobId, Tier
@@ -263,6 +265,38 @@ def test_a_fleet_without_a_floor_bounds_nothing_for_relax_and_says_what_it_gets(
     told = why(cell, "c")
     assert told.bound is None
     assert "relax gets one start in 10 of those that fast would have" in told.sentences[-1]
+
+
+@pytest.mark.parametrize("much", ["jobs", "runs"])
+def test_where_much_waits_or_runs_a_job_is_told_its_place_and_nothing_that_takes_a_walk(much: str) -> None:
+    cell = Cell(workers=20)
+    for _ in range(22):
+        cell.submit("a", 10_000)
+    cell.decide()
+    cell.submit("b", 10_000, name="waits")
+    whole = why(cell, "waits")
+    assert whole.before is not None
+    assert whole.bound is not None
+    queue, attempts = cell.board.cell.queues[Tier.RELAX], cell.board.cell.attempts
+    if much == "jobs":
+        queue.could_start += 2_000
+    else:
+        attempt = next(iter(attempts.values()))
+        attempts.update({AttemptId(f"more {number}"): attempt for number in range(2_000)})
+    told = why(cell, "waits")
+    assert (told.before, told.bound, told.gates) == (None, None, ())
+    assert told.place is not None
+    assert told.place.tag == (whole.place and whole.place.tag)
+    assert len(told.sentences) == 3
+    assert not any("surely" in sentence for sentence in told.sentences)
+
+
+@pytest.mark.parametrize("ms", [400, 1_499, 99_400, 99_600, 190_000, 215_000, 5_999_000, 8_100_000])
+def test_a_run_ends_in_the_words_of_the_command_line(ms: int) -> None:
+    cell = Cell(workers=1)
+    cell.submit("a", ms, name="run")
+    cell.decide()
+    assert why(cell, "run").sentences == (f"It runs, and will probably end in {about(ms)}.",)
 
 
 def test_a_bound_counts_only_gpus_that_can_run_the_job_at_the_speed_of_the_slowest() -> None:

@@ -598,7 +598,7 @@ def test_b15_nothing_of_relax_waits_for_ever_whatever_fast_does(
     The bound is of this test: each run may have to wait until it is old, then for its turn among all.
     """
     aging_ms, turn = 60_000, 10
-    cell = Cell(Parameters(aging_ms=aging_ms), workers=0)
+    cell = Cell(Parameters(aging_ms=aging_ms, aged_one_in=turn), workers=0)
     cell.stores_checkpoints = stores_checkpoints
     for number, (gib, device, speed) in enumerate(fleet):
         cell.join(a_worker(f"w{number}", gib=gib, device=device, speed=speed))

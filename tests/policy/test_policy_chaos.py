@@ -129,12 +129,18 @@ def _reasons(board: Board, cell: Cell) -> dict[JobId, QueueReason]:
 
 
 def _outline(board: Board, cell: Cell) -> list[object]:
-    """Return what a board decides, but for what it guesses: when runs end, and so which of them is parked.
+    """Return what a board decides, up to where it guesses: when runs end, and so which of them is parked.
 
-    It is for boards that may not know which stops were asked.
+    What is decided behind that may hang on which GPU was taken. It is for boards that may not know which
+    stops were asked.
     """
-    decisions = board.decide(cell.now_ms + 60_000)
-    return [_what(one) for one in decisions if not isinstance(one, Stop)]
+    decided: list[object] = []
+    for one in board.decide(cell.now_ms + 60_000):
+        if not isinstance(one, Stop):
+            decided.append(_what(one))
+        if isinstance(one, Start) and one.parks is not None:
+            break
+    return decided
 
 
 def _what(decision: Decision) -> object:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from policy_cell import NEVER_MS, PLAIN, REMEMBERING, Cell, a_worker
+from policy_cell import GIB, NEVER_MS, PLAIN, REMEMBERING, Cell, a_worker
 
 from scheduler.policy import usage
+from scheduler.policy.attempt import Attempt
 from scheduler.policy.decisions import ChosenBecause, Decision, Migrate, Resume, Start, Stop
 from scheduler.policy.events import (
     AttemptParked,
@@ -24,10 +25,11 @@ from scheduler.policy.events import (
     WorkerDraining,
     WorkerLost,
 )
-from scheduler.policy.ids import AccountId, JobId, Tier, WorkerId
-from scheduler.policy.job import Checkpoint
+from scheduler.policy.ids import AccountId, AttemptId, JobId, Tier, WorkerId
+from scheduler.policy.job import Checkpoint, Job
 from scheduler.policy.limits import Limits
 from scheduler.policy.parameters import Parameters
+from scheduler.policy.parked import ParkedRuns
 from scheduler.policy.preemption import relax_floor
 from scheduler.policy.status import QueueReason
 
@@ -913,3 +915,38 @@ def test_usage_remembers_a_parked_run_at_the_time_it_was_charged() -> None:
     grown = usage.growth(cell.now_ms, decay_origin_ms=0, half_life_ms=100_000)
     assert cell.used_ms("relaxed") == pytest.approx(LONG_MS / grown)
     cell.check_rows()
+
+
+def test_a_fleet_full_of_parked_runs_is_not_gone_through_for_a_gpu_that_fits_none() -> None:
+    """One of each kind is looked at: what fits none of a kind's first fits none of the rest."""
+    runs = ParkedRuns()
+    for number in range(1_000):
+        job = Job(
+            job_id=JobId(f"job-{number}"),
+            account_id=AccountId("a"),
+            tier=Tier.RELAX,
+            arrival=number,
+            predicted_ms=1,
+            step_ms=1,
+            model="m",
+            memory_bytes=(1 + number % 2) * GIB,
+        )
+        attempt = Attempt(
+            AttemptId(f"attempt-{number:04}"),
+            job,
+            WorkerId(f"w{number}"),
+            predicted_ms=1,
+            weight_milli=1000,
+            charged_at_ms=0,
+            started_ms=0,
+        )
+        runs.put(attempt, "d", number)
+    walk = runs.longest_first()
+    seen = []
+    for attempt_id in walk:
+        seen.append(attempt_id)
+        walk.pass_over_its_like()
+    assert seen == ["attempt-0000", "attempt-0001"]
+    assert list(runs.longest_first())[:3] == ["attempt-0000", "attempt-0001", "attempt-0002"]
+    runs.discard(AttemptId("attempt-0000"))
+    assert (len(runs), next(runs.longest_first())) == (999, "attempt-0001")

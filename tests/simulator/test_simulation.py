@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -17,7 +18,14 @@ from scheduler.policy.limits import Limits
 from scheduler.simulator.comparison import Experiment, preamble, results, written
 from scheduler.simulator.policies import CONTESTANTS, Contestant
 from scheduler.simulator.report import as_json
-from scheduler.simulator.simulation import NO_CAPS, PLAN_CAPS, Simulated, Stuck, simulate
+from scheduler.simulator.simulation import (
+    NO_CAPS,
+    PLAN_CAPS,
+    Simulated,
+    Stuck,
+    parameters_for,
+    simulate,
+)
 from scheduler.simulator.workload import FastRule, Generator, Workload, generate
 from scheduler.simulator.world import Cluster
 
@@ -182,6 +190,28 @@ def test_light_accounts_hardly_wait_behind_a_heavy_one(policy: str, most: float)
         found[name] = sum(light) / len(light)
         assert simulated.makespan_ms == 40_000
     assert found[policy] <= most * found["fifo"]
+
+
+def test_of_two_that_used_as_much_the_one_with_small_jobs_gets_as_much_of_a_gpu() -> None:
+    """What an account used delays its jobs and is not charged with them: charged, a job of a second would
+    cost an account that used much as much as one of a minute."""
+    requests = [a_request(f"a{number}") for number in range(600)] + [
+        a_request(f"b{number}", cost_ms=60_000) for number in range(10)
+    ]
+    ours = CONTESTANTS["ours"]
+    remembers_at_once = replace(ours, parameters=lambda given: replace(given, memory_full_ms=1))
+    simulated = simulate(remembers_at_once, a_workload(*requests), Cluster(gpus=1), limits=NO_CAPS)
+    service = {"a": 0, "b": 0}
+    for spell in simulated.spells:
+        if spell.end_ms <= 600_000:
+            service[spell.request.account_id] += spell.kept_ms
+    assert abs(service["a"] - service["b"]) <= 2 * 60_000
+
+
+@pytest.mark.parametrize(("longest_ms", "aging_ms"), [(60_000, 1_800_000), (86_400_000, 3 * 86_400_000)])
+def test_jobs_that_take_days_are_not_old_after_half_an_hour(longest_ms: int, aging_ms: int) -> None:
+    parameters = parameters_for(a_workload(a_request("a"), a_request("b", cost_ms=longest_ms)))
+    assert (parameters.max_predicted_ms, parameters.aging_ms) == (longest_ms, aging_ms)
 
 
 class Idle:

@@ -257,8 +257,58 @@ async def test_what_concerns_no_bound_is_not_kept_and_old_lines_are_forgotten(
 
 def test_a_recovery_of_many_jobs_is_written_in_bites() -> None:
     notes = Notes()
-    for at_ms in range(2_500):
+    for at_ms in range(1_100):
         notes.note(TierPaused(at_ms=at_ms, tier=Tier.FAST))
-    bites = [notes.lines() for _ in range(3)]
-    assert [len(bite) for bite in bites] == [2_000, 500, 0]
-    assert [line.number for bite in bites for line in bite] == list(range(1, 2_501))
+    bites = [notes.lines() for _ in range(4)]
+    assert [len(bite) for bite in bites] == [500, 500, 100, 0]
+    assert [line.number for bite in bites for line in bite] == list(range(1, 1_101))
+    assert not notes.behind
+
+
+def test_while_a_bite_is_left_the_notes_are_behind() -> None:
+    notes = Notes()
+    for at_ms in range(501):
+        notes.note(TierPaused(at_ms=at_ms, tier=Tier.FAST))
+    notes.lines()
+    assert notes.behind
+    notes.lines()
+    assert not notes.behind
+
+
+async def test_what_was_too_much_to_keep_is_dropped_oldest_first_and_told(
+    connection: asyncpg.Connection, epoch: int
+) -> None:
+    notes = Notes(most=3)
+    for at_ms in range(START_MS, START_MS + 10):
+        notes.note(TierPaused(at_ms=at_ms, tier=Tier.FAST))
+    lines = notes.lines()
+    assert [line.at_ms - START_MS for line in lines] == [6, 7, 8, 9], "a gap, and the newest three"
+    await journal.write(connection, epoch=epoch, lines=lines)
+    for start_ms, lost in ((START_MS, True), (START_MS + 6, True), (START_MS + 7, False)):
+        unknown = (await read(connection, start_ms, START_MS + 20)).unknown
+        assert any(sentence.startswith("7 lines of this time") for sentence in unknown) is lost
+
+
+async def test_a_gap_before_a_period_is_told_if_the_period_builds_on_it(
+    connection: asyncpg.Connection, epoch: int
+) -> None:
+    service = Service().work_off()
+    service.notes._most = 5
+    await journal.write(connection, epoch=epoch, lines=service.notes.lines())
+    period = await read(connection, START_MS, service.now_ms + 1)
+    assert "could not be kept" in period.unknown[0]
+    audit(period.journal, Parameters())
+
+
+async def test_old_lines_are_forgotten_in_bites(connection: asyncpg.Connection, epoch: int) -> None:
+    await connection.execute(
+        """INSERT INTO scheduler.journal (epoch, number, at, kind, subject, facts)
+           SELECT $1, number, $2::timestamptz + number * interval '1 ms', 'TierPaused', 'fast', '{}'
+           FROM generate_series(1, 5002) AS number""",
+        epoch,
+        from_ms(START_MS),
+    )
+    before = from_ms(START_MS + 5_002)
+    assert await journal.forget(connection, before=before)
+    assert not await journal.forget(connection, before=before)
+    assert await connection.fetchval("SELECT min(number) FROM scheduler.journal") == 5_002

@@ -53,8 +53,8 @@ CREATE TABLE scheduler.estimate (
 
 -- What the board was told, in that order: what an auditor replays. Rows of jobs and attempts say what came of
 -- it; the order in which the board heard of arrivals and ends, the size of the fleet at any time, limits,
--- parks and pauses are only here. Written at the end of each cycle, so a scheduler that died may owe its last
--- one; the next one begins with what it found.
+-- parks and pauses are only here. Written about once a second, so a scheduler that died may owe its last
+-- second; the next one begins with what it found.
 CREATE TABLE scheduler.journal (
     epoch   bigint NOT NULL,
     number  bigint NOT NULL,
