@@ -18,7 +18,7 @@ from scheduler.store.pool import Pool
 from scheduler.v1 import fleet_pb2
 
 _LONGEST = timedelta(days=7)
-# One takes a minute of a core and gigabytes for a day of a large fleet. A front door has one loop.
+# One takes a minute of a core for a day of a large fleet. A front door has one event loop.
 _ONE_AT_A_TIME = asyncio.Semaphore(1)
 
 _VERDICT: Mapping[Verdict, fleet_pb2.Verdict.ValueType] = {

@@ -42,6 +42,8 @@ class Plan:
         }
         self._trial = Trial(cell.queues, self._orders, cell.fleet)
         self._since_relax_turn = cell.fast_since_relax_turn
+        self._relax_wants_turn = True
+        """Until it was found that no relax work is old enough for one: a plan makes none older."""
 
     def decisions(self) -> list[Decision]:
         """Return what should be done now, in the order it is to be committed. To be called once."""
@@ -82,12 +84,14 @@ class Plan:
             parked = len(self._cell.parked) + self._trial.parked > 0
             if at_floor and (parked or relax_waits or not self._fleet.idle):
                 break
-            if self._fleet.idle and self._since_relax_turn >= self._parameters.relax_first_one_in - 1:
+            due = self._since_relax_turn >= self._parameters.relax_first_one_in - 1
+            if due and self._fleet.idle and self._relax_wants_turn:
                 turn = self._relax_turn()
                 if turn is not None:
                     self._since_relax_turn = 0
                     yield turn
                     continue
+                self._relax_wants_turn = False
             head = order.choose(fits)
             if head is None:
                 break
