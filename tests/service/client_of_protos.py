@@ -36,14 +36,14 @@ with tempfile.TemporaryDirectory(prefix="dr-") as generated:
     )
     sys.path.insert(0, generated)
     from billing.v1 import admin_pb2, admin_pb2_grpc, billing_pb2, billing_pb2_grpc
-    from scheduler.v1 import account_pb2, account_pb2_grpc, job_pb2, job_pb2_grpc
+    from scheduler.v1 import account_pb2, account_pb2_grpc, fleet_pb2, fleet_pb2_grpc, job_pb2, job_pb2_grpc
 
 PATIENCE_S = 60
 CHUNK_BYTES = 64 * 1024
 PNG = b"\x89PNG\r\n\x1a\n"
 EVERY_SERVICE = {
     service.full_name: file
-    for file in (job_pb2, account_pb2, billing_pb2, admin_pb2)
+    for file in (job_pb2, account_pb2, fleet_pb2, billing_pb2, admin_pb2)
     for service in file.DESCRIPTOR.services_by_name.values()
 }
 
@@ -54,6 +54,7 @@ class Api:
     def __init__(self, channel: grpc.Channel, key: str) -> None:
         self.jobs = job_pb2_grpc.JobServiceStub(channel)
         self.accounts = account_pb2_grpc.AccountServiceStub(channel)
+        self.fleet = fleet_pb2_grpc.FleetServiceStub(channel)
         self.billing = billing_pb2_grpc.BillingServiceStub(channel)
         self.admin = admin_pb2_grpc.AdminServiceStub(channel)
         self.call = {"metadata": [("authorization", f"Bearer {key}")], "timeout": PATIENCE_S}
@@ -401,6 +402,36 @@ def cancelling(owner: Api) -> None:
     print(f"CancelJob: a waiting job, and a running one at step {last_step} of {ended.steps}")
 
 
+def the_fleet(admin: Api, owner: Api) -> None:
+    """Pause a tier, see who waits for it and why, and move that job to where jobs still start."""
+    workers = admin.fleet.ListWorkers(fleet_pb2.ListWorkersRequest(), **admin.call).workers
+    assert workers
+    relax = {"tier": job_pb2.TIER_RELAX, "reason": "a test"}
+    paused = admin.fleet.PauseTier(fleet_pb2.PauseTierRequest(request_id=new_id(), **relax), **admin.call)
+    assert paused.paused
+    waiting = owner.imagine("a lighthouse --relax")
+    for update in owner.watch(waiting):
+        if update.queue_status.reason == job_pb2.QUEUE_REASON_TIER_PAUSED:
+            break
+    why = owner.jobs.ExplainJob(job_pb2.ExplainJobRequest(name=waiting.name), **owner.call)
+    assert any("paused" in sentence for sentence in why.sentences)
+    moved = owner.jobs.UpdateJob(
+        job_pb2.UpdateJobRequest(
+            job=job_pb2.Job(name=waiting.name, tier=job_pb2.TIER_FAST),
+            update_mask={"paths": ["tier"]},
+            request_id=new_id(),
+        ),
+        **owner.call,
+    )
+    assert moved.tier == job_pb2.TIER_FAST
+    assert owner.ended(waiting).state == job_pb2.JOB_STATE_SUCCEEDED
+    resumed = admin.fleet.ResumeTier(fleet_pb2.ResumeTierRequest(request_id=new_id(), **relax), **admin.call)
+    assert not resumed.paused
+    queues = admin.fleet.GetQueues(fleet_pb2.GetQueuesRequest(), **admin.call)
+    assert (queues.gpus, len(queues.tiers)) == (len(workers), 2)
+    print("FleetService, ExplainJob, UpdateJob: what waits is explained and moved")
+
+
 def the_account_itself(owner: Api, plan: admin_pb2.Plan) -> None:
     """Change what the mask names, and nothing else."""
     account = owner.accounts.GetAccount(account_pb2.GetAccountRequest(), **owner.call)
@@ -455,6 +486,7 @@ def main() -> None:
         stranger = an_account(channel, admin, plan)
         lists(owner, stranger, [relax, fast, *derived])
         cancelling(owner)
+        the_fleet(admin, owner)
         the_account_itself(owner, plan)
     nothing_of_the_service_is_imported()
     print("everything worked")
