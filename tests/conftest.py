@@ -15,6 +15,7 @@ from pathlib import Path
 import asyncpg
 import pytest
 import structlog
+from hypothesis import settings
 
 from scheduler.store.embedded import embedded_postgresql, with_database
 from scheduler.store.migrate import migrate
@@ -22,6 +23,10 @@ from scheduler.store.migrate import migrate
 # Ray replaces `print`, by which structlog logs unless told otherwise, by one that keeps the standard output
 # of the test that started it.
 structlog.configure(logger_factory=structlog.WriteLoggerFactory())
+
+# The same examples in each run: a change is judged by what it changed. `--long` searches elsewhere each time.
+settings.register_profile("same", derandomize=True)
+settings.load_profile("default" if os.environ.get("DARKROOM_LONG") else "same")
 
 _numbers = itertools.count()
 
