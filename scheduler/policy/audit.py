@@ -2,8 +2,8 @@
 
 It trusts the records and nothing else: who was eligible, which tag followed from which charge, which GPU was
 free are worked out again (`replay.py`). Where a bound's assumption does not hold (models kept warm, starts
-taken for their age, predictions that were wrong, runs that were parked), the bound is widened by what POLICY
-section 6 allows for it, and the finding says so. One pass, O(log n) a record.
+taken for their age, predictions that were wrong, runs that were parked), the bound is widened by what they
+can have done, and the finding says so. One pass, O(log n) a record.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """When a fast job takes the GPU of a relax run, and what relax is left.
 
 A run that is parked loses nothing but time: it keeps its latents, and goes on to the same bits when the fast
-job has ended. The order in which runs are parked and the guards are those of POLICY, section 3: none about
-to end, none that was parked often, first the account that is furthest ahead, then the run that began last.
+job has ended. Those about to end, and those that were parked often, only if there is no other; then first
+those of the account that is furthest ahead, and of these the one that began last.
 """
 
 from __future__ import annotations
