@@ -77,7 +77,6 @@ class _Audit:
             if isinstance(record, Dispatch | JobSubmitted)
         )
         self._followed = [account_id for account_id, _ in accounts.most_common(_FOLLOWED)]
-        self._took_over = False
         self._begin()
 
     def _begin(self) -> None:

@@ -7,6 +7,7 @@ from enum import StrEnum
 
 from scheduler.policy.ids import AccountId, AttemptId, JobId, Tier, WorkerId
 from scheduler.policy.job import Checkpoint
+from scheduler.policy.usage import tag_cost
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +39,7 @@ class Charge:
     @property
     def charged_from(self) -> int:
         """Where in virtual time the account stood, memory apart: where its finish tag is counted from."""
-        return self.finish_tag - self.predicted_ms * 1_000_000 // self.weight_milli
+        return self.finish_tag - tag_cost(self.predicted_ms, self.weight_milli)
 
 
 class ChosenBecause(StrEnum):

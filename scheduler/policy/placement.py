@@ -258,7 +258,10 @@ class Fleet:
                 entry, warm = pools.open.first(fit.model)
                 if entry is not None:
                     found.append((not warm, -kind.speed_permille, entry[-1]))
-        return Placement(min(found)[-1], not min(found)[0]) if found else None
+        if not found:
+            return None
+        cold, _, worker_id = min(found)
+        return Placement(worker_id, not cold)
 
     def place_by_parking(self, fit: Fit, now_ms: int) -> Placement | None:
         """Return the worker whose relax run is to be parked for a job.

@@ -134,7 +134,7 @@ class Spell:
 class Gpu:
     """One worker."""
 
-    __slots__ = ("active", "device", "models", "next_run", "parked", "speed_permille", "up", "worker_id")
+    __slots__ = ("active", "device", "models", "next_run", "parked", "speed_permille", "worker_id")
 
     def __init__(self, worker_id: WorkerId, speed_permille: int) -> None:
         self.worker_id = worker_id
@@ -147,7 +147,6 @@ class Gpu:
         """The newest last."""
         self.next_run: Run | None = None
         """It gets the GPU at the active run's next boundary."""
-        self.up = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -355,7 +354,6 @@ class World:
     # -- faults -----------------------------------------------------------------------------------------
 
     def _join(self, gpu: Gpu) -> None:
-        gpu.up = True
         self._reports.joined(
             Worker(
                 worker_id=gpu.worker_id,
@@ -373,7 +371,6 @@ class World:
         if self.over:
             return
         self.deaths += 1
-        gpu.up = False
         gpu.models.clear()
         losses = []
         for run in [
