@@ -8,7 +8,6 @@ it anew.
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 from collections.abc import Mapping, Sequence
 
@@ -21,6 +20,7 @@ from scheduler.answers import Explained, Outlook, QueuesView, WhatIf, WorkerView
 from scheduler.cluster.ray_fleet import RayFleet, actor_name
 from scheduler.leader import Leader, lead
 from scheduler.logs import configure_logs
+from scheduler.recovery import collect_seldom
 from scheduler.settings import RELEASE, Settings
 from scheduler.store.leadership import Deposed
 from scheduler.updates import JobUpdate, QueueStatus, UpdateBatch
@@ -120,9 +120,7 @@ class SchedulerActor:
                 sweep_ms=settings.scheduling.sweep_ms,
             ) as leader:
                 self._leader = leader
-                # What was restored lives long. A collection that walks a million jobs would stop the loop for
-                # a second, again and again.
-                gc.freeze()
+                collect_seldom()
                 await leader.run()
         except* Deposed as deposed:
             _log.warning("deposed", reason=str(deposed.exceptions[0]))

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from scheduler.policy.cell import Cell
 from scheduler.policy.events import Event
-from scheduler.policy.explain import next_tag
 from scheduler.policy.ids import JobId, Tier
 from scheduler.policy.job import Job
 from scheduler.policy.parameters import Parameters
@@ -71,7 +70,7 @@ def quick_eta(cell: Cell, job: Job, mean_ms: int, now_ms: int) -> Eta | None:
     if account is not None:
         turn = account.turn(job.tier)
         older = [other for other in turn.jobs() if other.arrival < job.arrival]
-        tag = next_tag(queue, account, now_ms) + sum(map(queue.steps(account, now_ms), older))
+        tag = queue.next_tag(account, now_ms) + sum(map(queue.steps(account, now_ms), older))
         own = max(0, len(older) + 1 - account.free(job.tier))
         slots = max(1, account.limits.free(job.tier, running=0, relax_running=0))
     most_fast = fleet.taking - relax_floor(fleet.taking, cell.parameters)

@@ -115,14 +115,6 @@ class Explanation:
     sentences: tuple[str, ...]
 
 
-def next_tag(queue: FairQueue, account: Account, now_ms: int) -> int:
-    """Return the tag of an account's next job in a tier, or the one it would have were it eligible now."""
-    turn = account.turn(queue.tier)
-    if turn.tag is not None:
-        return turn.tag
-    return max(turn.finish_tag, queue.virtual_time) + queue.memory(account, now_ms)
-
-
 def explain(cell: Cell, job_id: JobId, now_ms: int) -> Explanation | None:
     """Return why a job is where it is; None: it is not on the board.
 
@@ -211,7 +203,7 @@ def _place(cell: Cell, live: Live, now_ms: int) -> Place:
     return Place(
         position=now.position,
         of=queue.could_start,
-        tag=next_tag(queue, account, now_ms) + sum(map(step, _earlier(account, job))),
+        tag=queue.next_tag(account, now_ms) + sum(map(step, _earlier(account, job))),
         served=queue.virtual_time,
         used_per_weight_ms=account.usage * 1000 / account.weight_milli / queue.growth(now_ms),
         memory=memory,

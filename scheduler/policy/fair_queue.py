@@ -82,7 +82,7 @@ class FairQueue:
             turn.tag, turn.restored_tag = turn.restored_tag, None
         elif turn.tag is None:
             unstored = True
-            turn.tag = max(turn.finish_tag, self.virtual_time) + self.memory(account, now_ms)
+            turn.tag = self.next_tag(account, now_ms)
         if turn.tag is None:
             for fit, lane in list(turn.lanes.items()):
                 self._unrank(account, turn, fit, lane)
@@ -159,6 +159,13 @@ class FairQueue:
             self.aged_wait_ms = (self._parameters.aged_one_in - 1) * charge.predicted_ms
         else:
             self.aged_wait_ms = max(0, self.aged_wait_ms - charge.predicted_ms)
+
+    def next_tag(self, account: Account, now_ms: int) -> int:
+        """Return the tag of an account's next job, or the one it would have were it eligible now."""
+        turn = account.turn(self.tier)
+        if turn.tag is not None:
+            return turn.tag
+        return max(turn.finish_tag, self.virtual_time) + self.memory(account, now_ms)
 
     def growth(self, at_ms: int) -> float:
         """Return what use at `at_ms` is multiplied by to be stored."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -49,4 +50,10 @@ class Job:
 
     def __post_init__(self) -> None:
         """Keep the fit."""
-        object.__setattr__(self, "fit", Fit(self.model, self.memory_bytes))
+        object.__setattr__(self, "fit", _the_fit(self.model, self.memory_bytes))
+
+
+@functools.cache
+def _the_fit(model: str, memory_bytes: int) -> Fit:
+    """Return one value for all jobs that need the same: few, and a lookup by one need not compare it."""
+    return Fit(model, memory_bytes)

@@ -100,10 +100,12 @@ class _Pools:
 class _Slot:
     """A worker that is present."""
 
-    __slots__ = ("draining", "kind", "parkable", "warm_models")
+    __slots__ = ("draining", "kind", "parkable", "pools", "warm_models")
 
-    def __init__(self, worker: Worker) -> None:
-        self.kind = Kind(worker.speed_permille, worker.memory_bytes, worker.models, worker.device)
+    def __init__(self, worker: Worker, kind: Kind, pools: _Pools) -> None:
+        self.kind = kind
+        self.pools = pools
+        """Those of its kind."""
         self.warm_models = set(worker.warm_models)
         self.draining = False
         self.parkable: Parkable | None = None
@@ -142,11 +144,12 @@ class Fleet:
 
     def join(self, worker: Worker) -> None:
         self.leave(worker.worker_id)
-        slot = self._slots[worker.worker_id] = _Slot(worker)
-        _count(self._kinds, slot.kind, 1)
-        if slot.kind not in self._pools:
-            self._pools[slot.kind] = _Pools()
+        kind = Kind(worker.speed_permille, worker.memory_bytes, worker.models, worker.device)
+        if kind not in self._pools:
+            self._pools[kind] = _Pools()
             self._able_pools.clear()
+        slot = self._slots[worker.worker_id] = _Slot(worker, kind, self._pools[kind])
+        _count(self._kinds, kind, 1)
         self._take_part(worker.worker_id, slot, 1)
 
     def leave(self, worker_id: WorkerId) -> None:
@@ -186,13 +189,13 @@ class Fleet:
     def hands(self, worker_id: WorkerId) -> Hands:
         return self._hands.get(worker_id, _EMPTY)
 
-    def set_hands(self, worker_id: WorkerId, hands: Hands) -> None:
-        """Say what a worker has in hand now; whether its active run may be parked is to be said again."""
+    def set_hands(self, worker_id: WorkerId, hands: Hands, parkable: Parkable | None = None) -> None:
+        """Say what a worker has in hand now, and how its active run stands among those that may be parked."""
         slot = self._slots.get(worker_id)
         before = self._hands.get(worker_id, _EMPTY)
         if slot is not None:
             self._withdraw(worker_id, slot, before)
-            slot.parkable = None
+            slot.parkable = parkable
             if not slot.draining:
                 self.fast_held += hands.fast - before.fast
         if hands.active is None and hands.parked is None:
@@ -367,7 +370,7 @@ class Fleet:
             self._resumable[worker_id] = hands.parked
         if slot.draining:
             return
-        pools = self._pools[slot.kind]
+        pools = slot.pools
         if hands.active is None:
             self.idle += 1
             if hands.parked is None:
@@ -385,7 +388,7 @@ class Fleet:
             self._resumable.pop(worker_id, None)
         if slot.draining:
             return
-        pools = self._pools[slot.kind]
+        pools = slot.pools
         if hands.active is None:
             self.idle -= 1
             if hands.parked is None:

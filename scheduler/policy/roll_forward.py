@@ -33,7 +33,6 @@ from scheduler.policy.events import (
     StopAsked,
     WorkerJoined,
 )
-from scheduler.policy.explain import next_tag
 from scheduler.policy.ids import AccountId, AttemptId, JobId, Tier, WorkerId
 from scheduler.policy.job import Checkpoint, Job
 from scheduler.policy.limits import Limits
@@ -442,7 +441,7 @@ class _Roll:
         """Return the tags that the waiting jobs have or will have if nothing else changes."""
         queue = self._board.cell.queues[tier]
         for account in self._board.cell.accounts.values():
-            tag, step = next_tag(queue, account, self._now_ms), queue.steps(account, self._now_ms)
+            tag, step = queue.next_tag(account, self._now_ms), queue.steps(account, self._now_ms)
             for job in account.turn(tier).jobs():
                 yield job.job_id, tag
                 tag += step(job)

@@ -79,8 +79,7 @@ class Trial:
         for memento in self._mementos.values():
             memento.restore()
         for worker_id, (hands, parkable) in self._hands.items():
-            self._fleet.set_hands(worker_id, hands)
-            self._fleet.set_parkable(worker_id, parkable)
+            self._fleet.set_hands(worker_id, hands, parkable)
         for tier, queue in self._queues.items():
             queue.virtual_time, queue.aged_wait_ms = self._before[tier]
 

@@ -35,6 +35,7 @@ from scheduler.policy.job import Job
 from scheduler.policy.limits import Limits
 from scheduler.policy.parameters import Parameters
 from scheduler.policy.worker import Worker
+from scheduler.recovery import collect_seldom
 
 _MODELS = ("small", "large")
 _GIB = 2**30
@@ -179,7 +180,7 @@ def _row(waiting: int, seed: int) -> str:
         )
     fleet.fill()
     gc.collect()
-    gc.freeze()  # as the service does once it has restored its board
+    collect_seldom()
 
     decisions = 0
     decide_s = 0.0

@@ -45,8 +45,8 @@ MUTANTS = [
     Mutant(
         what="a returning account is not lifted to V",
         file="fair_queue.py",
-        old="turn.tag = max(turn.finish_tag, self.virtual_time) + self.memory(account, now_ms)",
-        new="turn.tag = turn.finish_tag + self.memory(account, now_ms)",
+        old="return max(turn.finish_tag, self.virtual_time) + self.memory(account, now_ms)",
+        new="return turn.finish_tag + self.memory(account, now_ms)",
         broken="test_board.test_who_was_idle_is_level_with_a_newcomer",
     ),
     Mutant(
