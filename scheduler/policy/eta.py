@@ -13,7 +13,7 @@ from scheduler.policy.parameters import Parameters
 from scheduler.policy.preemption import relax_floor
 from scheduler.policy.roll_forward import FIRST, Draws, roll_forward
 
-_LATE_PERMILLE = 2500
+_LATE_PERMILLE = 3000
 """What nine of ten waits are below, of a wait told at a glance: measured on a replayed trace."""
 
 
