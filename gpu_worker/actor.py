@@ -50,6 +50,9 @@ class GpuWorker:
     async def stop(self, epoch: int, attempt_id: str, token: str) -> None:
         self._worker.stop(epoch, attempt_id, token)
 
+    async def hand_over(self, epoch: int, attempt_id: str) -> None:
+        self._worker.hand_over(epoch, attempt_id)
+
     async def resume(self, epoch: int, attempt_id: str) -> None:
         self._worker.resume(epoch, attempt_id)
 

@@ -23,19 +23,55 @@ class RenderKind(StrEnum):
 
     IMAGINE = "imagine"
     VARIATION = "variation"
+    UPSCALE_LIGHT = "upscale_light"
+    """Super-resolution alone."""
+    UPSCALE_DETAILED = "upscale_detailed"
+    """Super-resolution, then details drawn over it, tile by tile."""
+    UPSCALE_MAX = "upscale_max"
+    """As detailed, up to the largest picture there is."""
+
+    @property
+    def is_upscale(self) -> bool:
+        return self in (RenderKind.UPSCALE_LIGHT, RenderKind.UPSCALE_DETAILED, RenderKind.UPSCALE_MAX)
+
+
+WHOLE_PPM = 1_000_000
+"""The shares of a prompt's parts, without their signs, add up to this."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceImage:
-    """The picture a variation starts from."""
+    """The picture a variation or an upscale starts from."""
 
     job_id: str
     index: int
     """1 to 4."""
     latents_path: str
-    """The grid latents of the source job, relative to the artifact store's root."""
+    """The grid latents of the source job, relative to the artifact store's root: what variations start from.
+    Empty for upscales."""
     strength_permille: int
     """How far to go from it: 0 keeps the picture, 1000 forgets it."""
+    picture_path: str = ""
+    """The picture's file, relative to the artifact store's root: what upscales start from; else empty."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextPart:
+    """A part of a prompt that has a weight of its own."""
+
+    text: str
+    share_ppm: int
+    """Millionths, with its sign; those of all parts, pictures included, add up to WHOLE_PPM without it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PicturePart:
+    """A picture that a prompt names beside its text."""
+
+    path: str
+    """A PNG of the service's own making, relative to the artifact store's root."""
+    share_ppm: int
+    """As of a text part."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +81,7 @@ class RenderSpec:
     kind: RenderKind
     model: str
     prompt: str
-    """Text for the model, without parameters."""
+    """All text for the model, without parameters, weights and pictures."""
     width: int
     height: int
     steps: int
@@ -54,6 +90,13 @@ class RenderSpec:
     """Seed of the job; each image's own seed is derived from it."""
     images: int = 4
     source: SourceImage | None = None
+    parts: tuple[TextPart, ...] = ()
+    """Where the prompt is more than one text of weight 1, its text parts; empty: `prompt` is the only one."""
+    pictures: tuple[PicturePart, ...] = ()
+    stop_percent: int = 100
+    """Of the steps, after which the picture is shown as it is then; 100: it is finished."""
+    video: bool = False
+    """Keep what the grid looked like on the way, and deliver it as a video too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,17 +106,19 @@ class StageTimes:
     encode_ms: int = 0
     denoise_ms: int = 0
     decode_ms: int = 0
+    upscale_ms: int = 0
 
     @property
     def gpu_ms(self) -> int:
         """What is measured for the attempt: the sum of its stages."""
-        return self.encode_ms + self.denoise_ms + self.decode_ms
+        return self.encode_ms + self.denoise_ms + self.decode_ms + self.upscale_ms
 
     def __add__(self, other: StageTimes) -> StageTimes:
         return StageTimes(
             encode_ms=self.encode_ms + other.encode_ms,
             denoise_ms=self.denoise_ms + other.denoise_ms,
             decode_ms=self.decode_ms + other.decode_ms,
+            upscale_ms=self.upscale_ms + other.upscale_ms,
         )
 
 
@@ -90,6 +135,9 @@ class Checkpoint:
     """What the run took up to there, over all attempts; billed with the attempt that ends the job."""
     device: str
     """Device type that drew it: the bits are promised on no other."""
+    size_bytes: int = 0
+    stored_in_ms: int = 0
+    """What it took to make its content and to store it, beside the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +159,8 @@ class RenderRequest:
     parked already, or have ended: then this one begins at once."""
     checkpoint: Checkpoint | None = None
     """Where an earlier attempt at the job got to. It costs an encode to go on from there, and no step."""
+    after_loss: bool = False
+    """The attempt before was lost with its GPU: what it did after its newest checkpoint is done again."""
 
 
 class Outcome(StrEnum):
@@ -119,6 +169,8 @@ class Outcome(StrEnum):
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     CANCELLED = "cancelled"
+    HANDED_OVER = "handed_over"
+    """It gave its place up in the middle, in good order: another attempt goes on from its checkpoint."""
 
 
 class Blame(StrEnum):
@@ -147,6 +199,22 @@ class ImageFile:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VideoFile:
+    """How a grid came to be, as one file in the artifact store."""
+
+    path: str
+    """Relative to the artifact store's root."""
+    file_name: str
+    content_type: str
+    """`video/mp4` or `image/webp`."""
+    size_bytes: int
+    sha256: str
+    width: int
+    height: int
+    frames: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class AttemptResult:
     """The end of an attempt. The worker keeps it until the scheduler acknowledges its settlement."""
 
@@ -165,10 +233,18 @@ class AttemptResult:
     load_ms: int = 0
     """Time this attempt waited for its model to load; billed to nobody."""
     images: tuple[ImageFile, ...] = ()
+    videos: tuple[VideoFile, ...] = ()
     latents_path: str | None = None
-    """The grid latents, from which variations start."""
+    """The grid latents, from which variations start; None of an upscale."""
     receipt: Mapping[str, object] = field(default_factory=dict)
     """What is needed to make the same bits again; JSON values only."""
+    steps_redone: int = 0
+    """At most so many denoising steps were done a second time. Nobody knows how far an attempt was when its
+    GPU died; it had not come to the checkpoint that would have been next."""
+    park_waits: tuple[int, ...] = ()
+    """For each time that it was parked, how many steps it ended after it was asked to."""
+    checkpoint: Checkpoint | None = None
+    """Of one that was handed over: the newest that is stored; None: it begins at the beginning."""
     blame: Blame = Blame.NONE
     failure_reason: str | None = None
     """Stable, upper case: MODEL_MISSING, MODEL_UNUSABLE, OUT_OF_MEMORY, ENGINE_ERROR,
@@ -232,6 +308,8 @@ class WorkerReport:
     healthy: bool = True
     sentence: str = ""
     """Why it is not healthy."""
+    models: tuple[str, ...] | None = None
+    """What it could load: the files are there, or can be fetched; None: any."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,8 @@
 
 Here a run is parked and cut. Parked, it waits inside the call in which the engine offered a boundary, and
 bills nothing. A cut is a copy of its state taken at a boundary, from which the worker makes a checkpoint
-while the run goes on or waits.
+while the run goes on or waits. A run that is handed over is cut and ends, so that another attempt can go on
+from there.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NoReturn
 
 from gpu_worker.contract import Checkpoint, RenderRequest, RunInHand, StageTimes
 from gpu_worker.gpu_account import Doing, GpuAccount
@@ -51,6 +53,9 @@ class _Offer:
     step: int
     steps: int
     snapshot: Callable[[], Snapshot]
+    times: StageTimes | None = None
+    """What the run had taken there; None where it may be asked for later, since no work that a checkpoint
+    does not keep comes before the next boundary but decodes."""
 
 
 class HeldRun:
@@ -66,11 +71,17 @@ class HeldRun:
         settings: WorkerSettings,
         loop: asyncio.AbstractEventLoop,
         keep: Callable[[HeldRun, Cut], None],
+        load: Callable[[str], int],
     ) -> None:
-        """`keep` is called on the loop with each cut."""
+        """`keep` is called on the loop with each cut.
+
+        `load` brings the model into memory, unless it is there, and returns the nanoseconds that took.
+        """
         self.request = request
         self.clock = clock
         self.stopping = threading.Event()
+        self.leaving = threading.Event()
+        """It is to be handed over: cut at its next boundary, and ended there."""
         self.forgotten = False
         self.of_use = False
         """Where it is forgotten: whether what its checkpoint keeps goes on elsewhere."""
@@ -88,6 +99,11 @@ class HeldRun:
         self.kept = StageTimes()
         """What the checkpoint it goes on from had taken."""
         self.load_ns = 0
+        self.park_waits: list[int] = []
+        """Steps that it ended from being asked to park until it did, each time."""
+        self._asked_at_step: int | None = None
+        self._first_step = 0
+        """The first that this attempt did; 0: none yet."""
         self._restoring = False
         self._place = Place()
         self._stack = stack
@@ -95,13 +111,16 @@ class HeldRun:
         self._settings = settings
         self._loop = loop
         self._keep = keep
+        self._load = load
         self._has_gpu = False
         self._accounted_ms = 0
         self._offer: _Offer | None = None
         self._cut_step = 0
         self._cut_ns = 0
         self._preview_due_ns = 0
-        stack.enter(self._place, ready=request.spec.source is None and request.checkpoint is None)
+        spec = request.spec
+        reads = spec.source is not None or bool(spec.pictures) or request.checkpoint is not None
+        stack.enter(self._place, ready=not reads)
 
     # On the loop.
 
@@ -129,6 +148,15 @@ class HeldRun:
         self.stopping.set()
         self._stack.stop(self._place)
 
+    def park(self) -> None:
+        """Note from when on it is to give way."""
+        self._asked_at_step = self.newest.step
+
+    def hand_over(self) -> None:
+        """End it at its next boundary, cut there; at once where it is parked."""
+        self.leaving.set()
+        self._stack.stop(self._place)
+
     def lift(self) -> None:
         """Let it go on as soon as the newest run ends."""
         self._stack.lift(self._place)
@@ -143,6 +171,7 @@ class HeldRun:
     def goes_on_from(self, checkpoint: Checkpoint) -> None:
         """Say, before it takes the GPU, that the engine is given this checkpoint."""
         self.kept, self._restoring = checkpoint.kept, True
+        self._cut_step = checkpoint.step
 
     def take_gpu(self) -> None:
         """Wait until the GPU is this run's. Raises RunStopped."""
@@ -164,9 +193,21 @@ class HeldRun:
         self._stack.leave(self._place)
         return times, redone_ms
 
+    @property
+    def steps_redone(self) -> int:
+        """How many steps that the attempt before may have done were done again so far, at most."""
+        request = self.request
+        if not request.after_loss or not self._first_step:
+            return 0
+        saved = request.checkpoint.step if request.checkpoint else 0
+        reached = min(self.newest.step, saved + self._settings.checkpoint_every_steps)
+        return max(0, reached - self._first_step + 1)
+
     def check(self) -> None:
         if self.stopping.is_set():
             raise RunStopped
+        if self.leaving.is_set():
+            self._leave()
         if self._stack.gives_way(self._place):
             self._park()
 
@@ -177,8 +218,11 @@ class HeldRun:
             raise RunStopped
         if self._restoring:
             # A step before anything was put back: the engine could not use the checkpoint.
-            self._restoring, self.kept = False, StageTimes()
-        self._offer = _Offer(step=step, steps=steps, snapshot=snapshot)
+            self._restoring, self.kept, self._cut_step = False, StageTimes(), 0
+        self._first_step = self._first_step or step
+        # A tile of an upscale is many pieces, and whoever goes on from here does them all.
+        times = self.clock.times() if self.request.spec.kind.is_upscale else None
+        self._offer = _Offer(step=step, steps=steps, snapshot=snapshot, times=times)
         number = self.newest.number + 1
         shown, shown_number = self.newest.preview, self.newest.preview_number
         now_ns = time.monotonic_ns()
@@ -188,6 +232,8 @@ class HeldRun:
         self._tell(
             Boundary(number=number, step=step, steps=steps, preview=shown, preview_number=shown_number)
         )
+        if self.leaving.is_set():
+            self._leave()
         if self._stack.gives_way(self._place):
             self._park()
         elif self._checkpoint_due(step, steps, now_ns):
@@ -198,6 +244,9 @@ class HeldRun:
         self.clock.set_aside()
 
     def _park(self) -> None:
+        if self._asked_at_step is not None:
+            self.park_waits.append(self.newest.step - self._asked_at_step)
+            self._asked_at_step = None
         offer = self._offer
         snapshot = offer.snapshot() if offer is not None and offer.step != self._cut_step else None
         self.clock.pause()
@@ -208,8 +257,18 @@ class HeldRun:
         if snapshot is not None:
             self._cut(snapshot)
         self.take_gpu()
+        # Its model may have made room for another's.
+        self.load_ns += self._load(self.request.spec.model)
         self._account.turn_to(Doing.RUN, time.monotonic_ns())
         self.clock.resume()
+
+    def _leave(self) -> NoReturn:
+        if self._offer is not None and self._offer.step != self._cut_step:
+            snapshot = self._offer.snapshot()
+            # So that the checkpoint keeps all that is measured.
+            self.clock.pause()
+            self._cut(snapshot)
+        raise RunStopped
 
     def _cut(self, snapshot: Snapshot) -> None:
         assert self._offer is not None
@@ -217,7 +276,7 @@ class HeldRun:
             step=self._offer.step,
             steps=self._offer.steps,
             # Decodes are not in a checkpoint: who goes on from it does them all.
-            kept=self.kept + replace(self.clock.times(), decode_ms=0),
+            kept=self.kept + replace(self._offer.times or self.clock.times(), decode_ms=0),
             snapshot=snapshot,
         )
         self._cut_step, self._cut_ns = cut.step, time.monotonic_ns()
@@ -225,7 +284,7 @@ class HeldRun:
 
     def _checkpoint_due(self, step: int, steps: int, now_ns: int) -> bool:
         return (
-            step % self._settings.checkpoint_every_steps == 0
+            step - self._cut_step >= self._settings.checkpoint_every_steps
             and step < steps
             and now_ns - self._cut_ns >= self._settings.checkpoint_interval_ms * _NS_PER_MS
         )

@@ -43,6 +43,7 @@ class Stage(StrEnum):
     ENCODE = "encode"
     DENOISE = "denoise"
     DECODE = "decode"
+    UPSCALE = "upscale"
 
 
 class StageClock(Protocol):
@@ -107,14 +108,36 @@ class RenderedImage:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Film:
+    """What a grid looked like on its way, at equal distances."""
+
+    width: int
+    height: int
+    frames: tuple[bytes, ...]
+    """Each as a rendered image's pixels; the last is the finished grid."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Rendering:
     """What a completed render gives back."""
 
     images: tuple[RenderedImage, ...]
-    latents: bytes
-    """The grid latents as safetensors, from which variations start."""
+    latents: bytes | None
+    """The grid latents as safetensors, from which variations start; None of an upscale."""
     receipt: Mapping[str, object]
     """What is needed to make the same bits again; JSON values only."""
+    film: Film | None = None
+    """Where the request asked for a video."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """The files that a render starts from, read by the worker."""
+
+    source: bytes | None = None
+    """The source job's grid latents for a variation, the source picture's file for an upscale."""
+    pictures: tuple[bytes, ...] = ()
+    """The files of the request's picture parts, in their order."""
 
 
 class Engine(Protocol):
@@ -137,8 +160,20 @@ class Engine(Protocol):
     def warm_models(self) -> tuple[str, ...]:
         """Names of the models in memory. Called from any thread."""
 
+    def models(self) -> tuple[str, ...]:
+        """Names of the models that it could load, as far as can be told before it does."""
+
+    def self_check(self) -> str:
+        """Return why nothing that this device draws is to be trusted; empty: it computes what it should.
+
+        Called by whoever has the GPU, and before anything was loaded. What it raises means the same.
+        """
+
     def load(self, model: str) -> None:
-        """Bring a model into memory; at once if it is there. Raises EngineFailure."""
+        """Bring a model into memory; at once if it is there. Raises EngineFailure.
+
+        Also called for a run that was parked, before it goes on: its model may have made room meanwhile.
+        """
 
     def stage_clock(self) -> StageClock:
         """Return a new clock for one run on this engine's device."""
@@ -146,18 +181,28 @@ class Engine(Protocol):
     def render(
         self,
         spec: RenderSpec,
-        source_latents: bytes | None,
+        inputs: Inputs,
         control: RunControl,
         clock: StageClock,
         checkpoint: bytes | None = None,
     ) -> Rendering:
         """Draw `spec` with a loaded model.
 
-        `source_latents` is the grid that a variation starts from, as an earlier render gave it back.
         `checkpoint` is where an earlier render of the same spec got to: if it was made by the same software
         and weights on the same device type, this one goes on from there and says so to `control`; else it
         begins at the beginning. Raises RunStopped where `control` does, and EngineFailure.
         """
+
+
+def parked_bytes(spec: RenderSpec) -> int:
+    """Return how many bytes of a GPU's memory a run holds while it is parked, beside its model's, at most.
+
+    Latents have up to 16 channels at an eighth of each side, in 32 bits; multi-step schedulers keep up to
+    three predictions beside them. An upscale holds its picture in 32 bits, before and after.
+    """
+    pixels = spec.width * spec.height * spec.images
+    latents = 4 * 16 * 4 * pixels // 64
+    return latents + (2 * 3 * 4 * pixels if spec.kind.is_upscale else 0)
 
 
 class WallStageClock:
@@ -208,4 +253,5 @@ def stage_times(spent_ms: Mapping[Stage, float]) -> StageTimes:
         encode_ms=round(spent_ms[Stage.ENCODE]),
         denoise_ms=round(spent_ms[Stage.DENOISE]),
         decode_ms=round(spent_ms[Stage.DECODE]),
+        upscale_ms=round(spent_ms[Stage.UPSCALE]),
     )

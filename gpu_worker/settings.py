@@ -37,7 +37,9 @@ class WorkerSettings:
     preview_interval_ms: int = 250
     """Least time between two previews of one attempt."""
     most_parked: int = 3
-    """Runs that may wait for a newer one to end; each keeps its latents on the GPU."""
+    """Runs that may wait on the GPU for a newer one to end; of more, the oldest wait as checkpoints."""
+    parked_memory_bytes: int = 256 * 1024**2
+    """What they may hold of the GPU's memory together."""
     checkpoint_every_steps: int = 5
     """Steps after which a run is stored, so that another worker can go on from there; also at every park."""
     checkpoint_interval_ms: int = 250

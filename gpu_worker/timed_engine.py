@@ -18,6 +18,8 @@ from gpu_worker.image_seeds import image_seed
 from gpu_worker.models import Models
 from gpu_worker.run import (
     EngineFailure,
+    Film,
+    Inputs,
     RenderedImage,
     Rendering,
     RunControl,
@@ -28,6 +30,7 @@ from gpu_worker.run import (
 )
 from gpu_worker.settings import WorkerSettings, machine_memory_bytes
 
+_MOST_FRAMES = 48
 # An empty safetensors file: the length of its header, and the header.
 _NO_LATENTS = (2).to_bytes(8, "little") + b"{}"
 
@@ -55,6 +58,12 @@ class TimedEngine:
     def warm_models(self) -> tuple[str, ...]:
         return tuple(self._warm)
 
+    def models(self) -> tuple[str, ...]:
+        return tuple(self._models.entries)
+
+    def self_check(self) -> str:
+        return ""
+
     def load(self, model: str) -> None:
         entry = self._models.entries.get(model)
         if entry is None:
@@ -67,7 +76,7 @@ class TimedEngine:
     def render(
         self,
         spec: RenderSpec,
-        source_latents: bytes | None,
+        inputs: Inputs,
         control: RunControl,
         clock: StageClock,
         checkpoint: bytes | None = None,
@@ -78,8 +87,9 @@ class TimedEngine:
         if checkpoint is not None:
             done = int(checkpoint)
             control.restored()
-        clock.enter(Stage.DENOISE)
-        for step in range(done + 1, spec.steps + 1):
+        clock.enter(Stage.UPSCALE if spec.kind.is_upscale else Stage.DENOISE)
+        last = max(1, spec.steps * spec.stop_percent // 100)
+        for step in range(done + 1, last + 1):
             if self._step_ms:
                 time.sleep(self._step_ms / 1000)
             control.boundary(
@@ -92,6 +102,7 @@ class TimedEngine:
         for _ in range(spec.images):
             control.check()
         seeds = [image_seed(spec.seed, index) for index in range(1, spec.images + 1)]
+        film = Film(width=spec.width, height=spec.height, frames=_fade(spec, last)) if spec.video else None
         return Rendering(
             images=tuple(
                 RenderedImage(
@@ -102,13 +113,24 @@ class TimedEngine:
                 )
                 for seed in seeds
             ),
-            latents=_NO_LATENTS,
+            latents=None if spec.kind.is_upscale else _NO_LATENTS,
             receipt={"engine": "timed", "model": spec.model, "steps": spec.steps, "device": self.device_type},
+            film=film,
         )
 
 
 def _snapshot(step: int) -> Snapshot:
     return lambda: str(step).encode()
+
+
+def _fade(spec: RenderSpec, steps: int) -> tuple[bytes, ...]:
+    """Return a frame of one colour for each step, up to a number that makes a short film."""
+    count = min(steps, _MOST_FRAMES)
+    colour = _colour(spec.seed)
+    return tuple(
+        bytes(part * number // count for part in colour) * (spec.width * spec.height)
+        for number in range(1, count + 1)
+    )
 
 
 def _one_colour_png(width: int, height: int, seed: int) -> bytes:

@@ -6,10 +6,14 @@ engine and hand each finished attempt back to the loop. What a worker promises:
 - `render` returns at once, and asking again for the same attempt changes nothing;
 - every attempt it was given ends in exactly one result, kept until it is acknowledged or forgotten; until
   that is there, each report has the attempt in hand;
+- a run that is to make room for good is cut at its next boundary and ends there, as handed over, with all
+  that it did in a checkpoint;
 - a run that is parked gives up the GPU at its next boundary and goes on by itself, to the same bits, when
   those above it have ended; meanwhile it bills nothing and can be stopped at once;
 - a caller with an older epoch than the newest seen is refused, whatever it asks;
-- an attempt that fails, for whatever reason, leaves the worker able to take the next.
+- an attempt that fails, for whatever reason, leaves the worker able to take the next; after an error that
+  nobody expected it checks its device first, and if that is broken, it hands over what it has and takes
+  nothing more.
 
 No Ray here: `actor.py` is the thin layer that makes this reachable.
 """
@@ -22,7 +26,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass, replace
 
 from gpu_worker.contract import (
@@ -33,6 +37,7 @@ from gpu_worker.contract import (
     Outcome,
     Progress,
     RenderRequest,
+    RenderSpec,
     StageTimes,
     StaleEpoch,
     WorkerBusy,
@@ -48,8 +53,8 @@ from gpu_worker.outputs import (
     attempt_folder,
     checkpoint_path,
 )
-from gpu_worker.run import Engine, EngineFailure, Rendering, RunStopped
-from gpu_worker.run_stack import RunStack
+from gpu_worker.run import Engine, EngineFailure, Inputs, Rendering, RunStopped, parked_bytes
+from gpu_worker.run_stack import Place, RunStack
 from gpu_worker.settings import WorkerSettings
 
 _log = logging.getLogger(__name__)
@@ -82,6 +87,8 @@ class Worker:
         self._news_came = asyncio.Event()
         self._account = GpuAccount(time.monotonic_ns())
         self._stack = RunStack()
+        self._broken = self._checked()
+        """Why its device is not to be trusted; empty: it is."""
 
     @property
     def incarnation(self) -> str:
@@ -91,17 +98,22 @@ class Worker:
     def render(self, request: RenderRequest) -> None:
         """Take an attempt in hand and return; its result comes with a later heartbeat.
 
-        A run that has the GPU, and that `request.parks` names, gives it up at its next boundary. Raises
-        StaleEpoch, and WorkerBusy where another run has the GPU or too many are parked.
+        A run that has the GPU, and that `request.parks` names, gives it up at its next boundary. Where too
+        many are parked, or what they hold is too much, the ones parked first are handed over. Raises
+        StaleEpoch, and WorkerBusy where another run has the GPU or the worker is not healthy.
         """
         self._heed(request.epoch)
         if request.attempt_id in self._ended or self._held(request.attempt_id) is not None:
             return
+        if self._broken:
+            raise WorkerBusy(f"{self._settings.worker_id} takes no jobs: {self._broken}")
         drawing = [run for run in self._hands if not run.drawn and not run.forgotten]
         if drawing and drawing[-1].attempt_id != request.parks:
             raise WorkerBusy(f"{self._settings.worker_id} has attempt {drawing[-1].attempt_id} in hand")
-        if len(drawing) > self._settings.most_parked:
-            raise WorkerBusy(f"{self._settings.worker_id} has {len(drawing)} attempts in hand")
+        if drawing:
+            drawing[-1].park()
+        for oldest in self._too_many(drawing):
+            oldest.hand_over()
         run = HeldRun(
             request,
             clock=self._engine.stage_clock(),
@@ -110,6 +122,7 @@ class Worker:
             settings=self._settings,
             loop=self._loop,
             keep=self._keep,
+            load=self._load,
         )
         self._hands.append(run)
         thread = threading.Thread(target=self._work, args=(run,), name="run", daemon=True)
@@ -126,6 +139,18 @@ class Worker:
         run = self._held(attempt_id)
         if run is not None and run.request.token == token:
             run.stop()
+
+    def hand_over(self, epoch: int, attempt_id: str) -> None:
+        """Cut a run at its next boundary and end it, for another attempt to go on from its checkpoint.
+
+        It ends as HANDED_OVER once the checkpoint is stored, or as it would have if it was past its last
+        boundary; one that is parked does so at once. Nothing happens where no such attempt is in hand. Raises
+        StaleEpoch.
+        """
+        self._heed(epoch)
+        run = self._held(attempt_id)
+        if run is not None:
+            run.hand_over()
 
     def resume(self, epoch: int, attempt_id: str) -> None:
         """Let a parked run go on as soon as the newest run in hand has ended.
@@ -175,10 +200,13 @@ class Worker:
             memory_bytes=self._engine.memory_bytes,
             memory_used_bytes=self._engine.memory_used_bytes(),
             warm_models=self._engine.warm_models(),
+            models=self._engine.models(),
             active=hands[-1] if hands else None,
             parked=tuple(hands[:-1]),
             unacknowledged=tuple(ended.result for ended in self._ended.values()),
             gpu_time=self._account.read(time.monotonic_ns()),
+            healthy=not self._broken,
+            sentence=self._broken,
         )
 
     def acknowledge(self, epoch: int, attempt_id: str) -> None:
@@ -264,6 +292,17 @@ class Worker:
             self._epoch = epoch
             self._wake_heartbeats()
 
+    def _too_many(self, parked: Sequence[HeldRun]) -> Sequence[HeldRun]:
+        """Return of the runs that wait once another begins, the oldest first, those that must not."""
+        settings = self._settings
+        held_bytes = 0
+        staying = [run for run in parked if not run.leaving.is_set()]
+        for number, run in enumerate(reversed(staying)):
+            held_bytes += parked_bytes(run.request.spec)
+            if number == settings.most_parked or held_bytes > settings.parked_memory_bytes:
+                return staying[: len(staying) - number]
+        return ()
+
     def _held(self, attempt_id: str) -> HeldRun | None:
         return next((run for run in self._hands if run.attempt_id == attempt_id), None)
 
@@ -284,6 +323,17 @@ class Worker:
     def _take_result(self, run: HeldRun, result: AttemptResult, thread: threading.Thread) -> None:
         """Called on the loop when a run's thread is done with it."""
         self._threads.discard(thread)
+        if result.outcome is Outcome.HANDED_OVER:
+            self._begin(self._end_stored(run, result))
+        else:
+            self._end(run, result)
+
+    async def _end_stored(self, run: HeldRun, result: AttemptResult) -> None:
+        if run.storing is not None:
+            await asyncio.wait({run.storing})
+        self._end(run, replace(result, checkpoint=run.in_hand.checkpoint))
+
+    def _end(self, run: HeldRun, result: AttemptResult) -> None:
         self._hands.remove(run)
         run.end()
         if run.forgotten:
@@ -291,6 +341,15 @@ class Worker:
             self._begin(self._delete(attempt_folder(result.job_id, result.attempt_id)))
         else:
             self._ended[result.attempt_id] = _Ended(result=result, run=run)
+        self._tell_news()
+
+    def _break(self, sentence: str, heeded: threading.Event) -> None:
+        """Called on the loop when the device failed its check."""
+        _log.critical("self-check failed worker=%s: %s", self._settings.worker_id, sentence)
+        self._broken = sentence
+        for run in self._hands:
+            run.hand_over()
+        heeded.set()
         self._tell_news()
 
     def _settle_forgotten(self, run: HeldRun, result: AttemptResult) -> None:
@@ -312,14 +371,11 @@ class Worker:
         while (cut := run.unstored) is not None:
             run.unstored = None
             try:
-                await asyncio.to_thread(self._store_cut, path, cut)
+                run.stored = await asyncio.to_thread(self._stored, path, cut)
             except ArtifactsUnavailable as error:
                 # The run goes on, and the next cut is tried again.
                 _log.warning("checkpoint not stored attempt=%s: %s", run.attempt_id, error)
                 continue
-            run.stored = Checkpoint(
-                path=path, step=cut.step, steps=cut.steps, kept=cut.kept, device=self._engine.device_type
-            )
             self._tell_news()
         run.storing = None
 
@@ -337,8 +393,19 @@ class Worker:
             # Nothing refers to it any more; it goes with the job's folder.
             _log.warning("file not deleted: %s", error)
 
-    def _store_cut(self, path: str, cut: Cut) -> None:
-        self._artifacts.put(path, cut.snapshot())
+    def _stored(self, path: str, cut: Cut) -> Checkpoint:
+        began_ns = time.monotonic_ns()
+        content = cut.snapshot()
+        self._artifacts.put(path, content)
+        return Checkpoint(
+            path=path,
+            step=cut.step,
+            steps=cut.steps,
+            kept=cut.kept,
+            device=self._engine.device_type,
+            size_bytes=len(content),
+            stored_in_ms=(time.monotonic_ns() - began_ns) // _NS_PER_MS,
+        )
 
     # From here on: the threads of runs.
 
@@ -367,12 +434,26 @@ class Worker:
         try:
             rendering = self._drawn(run)
         except RunStopped:
-            result = replace(result, outcome=Outcome.CANCELLED)
+            cancelled = run.stopping.is_set()
+            result = replace(result, outcome=Outcome.CANCELLED if cancelled else Outcome.HANDED_OVER)
         except Exception as error:
             result = _failed(result, error)
+        suspect = result.failure_reason == "ENGINE_ERROR"
+        place = Place()
+        if suspect:
+            # Before this run leaves, or another would have the GPU first.
+            self._stack.enter(place, ready=True)
         times, redone_ms = run.leave_gpu()
+        if suspect:
+            self._check(place)
         result = replace(
-            result, times=times, kept=run.kept, redone_ms=redone_ms, load_ms=run.load_ns // _NS_PER_MS
+            result,
+            times=times,
+            kept=run.kept,
+            redone_ms=redone_ms,
+            steps_redone=run.steps_redone,
+            park_waits=tuple(run.park_waits),
+            load_ms=run.load_ns // _NS_PER_MS,
         )
         if rendering is None:
             return result
@@ -389,6 +470,7 @@ class Worker:
         return replace(
             result,
             images=delivered.images,
+            videos=delivered.videos,
             latents_path=delivered.latents_path,
             receipt=rendering.receipt,
         )
@@ -396,7 +478,7 @@ class Worker:
     def _drawn(self, run: HeldRun) -> Rendering:
         spec = run.request.spec
         # Before it has the GPU, which is another run's until this one can use it.
-        source = self._artifacts.read(spec.source.latents_path) if spec.source else None
+        inputs = self._inputs(spec)
         checkpoint = self._checkpoint(run)
         run.take_gpu()
         run.check()
@@ -405,7 +487,33 @@ class Worker:
             # It may be parked here, and find that what it loaded had to make room.
             run.check()
         self._account.turn_to(Doing.RUN, time.monotonic_ns())
-        return self._engine.render(spec, source, run, run.clock, checkpoint)
+        return self._engine.render(spec, inputs, run, run.clock, checkpoint)
+
+    def _check(self, place: Place) -> None:
+        """Find out whether what went wrong was the device; `place` is on the stack, and taken from it."""
+        try:
+            self._stack.take(place)
+            sentence = self._checked()
+            if sentence:
+                # The device is not let go before every run that would be next is to be handed over.
+                heeded = threading.Event()
+                self._loop.call_soon_threadsafe(self._break, sentence, heeded)
+                heeded.wait()
+        finally:
+            self._stack.leave(place)
+
+    def _checked(self) -> str:
+        try:
+            return self._engine.self_check()
+        except Exception as error:
+            return f"Its self-check failed with {type(error).__name__}: {error}"
+
+    def _inputs(self, spec: RenderSpec) -> Inputs:
+        read, source = self._artifacts.read, spec.source
+        return Inputs(
+            source=read(source.picture_path or source.latents_path) if source else None,
+            pictures=tuple(read(picture.path) for picture in spec.pictures),
+        )
 
     def _checkpoint(self, run: HeldRun) -> bytes | None:
         """Return the content of the checkpoint that a run is to go on from.
@@ -426,12 +534,14 @@ class Worker:
 
     def _load(self, model: str) -> int:
         """Bring the model into memory and return the nanoseconds that took."""
+        warm = self._engine.warm_models()
         self._account.turn_to(Doing.LOAD, time.monotonic_ns())
         try:
             self._engine.load(model)
         finally:
             load_ns = self._account.turn_to(Doing.IDLE, time.monotonic_ns())
-            self._loop.call_soon_threadsafe(self._tell_news)
+            if self._engine.warm_models() != warm:
+                self._loop.call_soon_threadsafe(self._tell_news)
         return load_ns
 
 

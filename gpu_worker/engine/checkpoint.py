@@ -1,8 +1,8 @@
 """A run's state between two steps: copied out of one process, put back in another, to the same bits.
 
 The state is the latents, every attribute that the run's scheduler has by then, the state of each picture's
-generator and the number of steps that are done. It is written as one safetensors file, whose header holds the
-attributes as JSON: nothing in it is ever executed.
+generator, the frames of its film and the number of steps that are done. It is written as one safetensors
+file, whose header holds the attributes as JSON: nothing in it is ever executed.
 
 Going on runs the stock pipeline's call from its beginning, with the whole table of timesteps, and skips: the
 denoiser answers zeros and `step` returns what it was given, until as many steps have passed as were done.
@@ -21,6 +21,8 @@ import numpy as np
 import safetensors.torch
 import torch
 
+from gpu_worker.engine.denoiser import DenoiserStandIn, sample_of
+
 # Of a scheduler's attributes, those that are the pipeline's or the run's own, not state.
 _NOT_STATE = frozenset({"_internal_dict", "boundary_listener"})
 
@@ -37,12 +39,18 @@ class RunState:
     latents: Any
     scheduler: Any
     generators: Sequence[torch.Tensor]
+    film: Sequence[torch.Tensor]
     tensors: Mapping[str, torch.Tensor]
     """What `latents` and `scheduler` refer to by name."""
 
     @staticmethod
     def of(
-        *, step: int, latents: torch.Tensor, scheduler: Any, generators: Sequence[torch.Generator]
+        *,
+        step: int,
+        latents: torch.Tensor,
+        scheduler: Any,
+        generators: Sequence[torch.Generator],
+        film: Sequence[torch.Tensor] = (),
     ) -> RunState:
         """Copy the state of a run. Raises NotCheckpointable."""
         tensors: dict[str, torch.Tensor] = {}
@@ -52,6 +60,7 @@ class RunState:
             latents=_described(latents, tensors),
             scheduler=_described(attributes, tensors),
             generators=[generator.get_state() for generator in generators],
+            film=list(film),
             tensors=tensors,
         )
 
@@ -64,10 +73,11 @@ class RunState:
             "receipt": receipt,
         }
         generators = {f"generator.{i}": state for i, state in enumerate(self.generators)}
+        film = {f"film.{i}": frame for i, frame in enumerate(self.film)}
         # safetensors knows no strides: they are in the description.
         values = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
         content: bytes = safetensors.torch.save(
-            {**values, **generators}, metadata={"state": json.dumps(header)}
+            {**values, **generators, **film}, metadata={"state": json.dumps(header)}
         )
         return content
 
@@ -80,11 +90,13 @@ class RunState:
             return None
         tensors = safetensors.torch.load(content)
         generators = [tensors.pop(f"generator.{i}") for i in range(_count(tensors, "generator."))]
+        film = [tensors.pop(f"film.{i}") for i in range(_count(tensors, "film."))]
         return RunState(
             step=header["step"],
             latents=header["latents"],
             scheduler=header["scheduler"],
             generators=generators,
+            film=film,
             tensors=tensors,
         )
 
@@ -134,28 +146,18 @@ class WayBack:
         return latents
 
 
-class SkippingDenoiser:
-    """Stands for a run's denoiser, which it asks only where the run is not on its way back."""
+class SkippingDenoiser(DenoiserStandIn):
+    """Asks the denoiser only where the run is not on its way back."""
 
     def __init__(self, denoiser: Any, way: WayBack) -> None:
-        self._denoiser = denoiser
+        super().__init__(denoiser)
         self._way = way
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._denoiser, name)
-
-    def __call__(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
+    def _answer(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
         if not self._way.under_way:
-            return self._denoiser(*args, return_dict=return_dict, **kwargs)
-        sample = args[0] if args else kwargs["sample" if "sample" in kwargs else "hidden_states"]
+            return self._asked(args, kwargs)
         # The answer goes through guidance and into a step that takes no notice of it.
-        zeros = torch.zeros_like(sample)
-        return _Answer(zeros) if return_dict else (zeros,)
-
-
-@dataclass(frozen=True)
-class _Answer:
-    sample: torch.Tensor
+        return torch.zeros_like(sample_of(args, kwargs))
 
 
 def _described(value: Any, tensors: dict[str, torch.Tensor]) -> Any:

@@ -6,6 +6,7 @@ least squares when a model is loaded. It costs a matrix product where a decode c
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 from typing import Any
@@ -37,6 +38,22 @@ def decoded(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     return pictures
 
 
+def tiled(vae: Any) -> Any:
+    """Return a decoder that works tile by tile, and leaves the one it shares its weights with as it is."""
+    # Whether to tile is an attribute of the module: of a copy that has nothing else of its own.
+    own = copy.copy(vae)
+    own.enable_tiling()
+    return own
+
+
+def unpacked(pipeline: Any, latents: torch.Tensor, width: int, height: int) -> torch.Tensor:
+    """Return a pipeline's latents as (n, channels, h, w); those of Flux are rows of patches."""
+    if not hasattr(pipeline, "_unpack_latents"):
+        return latents
+    whole: torch.Tensor = pipeline._unpack_latents(latents, height, width, pipeline.vae_scale_factor)
+    return whole
+
+
 def pixels(pictures: torch.Tensor) -> torch.Tensor:
     """Return pictures of shape (n, 3, h, w), -1 to 1, as bytes of shape (n, h, w, 3) on the CPU."""
     levels = (pictures.float().clamp(-1, 1) + 1) * 127.5
@@ -62,23 +79,37 @@ def fitted_latent_to_rgb(vae: Any) -> torch.Tensor:
     rows = latents.float().permute(0, 2, 3, 1).reshape(-1, channels).cpu()
     rows = torch.cat([rows, torch.ones(len(rows), 1)], dim=1)
     wanted = small.clamp(-1, 1).permute(0, 2, 3, 1).reshape(-1, 3).cpu()
-    solution: torch.Tensor = torch.linalg.lstsq(rows, wanted).solution
-    return solution
+    # LAPACK's last bits change with where in memory its input lies. Of double precision they are rounded
+    # away, so that a film is the same whichever worker went on with it.
+    solution: torch.Tensor = torch.linalg.lstsq(rows.double(), wanted.double()).solution
+    return solution.float()
+
+
+def sheet(tiles: torch.Tensor) -> torch.Tensor:
+    """Return pictures as bytes, of shape (n, h, w, 3), side by side as one in a near-square grid."""
+    count, height, width, _ = tiles.shape
+    columns = math.ceil(math.sqrt(count))
+    whole = torch.zeros((math.ceil(count / columns) * height, columns * width, 3), dtype=torch.uint8)
+    for i, tile in enumerate(tiles):
+        top, left = i // columns * height, i % columns * width
+        whole[top : top + height, left : left + width] = tile
+    return whole
+
+
+def rough_pictures(latents: torch.Tensor, latent_to_rgb: torch.Tensor) -> torch.Tensor:
+    """Return what the short cut makes of latents (n, channels, h, w): bytes of shape (n, h, w, 3)."""
+    colours = torch.tensordot(latents.float().cpu().movedim(1, -1), latent_to_rgb[:-1], dims=1)
+    return pixels((colours + latent_to_rgb[-1]).movedim(-1, 1))
 
 
 def contact_sheet(latents: torch.Tensor, latent_to_rgb: torch.Tensor) -> bytes:
     """Return a PNG of all pictures of `latents`, shape (n, channels, h, w), in a near-square grid."""
-    colours = torch.tensordot(latents.float().cpu().movedim(1, -1), latent_to_rgb[:-1], dims=1)
-    tiles = pixels((colours + latent_to_rgb[-1]).movedim(-1, 1))
-    count, height, width, _ = tiles.shape
-    columns = math.ceil(math.sqrt(count))
-    sheet = Image.new("RGB", (columns * width, math.ceil(count / columns) * height))
-    for i, tile in enumerate(tiles):
-        sheet.paste(Image.fromarray(tile.numpy()), (i % columns * width, i // columns * height))
-    enlarged = max(1, _PREVIEW_SIDE // max(height, width))
-    sheet = sheet.resize((sheet.width * enlarged, sheet.height * enlarged), Image.Resampling.BILINEAR)
+    tiles = rough_pictures(latents, latent_to_rgb)
+    image = Image.fromarray(sheet(tiles).numpy())
+    enlarged = max(1, _PREVIEW_SIDE // max(tiles.shape[1:3]))
+    image = image.resize((image.width * enlarged, image.height * enlarged), Image.Resampling.BILINEAR)
     file = io.BytesIO()
-    sheet.save(file, "PNG", compress_level=1)
+    image.save(file, "PNG", compress_level=1)
     return file.getvalue()
 
 

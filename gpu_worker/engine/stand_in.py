@@ -1,8 +1,8 @@
 """The stand-in model: a tiny pipeline of Stable Diffusion's shape with seeded random weights.
 
-It shows nothing: its pictures are smooth coloured patterns that differ with prompt and seed. It is there so
-that everything around a model (steps, cancelling, previews, variations, metering) runs for real on any
-machine, offline, at about three seconds a grid of four on one CPU thread.
+It shows nothing: its pictures are smooth coloured patterns that differ with prompt, seed and the pictures it
+is shown. It is there so that everything around a model (steps, cancelling, previews, variations, metering)
+runs for real on any machine, offline, at about three seconds a grid of four on one CPU thread.
 """
 
 from __future__ import annotations
@@ -12,13 +12,26 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
+
+from gpu_worker.engine.adapters import IMAGE_ENCODER
+
+IP_ADAPTER = "ip_adapter"
+"""Folder of its adapter, in its own."""
 
 # Part of the folder's name: a new recipe is built beside the old, and never mixed with it.
-_RECIPE = 1
+_RECIPE = 2
 _SEED = 6
+_ADAPTER_SEED = 7
 _TEXT_WIDTH = 64
 _TOKENS_READ = 77
 _START, _END = "<|startoftext|>", "<|endoftext|>"
@@ -28,6 +41,8 @@ _PROMPT_GAIN = 6.0
 _TOKEN_GAIN = 8.0
 _PREDICTION_GAIN = 3.0
 _COLOUR_GAIN = 2.5
+_PATCH_GAIN = 8.0
+_SHOWN_GAIN = 6.0
 
 
 def stand_in_folder(cache_dir: Path) -> Path:
@@ -42,7 +57,9 @@ def stand_in_folder(cache_dir: Path) -> Path:
     cache_dir.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(dir=cache_dir, prefix=".stand-in-"))
     try:
-        _pipeline().save_pretrained(unfinished, safe_serialization=True)
+        pipeline = _pipeline()
+        pipeline.save_pretrained(unfinished, safe_serialization=True)
+        save_random_adapter(pipeline.unet, unfinished / IP_ADAPTER)
         unfinished.chmod(0o755)
         os.rename(unfinished, folder)
     except OSError:
@@ -119,6 +136,44 @@ def _pipeline() -> StableDiffusionPipeline:
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def save_random_adapter(unet: UNet2DConditionModel, folder: Path) -> None:
+    """Save an IP-Adapter for a U-Net, with seeded random weights and a tiny image encoder."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(_ADAPTER_SEED)
+        encoder = CLIPVisionModelWithProjection(
+            CLIPVisionConfig(
+                hidden_size=32,
+                intermediate_size=64,
+                projection_dim=32,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                image_size=32,
+                patch_size=8,
+                initializer_range=0.05,
+            )
+        )
+        _scale(encoder, "patch_embedding.weight", _PATCH_GAIN)
+        width = unet.config.cross_attention_dim
+        # Of four words for each picture, as the ones in use have.
+        weights = {
+            "image_proj.proj.weight": torch.randn(4 * width, 32),
+            "image_proj.proj.bias": torch.zeros(4 * width),
+            "image_proj.norm.weight": torch.ones(width),
+            "image_proj.norm.bias": torch.zeros(width),
+        }
+        for number, name in enumerate(unet.attn_processors):
+            # Every other one looks at itself; those that look at the text are to look at pictures too.
+            if name.endswith("attn2.processor"):
+                attention = unet.get_submodule(name.removesuffix(".processor"))
+                for key in ("to_k", "to_v"):
+                    text_weight = attention.get_submodule(key).weight
+                    picture_weight = torch.randn_like(text_weight) * text_weight.std() * _SHOWN_GAIN
+                    weights[f"ip_adapter.{number}.{key}_ip.weight"] = picture_weight
+    folder.mkdir(parents=True)
+    encoder.save_pretrained(folder / IMAGE_ENCODER, safe_serialization=True)
+    safetensors.torch.save_file(weights, folder / "ip_adapter.safetensors")
 
 
 def _tokenizer() -> CLIPTokenizer:

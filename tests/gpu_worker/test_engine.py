@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -18,16 +19,19 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from tiny_models import models_of, tiny_entry
 from worker_builders import a_request, a_spec, some_settings
 
 from gpu_worker.contract import Outcome, RenderKind, RenderSpec, SourceImage, StageTimes
+from gpu_worker.engine.checkpoint import RunState
 from gpu_worker.engine.diffusers_engine import DiffusersEngine
-from gpu_worker.engine.latents import contact_sheet, decoded
+from gpu_worker.engine.film import FilmRoll
+from gpu_worker.engine.latents import contact_sheet, decoded, fitted_latent_to_rgb
+from gpu_worker.engine.loading import LoadedModel, loaded_model
 from gpu_worker.engine.step_boundary import has_boundary, with_boundary
 from gpu_worker.image_seeds import image_seed
-from gpu_worker.models import ModelEntry, Models, read_models
-from gpu_worker.run import EngineFailure, Rendering, RunStopped, Snapshot
+from gpu_worker.models import Models, read_models
+from gpu_worker.run import EngineFailure, Inputs, RenderedImage, Rendering, RunStopped, Snapshot
 from gpu_worker.worker import Worker
 
 pytestmark = [
@@ -48,6 +52,7 @@ class Control:
     ) -> None:
         self.boundaries: list[tuple[int, int]] = []
         self.previews: list[bytes] = []
+        self.snapshots: list[Snapshot] = []
         self._stop_at = stop_at
         self._checks_left = None if stop_after_decodes is None else stop_after_decodes + 1
         self._watched = watched
@@ -67,6 +72,7 @@ class Control:
         if step == self._stop_at:
             raise RunStopped
         self.boundaries.append((step, steps))
+        self.snapshots.append(snapshot())
         if self._watched:
             self.previews.append(preview())
 
@@ -83,13 +89,20 @@ def engine(cache_dir: Path) -> DiffusersEngine:
     return engine
 
 
+@pytest.fixture(scope="module")
+def stand_in(cache_dir: Path) -> LoadedModel:
+    """A model of a test's own, beside the engine's."""
+    return loaded_model(read_models(None).default, torch.device("cpu"), cache_dir)
+
+
 def an_engine(cache_dir: Path, models: Models | None = None, **changes: Any) -> DiffusersEngine:
     settings = some_settings(cache_dir, engine="diffusers", cache_dir=cache_dir, **changes)
     return DiffusersEngine(models or read_models(None), settings)
 
 
-def models_of(*entries: ModelEntry) -> Models:
-    return Models(default=entries[0], entries={entry.name: entry for entry in entries})
+def model_of(engine: DiffusersEngine, name: str = "stand-in") -> LoadedModel:
+    with engine._residency.held(name, LoadedModel) as model:
+        return model
 
 
 def a_small_spec(**changes: Any) -> RenderSpec:
@@ -99,11 +112,25 @@ def a_small_spec(**changes: Any) -> RenderSpec:
 def drawn(
     engine: DiffusersEngine, spec: RenderSpec, *, control: Control | None = None, source: bytes | None = None
 ) -> Rendering:
-    return engine.render(spec, source, control or Control(), engine.stage_clock())
+    return engine.render(spec, Inputs(source=source), control or Control(), engine.stage_clock())
 
 
 def latents(rendering: Rendering) -> torch.Tensor:
     return safetensors.torch.load(rendering.latents)["latents"]
+
+
+def latents_at(engine: DiffusersEngine, spec: RenderSpec, step: int) -> torch.Tensor:
+    """Return the noisy latents after a step."""
+    control = Control(stop_at=step + 1)
+    with pytest.raises(RunStopped):
+        drawn(engine, spec, control=control)
+    state = RunState.read(control.snapshots[-1](), drawn(engine, spec).receipt)
+    assert state is not None
+    return state.put_back(
+        scheduler=SimpleNamespace(),
+        generators=[torch.Generator() for _ in range(4)],
+        device=torch.device("cpu"),
+    )
 
 
 def picture(rendering: Rendering, index: int) -> torch.Tensor:
@@ -160,7 +187,7 @@ def test_a_run_stopped_at_a_boundary_pays_for_its_steps_and_for_no_decode(engine
     clock = engine.stage_clock()
     control = Control(stop_at=3)
     with pytest.raises(RunStopped):
-        engine.render(a_small_spec(), None, control, clock)
+        engine.render(a_small_spec(), Inputs(), control, clock)
     times = clock.times()
     assert len(control.boundaries) == 2
     assert times.denoise_ms > 0
@@ -169,9 +196,11 @@ def test_a_run_stopped_at_a_boundary_pays_for_its_steps_and_for_no_decode(engine
 
 def test_a_run_can_be_stopped_between_two_decodes(engine: DiffusersEngine) -> None:
     whole, part = engine.stage_clock(), engine.stage_clock()
-    engine.render(a_small_spec(steps=2, width=256, height=256), None, Control(), whole)
+    engine.render(a_small_spec(steps=2, width=256, height=256), Inputs(), Control(), whole)
     with pytest.raises(RunStopped):
-        engine.render(a_small_spec(steps=2, width=256, height=256), None, Control(stop_after_decodes=1), part)
+        engine.render(
+            a_small_spec(steps=2, width=256, height=256), Inputs(), Control(stop_after_decodes=1), part
+        )
     assert 0 < part.times().decode_ms < whole.times().decode_ms
 
 
@@ -228,8 +257,10 @@ def test_a_variation_is_near_its_source_and_not_its_copy(engine: DiffusersEngine
     assert control.boundaries[-1] == (8, 8)
 
 
-def test_a_preview_has_the_colours_that_the_decoder_would_give(engine: DiffusersEngine) -> None:
-    model = engine._loaded["stand-in"]
+def test_a_preview_has_the_colours_that_the_decoder_would_give(
+    engine: DiffusersEngine, stand_in: LoadedModel
+) -> None:
+    model = stand_in
     coarse = torch.randn((8, 4, 5, 5), generator=torch.Generator().manual_seed(1))
     smooth = torch.nn.functional.interpolate(coarse, size=(16, 16), mode="bicubic")
     with torch.no_grad():
@@ -241,6 +272,18 @@ def test_a_preview_has_the_colours_that_the_decoder_would_give(engine: Diffusers
     left = (short_cut.movedim(-1, 1) - wanted).square().mean() / wanted.var()
     # A random decoder is far from affine; trained ones leave less.
     assert left < 0.8, f"{left:.2f} of the variance is left unexplained"
+
+
+def test_a_preview_has_the_same_colours_from_every_worker(engine: DiffusersEngine) -> None:
+    vae = model_of(engine).text_to_image.vae
+    elsewhere = []
+    maps = set()
+    for number in range(8):
+        # Where in memory a solver's input lies changes its last bits.
+        elsewhere.append(bytearray(1000 + 777 * number))
+        with torch.no_grad():
+            maps.add(fitted_latent_to_rgb(vae).numpy().tobytes())
+    assert len(maps) == 1
 
 
 def test_a_preview_shows_all_pictures_of_the_grid(engine: DiffusersEngine) -> None:
@@ -274,9 +317,9 @@ _SCHEDULERS = [
 @pytest.mark.parametrize("name", _SCHEDULERS)
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_the_boundary_changes_no_bit_of_a_stock_call_under_any_scheduler(
-    engine: DiffusersEngine, name: str, prediction_type: str
+    stand_in: LoadedModel, name: str, prediction_type: str
 ) -> None:
-    pipeline = engine._loaded["stand-in"].text_to_image
+    pipeline = stand_in.text_to_image
     shared = pipeline.scheduler
     stock = getattr(diffusers, name).from_config(shared.config, prediction_type=prediction_type)
     listener = CountingListener()
@@ -368,78 +411,107 @@ def test_schedulers_without_a_known_prediction_are_known_as_such() -> None:
     assert has_boundary(diffusers.FlowMatchEulerDiscreteScheduler())
 
 
-def a_tiny_sdxl(folder: Path) -> ModelEntry:
-    """Save a pipeline of SDXL's shape with random weights; return its entry."""
-    tokens = ["<|startoftext|>", "<|endoftext|>", "a</w>"]
-    tokenizer = CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, model_max_length=77)
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=37,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        projection_dim=32,
-    )
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=16,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=(2, 4),
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        transformer_layers_per_block=(1, 2),
-        projection_class_embeddings_input_dim=80,
-        cross_attention_dim=64,
-        norm_num_groups=8,
-    )
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(16,) * 4,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=4,
-        norm_num_groups=8,
-        sample_size=_SIDE,
-    )
-    diffusers.StableDiffusionXLPipeline(
-        vae=vae,
-        text_encoder=CLIPTextModel(text),
-        text_encoder_2=CLIPTextModelWithProjection(text),
-        tokenizer=tokenizer,
-        tokenizer_2=tokenizer,
-        unet=unet,
-        scheduler=diffusers.EulerDiscreteScheduler(),
-    ).save_pretrained(folder)
-    return replace(
-        read_models(None).default, name="sdxl", source=str(folder), scheduler="DPMSolverMultistepScheduler"
-    )
-
-
-def test_a_stock_pipeline_of_another_family_is_drawn_varied_and_watched_just_so(tmp_path: Path) -> None:
-    engine = an_engine(tmp_path, models_of(a_tiny_sdxl(tmp_path / "sdxl")))
-    engine.load("sdxl")
-    spec = a_small_spec(model="sdxl")
+@pytest.mark.parametrize(
+    ("family", "varied_steps"), [("sd", 3), ("sdxl", 3), ("sd3", 4), ("flux", 4), ("flux-dynamic", 4)]
+)
+def test_a_stock_pipeline_of_any_family_is_drawn_varied_and_watched_just_so(
+    tmp_path: Path, family: str, varied_steps: int
+) -> None:
+    entry = tiny_entry(family, tmp_path / family)
+    engine = an_engine(tmp_path, models_of(entry))
+    engine.load(entry.name)
+    # PNDM takes one step more than it is asked for, and the second of its table twice.
+    spec = a_small_spec(model=entry.name, steps=7, width=64, height=96)
     control = Control(watched=True)
     grid = drawn(engine, spec, control=control)
-    assert drawn(engine, spec) == grid
-    assert (grid.receipt["pipeline"], grid.receipt["scheduler"]) == (
-        "StableDiffusionXLPipeline",
-        "DPMSolverMultistepScheduler",
-    )
-    assert (control.boundaries[-1], len(control.previews)) == ((_STEPS, _STEPS), _STEPS)
+    steps = control.boundaries[-1][1]
+    assert latents(grid).shape == (4, 4, 12, 8)
+    assert control.boundaries == [(step, steps) for step in range(1, steps + 1)]
+    for preview in control.previews:
+        with Image.open(io.BytesIO(preview)) as sheet:
+            # Two by two pictures of 8 by 12, enlarged tenfold.
+            assert sheet.size == (160, 240)
+    assert len(set(control.previews)) >= steps - 1
     source = SourceImage(job_id="a", index=3, latents_path="", strength_permille=500)
     varied = Control(watched=True)
     near = drawn(
         engine, replace(spec, kind=RenderKind.VARIATION, source=source), control=varied, source=grid.latents
     )
-    assert near.receipt["pipeline"] == "StableDiffusionXLImg2ImgPipeline"
-    assert (varied.boundaries[-1], len(varied.previews)) == ((3, 3), 3)
+    assert "Img2Img" in str(near.receipt["pipeline"])
+    assert varied.boundaries[-1] == (len(varied.previews), len(varied.previews))
+    assert len(varied.previews) == varied_steps + (family == "sd")
     assert distance(picture(near, 1), picture(grid, 3)) < distance(picture(near, 1), picture(grid, 2))
+
+
+@pytest.mark.parametrize("percent", [1, 30, 50, 99])
+def test_a_run_that_stops_early_shows_what_its_last_preview_showed(
+    engine: DiffusersEngine, percent: int
+) -> None:
+    whole, early = Control(watched=True), Control(watched=True)
+    spec = a_small_spec(steps=10)
+    drawn(engine, spec, control=whole)
+    rendering = drawn(engine, replace(spec, stop_percent=percent), control=early)
+    steps = -(-10 * percent // 100)
+    assert early.boundaries == [(step, steps) for step in range(1, steps + 1)]
+    assert early.previews == whole.previews[:steps]
+    shown = contact_sheet(latents(rendering), model_of(engine).latent_to_rgb)
+    assert shown == early.previews[-1] or percent == 99
+
+
+def test_a_picture_that_stopped_early_is_what_the_model_saw_and_not_the_noise(
+    engine: DiffusersEngine,
+) -> None:
+    spec = a_small_spec(steps=10)
+    finished = latents(drawn(engine, spec))
+    early = latents(drawn(engine, replace(spec, stop_percent=50)))
+    noisy = latents_at(engine, spec, step=5)
+    assert (early - finished).std() < 0.8 * (noisy - finished).std()
+
+
+def test_a_variation_starts_from_what_was_shown_where_its_source_stopped_early(
+    engine: DiffusersEngine,
+) -> None:
+    source = SourceImage(job_id="a", index=1, latents_path="", strength_permille=100)
+    grid = drawn(engine, a_small_spec(steps=10, stop_percent=40))
+    spec = a_small_spec(steps=10, kind=RenderKind.VARIATION, source=source)
+    near = drawn(engine, spec, source=grid.latents)
+    assert distance(picture(near, 1), picture(grid, 1)) < 0.5 * distance(picture(near, 1), picture(grid, 2))
+
+
+def test_a_film_ends_with_the_finished_grid_and_is_as_large_as_one_can_watch(
+    engine: DiffusersEngine,
+) -> None:
+    rendering = drawn(engine, a_small_spec(steps=100, width=128, height=64, video=True, images=2))
+    film = rendering.film
+    assert film is not None
+    # Every third step, and the finished grid.
+    assert (film.width, film.height, len(film.frames)) == (256, 64, 34)
+    assert {len(frame) for frame in film.frames} == {256 * 64 * 3}
+    last = torch.frombuffer(bytearray(film.frames[-1]), dtype=torch.uint8).view(64, 256, 3).float()
+    assert torch.equal(last[:, :128], picture(rendering, 1))
+    assert torch.equal(last[:, 128:], picture(rendering, 2))
+    assert drawn(engine, a_small_spec(steps=2)).film is None
+
+
+@pytest.mark.parametrize(("steps", "frames"), [(1, 1), (4, 4), (47, 47), (48, 24), (94, 47), (150, 38)])
+def test_a_film_has_no_more_frames_than_one_can_watch(steps: int, frames: int) -> None:
+    roll = FilmRoll()
+    for step in range(1, steps + 1):
+        roll.step_ended(step, steps, lambda: torch.zeros((4, 8, 8, 3), dtype=torch.uint8))
+    image = RenderedImage(pixels=bytes(512 * 448 * 3), width=512, height=448, seed=1)
+    film = roll.developed([image] * 4)
+    assert len(film.frames) == frames
+    assert (film.width, film.height) == (512, 448)
+
+
+def test_a_large_picture_is_decoded_in_tiles_and_says_so_and_no_other_notices(
+    engine: DiffusersEngine,
+) -> None:
+    before = drawn(engine, a_small_spec(steps=1))
+    large = drawn(engine, a_small_spec(steps=1, images=1, width=1280, height=1024))
+    assert (large.receipt["vae_tiling"], before.receipt["vae_tiling"]) == (True, False)
+    assert not model_of(engine).text_to_image.vae.use_tiling
+    assert drawn(engine, a_small_spec(steps=1)) == before
 
 
 def test_the_receipt_says_what_is_needed_to_draw_it_again(engine: DiffusersEngine) -> None:
@@ -448,6 +520,7 @@ def test_the_receipt_says_what_is_needed_to_draw_it_again(engine: DiffusersEngin
     assert receipt["image_seeds"] == [image_seed(5, index) for index in range(1, 5)]
     assert receipt["scheduler"] == "EulerDiscreteScheduler"
     assert len(str(receipt["weights_sha256"])) == 64
+    assert receipt["scheduler_config"]["prediction_type"] == "v_prediction"
     assert receipt["torch"] == torch.__version__
 
 
@@ -475,6 +548,22 @@ def test_the_model_loaded_longest_ago_makes_room(cache_dir: Path) -> None:
     engine.load("stand-in")
     engine.load("second")
     assert engine.warm_models() == ("second",)
+
+
+@pytest.mark.parametrize(
+    ("family", "scheduler"),
+    [
+        # One cannot begin in the middle of its table, the other not with a table that it is given.
+        ("sd3", "DPMSolverMultistepScheduler"),
+        ("flux", "FlowMatchHeunDiscreteScheduler"),
+    ],
+)
+def test_a_scheduler_that_its_pipelines_cannot_use_makes_a_model_unusable_when_it_is_loaded(
+    tmp_path: Path, family: str, scheduler: str
+) -> None:
+    entry = tiny_entry(family, tmp_path / family, scheduler)
+    with pytest.raises(EngineFailure, match=f"MODEL_UNUSABLE.*{scheduler} does not fit it"):
+        an_engine(tmp_path, models_of(entry)).load(entry.name)
 
 
 async def test_a_workers_account_closes_and_its_stages_are_all_of_a_run(
@@ -522,4 +611,4 @@ def test_two_workers_that_start_together_build_one_stand_in_and_print_nothing(tm
     assert [worker.returncode for worker in workers] == [0, 0], outputs
     assert outputs[0] == outputs[1]
     assert outputs[0][1] == b""
-    assert [path.name for path in tmp_path.iterdir()] == ["stand-in-1"]
+    assert [path.name for path in tmp_path.iterdir()] == ["stand-in-2"]

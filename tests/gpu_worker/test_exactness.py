@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 import textwrap
 import threading
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,14 +16,21 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from test_engine import a_tiny_sdxl, models_of
+from tiny_models import models_of, png, tiny_entry
 from worker_builders import a_request, a_spec, some_settings
 
-from gpu_worker.contract import Outcome, RenderKind, RenderSpec, SourceImage, WorkerReport
+from gpu_worker.contract import (
+    Outcome,
+    PicturePart,
+    RenderKind,
+    RenderSpec,
+    SourceImage,
+    TextPart,
+    WorkerReport,
+)
 from gpu_worker.engine.checkpoint import NotCheckpointable, RunState
 from gpu_worker.engine.diffusers_engine import DiffusersEngine
-from gpu_worker.models import Models, read_models
-from gpu_worker.run import Rendering, Snapshot
+from gpu_worker.run import Inputs, Rendering, Snapshot
 from gpu_worker.worker import Worker
 
 pytestmark = [
@@ -35,8 +42,11 @@ pytestmark = [
 ]
 
 _STEPS = 5
-_PROCESS_SCHEDULER = "DPMSolverMultistepScheduler"
-_SOME = ["EulerAncestralDiscreteScheduler", _PROCESS_SCHEDULER, "UniPCMultistepScheduler"]
+_EULER_A, _DPM, _UNIPC = (
+    "EulerAncestralDiscreteScheduler",
+    "DPMSolverMultistepScheduler",
+    "UniPCMultistepScheduler",
+)
 _OTHERS = [
     "EulerDiscreteScheduler",
     "DDIMScheduler",
@@ -45,21 +55,57 @@ _OTHERS = [
     "HeunDiscreteScheduler",
     "LCMScheduler",
 ]
-_SCHEDULERS = [*_SOME, *(pytest.param(name, marks=pytest.mark.long) for name in _OTHERS)]
+_FLOW = "FlowMatchEulerDiscreteScheduler"
+# Each family, and each kind of state that a scheduler has: noise of its own, answers of earlier steps, halves
+# of a step.
+_SOME = [
+    ("sd", _EULER_A),
+    ("sd", _UNIPC),
+    ("sd", "HeunDiscreteScheduler"),
+    ("sdxl", _DPM),
+    ("sd3", _FLOW),
+    ("flux-dynamic", _FLOW),
+]
+_ALL = [
+    *((family, name) for family in ("sd", "sdxl") for name in [_EULER_A, _DPM, _UNIPC, *_OTHERS]),
+    *((family, _FLOW) for family in ("sd3", "flux", "flux-dynamic")),
+    ("sd3", "FlowMatchHeunDiscreteScheduler"),
+]
+_MODELS = [
+    pytest.param(
+        f"{family} {scheduler}",
+        marks=() if (family, scheduler) in _SOME else pytest.mark.long,
+        id=f"{family}-{scheduler}",
+    )
+    for family, scheduler in _ALL
+]
 _KINDS = [RenderKind.IMAGINE, RenderKind.VARIATION]
+_ELSEWHERE = [
+    (f"sd {_DPM}", RenderKind.IMAGINE),
+    (f"sdxl {_EULER_A}", RenderKind.VARIATION),
+    (f"sd3 {_FLOW}", RenderKind.VARIATION),
+    (f"flux-dynamic {_FLOW}", RenderKind.IMAGINE),
+]
+_PARTS = (TextPart(text="a fox", share_ppm=400_000), TextPart(text="snow", share_ppm=-350_000))
 
 
 class Control:
     """Lets another run have the device at some steps, and copies the run's state at each."""
 
     def __init__(
-        self, *, parked_at: Callable[[int], bool] = lambda step: False, other: Callable[[], object] = object
+        self,
+        *,
+        parked_at: Callable[[int], bool] = lambda step: False,
+        other: Callable[[], object] = object,
+        watched: bool = False,
     ) -> None:
         self.cuts: dict[int, Snapshot] = {}
+        self.previews: list[bytes] = []
         self.steps = 0
         self.was_restored = False
         self._parked_at = parked_at
         self._other = other
+        self._watched = watched
 
     def check(self) -> None:
         if not self.cuts and self._parked_at(0):
@@ -73,6 +119,8 @@ class Control:
     ) -> None:
         self.steps = steps
         self.cuts[step] = snapshot()
+        if self._watched:
+            self.previews.append(preview())
         if self._parked_at(step):
             self._park()
 
@@ -83,41 +131,40 @@ class Control:
         thread.join()
 
 
-@cache
-def models() -> Models:
-    """Return the stand-in, once with each scheduler."""
-    stand_in = replace(read_models(None).default, default_width=64, default_height=64)
-    names = [*_SOME, *_OTHERS]
-    entries = {name: replace(stand_in, name=name, scheduler=name) for name in names}
-    return Models(default=entries[names[0]], entries=entries)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
 
 
 @pytest.fixture(scope="module")
-def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
+def engine(folder: Path) -> DiffusersEngine:
+    return an_engine(folder)
 
 
 @pytest.fixture(scope="module")
-def engine(cache_dir: Path) -> DiffusersEngine:
-    return an_engine(cache_dir)
-
-
-@pytest.fixture(scope="module")
-def fresh_engine(cache_dir: Path) -> DiffusersEngine:
+def fresh_engine(folder: Path) -> DiffusersEngine:
     """Another that has drawn nothing of what the first one has."""
-    return an_engine(cache_dir)
+    return an_engine(folder)
 
 
-def an_engine(cache_dir: Path) -> DiffusersEngine:
-    settings = some_settings(cache_dir, engine="diffusers", cache_dir=cache_dir, memory_bytes=10**12)
-    return DiffusersEngine(models(), settings)
+def an_engine(folder: Path) -> DiffusersEngine:
+    entries = (tiny_entry(family, folder / family, scheduler) for family, scheduler in _ALL)
+    settings = some_settings(folder, engine="diffusers", cache_dir=folder, memory_bytes=10**12)
+    return DiffusersEngine(models_of(*entries), settings)
 
 
-def a_small_spec(scheduler: str, kind: RenderKind = RenderKind.IMAGINE, **changes: Any) -> RenderSpec:
+def a_small_spec(model: str, kind: RenderKind = RenderKind.IMAGINE, **changes: Any) -> RenderSpec:
     source = SourceImage(job_id="a", index=2, latents_path="", strength_permille=800)
     varied = {"source": source} if kind is RenderKind.VARIATION else {}
-    fixed = {"model": scheduler, "kind": kind, "images": 2, "steps": _STEPS}
+    fixed = {"model": model, "kind": kind, "images": 2, "steps": _STEPS}
     return a_spec(**{**fixed, **varied, **changes})
+
+
+def everything_at_once(model: str, kind: RenderKind) -> RenderSpec:
+    """Return a spec of parts, of a picture where the model takes any, stopped early and filmed."""
+    spec = a_small_spec(model, kind, steps=8, stop_percent=60, video=True, parts=_PARTS)
+    picture = PicturePart(path="", share_ppm=250_000)
+    return replace(spec, pictures=(picture,)) if model.startswith(("sd ", "sdxl ")) else spec
 
 
 def source_grid() -> bytes:
@@ -134,7 +181,8 @@ def drawn(
 ) -> Rendering:
     engine.load(spec.model)
     source = source_grid() if spec.kind is RenderKind.VARIATION else None
-    return engine.render(spec, source, control or Control(), engine.stage_clock(), checkpoint)
+    inputs = Inputs(source=source, pictures=tuple(png(number) for number in range(len(spec.pictures))))
+    return engine.render(spec, inputs, control or Control(), engine.stage_clock(), checkpoint)
 
 
 def assert_same(one: Rendering, other: Rendering) -> None:
@@ -143,14 +191,15 @@ def assert_same(one: Rendering, other: Rendering) -> None:
     )
     assert one.images == other.images
     assert one.receipt == other.receipt
+    assert one.film == other.film
 
 
 @pytest.mark.parametrize("kind", _KINDS)
-@pytest.mark.parametrize("scheduler", _SCHEDULERS)
+@pytest.mark.parametrize("model", _MODELS)
 def test_a_run_parked_at_every_boundary_draws_the_same_bits(
-    engine: DiffusersEngine, scheduler: str, kind: RenderKind
+    engine: DiffusersEngine, model: str, kind: RenderKind
 ) -> None:
-    spec = a_small_spec(scheduler, kind)
+    spec = a_small_spec(model, kind)
     undisturbed = drawn(engine, spec)
     # The other run uses the same model, so everything the two might share, they do share.
     control = Control(
@@ -162,27 +211,27 @@ def test_a_run_parked_at_every_boundary_draws_the_same_bits(
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", _KINDS)
-@pytest.mark.parametrize("scheduler", _SCHEDULERS)
+@pytest.mark.parametrize("model", _MODELS)
 def test_a_run_parked_at_any_step_draws_the_same_bits(
-    engine: DiffusersEngine, scheduler: str, kind: RenderKind
+    engine: DiffusersEngine, model: str, kind: RenderKind
 ) -> None:
-    spec = a_small_spec(scheduler, kind)
+    spec = a_small_spec(model, kind)
     count = Control()
     undisturbed = drawn(engine, spec, count)
     for parked_at in range(count.steps + 1):
         control = Control(
             parked_at=lambda step, at=parked_at: step == at,
-            other=lambda: drawn(engine, a_small_spec("EulerDiscreteScheduler", seed=1)),
+            other=lambda: drawn(engine, a_small_spec("sd EulerDiscreteScheduler", seed=1)),
         )
         assert_same(drawn(engine, spec, control), undisturbed)
 
 
 @pytest.mark.parametrize("kind", _KINDS)
-@pytest.mark.parametrize("scheduler", _SCHEDULERS)
+@pytest.mark.parametrize("model", _MODELS)
 def test_a_run_continued_from_any_step_by_another_engine_draws_the_same_bits(
-    engine: DiffusersEngine, fresh_engine: DiffusersEngine, scheduler: str, kind: RenderKind
+    engine: DiffusersEngine, fresh_engine: DiffusersEngine, model: str, kind: RenderKind
 ) -> None:
-    spec = a_small_spec(scheduler, kind)
+    spec = a_small_spec(model, kind)
     control = Control()
     undisturbed = drawn(engine, spec, control)
     assert list(control.cuts) == list(range(1, control.steps + 1))
@@ -194,57 +243,117 @@ def test_a_run_continued_from_any_step_by_another_engine_draws_the_same_bits(
         assert list(going_on.cuts) == list(range(step + 1, control.steps + 1))
 
 
-def test_a_run_of_another_family_continued_elsewhere_draws_the_same_bits(tmp_path: Path) -> None:
-    entry = a_tiny_sdxl(tmp_path / "sdxl")
-    settings = some_settings(tmp_path, engine="diffusers")
-    one, other = (DiffusersEngine(models_of(entry), settings) for _ in range(2))
-    for kind in _KINDS:
-        spec = a_small_spec("sdxl", kind, width=128, height=128)
-        control, going_on = Control(), Control()
-        undisturbed = drawn(one, spec, control)
-        assert_same(drawn(other, spec, going_on, control.cuts[2]()), undisturbed)
-        assert going_on.was_restored
-
-
-def test_a_run_that_was_continued_can_be_cut_and_continued_again(
-    engine: DiffusersEngine, fresh_engine: DiffusersEngine
+@pytest.mark.parametrize("kind", _KINDS)
+@pytest.mark.parametrize("model", _MODELS)
+def test_a_run_cut_and_continued_after_each_of_its_steps_draws_the_same_bits(
+    engine: DiffusersEngine, fresh_engine: DiffusersEngine, model: str, kind: RenderKind
 ) -> None:
-    spec = a_small_spec("EulerAncestralDiscreteScheduler")
-    first, second = Control(), Control()
-    undisturbed = drawn(engine, spec, first)
-    drawn(fresh_engine, spec, second, first.cuts[2]())
-    assert second.cuts[4]() == first.cuts[4]()
-    assert_same(drawn(engine, spec, Control(), second.cuts[4]()), undisturbed)
+    spec = a_small_spec(model, kind)
+    control = Control()
+    undisturbed = drawn(engine, spec, control)
+    steps, checkpoint = control.steps, control.cuts[1]()
+    for step in range(2, steps + 1):
+        control = Control()
+        rendering = drawn((engine, fresh_engine)[step % 2], spec, control, checkpoint)
+        checkpoint = control.cuts[step]()
+    assert_same(rendering, undisturbed)
+    assert_same(drawn(fresh_engine, spec, Control(), checkpoint), undisturbed)
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+@pytest.mark.parametrize("model", _MODELS)
+def test_weights_pictures_a_stop_and_a_film_are_cut_and_parked_without_a_bit_changed(
+    engine: DiffusersEngine, fresh_engine: DiffusersEngine, model: str, kind: RenderKind
+) -> None:
+    spec = everything_at_once(model, kind)
+    other = replace(spec, seed=1, pictures=(), parts=(), stop_percent=100)
+    control = Control(parked_at=lambda step: True, other=lambda: drawn(engine, other))
+    undisturbed = drawn(engine, spec)
+    assert_same(drawn(engine, spec, control), undisturbed)
+    for cut in control.cuts.values():
+        assert_same(drawn(fresh_engine, spec, Control(), cut()), undisturbed)
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+@pytest.mark.parametrize("model", _MODELS)
+def test_who_watches_and_who_films_changes_no_bit(
+    engine: DiffusersEngine, model: str, kind: RenderKind
+) -> None:
+    spec = a_small_spec(model, kind)
+    undisturbed = drawn(engine, spec)
+    watched = Control(watched=True)
+    filmed = drawn(engine, replace(spec, video=True), watched)
+    assert filmed.film is not None
+    assert len(filmed.film.frames) == len(watched.previews) == watched.steps
+    assert_same(replace(filmed, film=None), undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("kind", "source_size", "size"),
+    [
+        (RenderKind.UPSCALE_LIGHT, (320, 240), (384, 288)),
+        (RenderKind.UPSCALE_DETAILED, (64, 48), (160, 120)),
+    ],
+)
+def test_an_upscale_continued_from_any_tile_draws_the_same_bits(
+    engine: DiffusersEngine,
+    fresh_engine: DiffusersEngine,
+    kind: RenderKind,
+    source_size: tuple[int, int],
+    size: tuple[int, int],
+) -> None:
+    source = SourceImage(job_id="a", index=1, latents_path="", strength_permille=0, picture_path="a")
+    fixed = {"source": source, "images": 1, "width": size[0], "height": size[1], "parts": _PARTS}
+    spec = a_small_spec(f"sd {_EULER_A}", kind, **fixed)
+
+    def upscaled(engine: DiffusersEngine, control: Control, checkpoint: bytes | None = None) -> Rendering:
+        engine.load(spec.model)
+        inputs = Inputs(source=png(1, *source_size))
+        return engine.render(spec, inputs, control, engine.stage_clock(), checkpoint)
+
+    control = Control()
+    undisturbed = upscaled(engine, control)
+    (image,) = undisturbed.images
+    assert (image.width, image.height, undisturbed.latents) == (*size, None)
+    assert len(str(undisturbed.receipt["upscaler_sha256"])) == 64
+    assert control.steps > 1
+    for cut in control.cuts.values():
+        going_on = Control()
+        assert upscaled(fresh_engine, going_on, cut()) == undisturbed
+        assert going_on.was_restored
+    parked = Control(parked_at=lambda step: True, other=lambda: upscaled(engine, Control()))
+    assert upscaled(engine, parked) == undisturbed
 
 
 def test_a_run_continued_in_another_process_draws_the_same_bits(
-    engine: DiffusersEngine, cache_dir: Path, tmp_path: Path
+    engine: DiffusersEngine, folder: Path, tmp_path: Path
 ) -> None:
-    spec = a_small_spec(_PROCESS_SCHEDULER)
-    control = Control()
-    undisturbed = drawn(engine, spec, control)
-    (tmp_path / "checkpoint").write_bytes(control.cuts[3]())
+    undisturbed = {}
+    for model, kind in _ELSEWHERE:
+        control = Control()
+        undisturbed[model] = drawn(engine, everything_at_once(model, kind), control)
+        (tmp_path / model).write_bytes(control.cuts[2]())
     program = f"""
-        import sys
+        import pickle, sys
         from pathlib import Path
         sys.path.insert(0, {str(Path(__file__).parent)!r})
-        from test_exactness import Control, a_small_spec, an_engine, drawn
-        control = Control()
-        checkpoint = Path({str(tmp_path / "checkpoint")!r}).read_bytes()
-        rendering = drawn(
-            an_engine(Path({str(cache_dir)!r})), a_small_spec({_PROCESS_SCHEDULER!r}), control, checkpoint
-        )
-        assert list(control.cuts) == [4, 5]
-        Path({str(tmp_path / "latents")!r}).write_bytes(rendering.latents)
-        Path({str(tmp_path / "pixels")!r}).write_bytes(b"".join(i.pixels for i in rendering.images))
+        from test_exactness import _ELSEWHERE, Control, an_engine, drawn, everything_at_once
+        engine, folder, renderings = an_engine(Path({str(folder)!r})), Path({str(tmp_path)!r}), {{}}
+        for model, kind in _ELSEWHERE:
+            control = Control()
+            checkpoint = (folder / model).read_bytes()
+            renderings[model] = drawn(engine, everything_at_once(model, kind), control, checkpoint)
+            assert list(control.cuts) == list(range(3, control.steps + 1))
+        (folder / "renderings").write_bytes(pickle.dumps(renderings))
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True, timeout=100)
-    assert (tmp_path / "latents").read_bytes() == undisturbed.latents
-    assert (tmp_path / "pixels").read_bytes() == b"".join(image.pixels for image in undisturbed.images)
+    renderings = pickle.loads((tmp_path / "renderings").read_bytes())
+    for model, _ in _ELSEWHERE:
+        assert_same(renderings[model], undisturbed[model])
 
 
 def test_a_checkpoint_of_other_software_is_not_used(engine: DiffusersEngine) -> None:
-    spec = a_small_spec("EulerAncestralDiscreteScheduler")
+    spec = a_small_spec(f"sd {_EULER_A}")
     control, anew = Control(), Control()
     undisturbed = drawn(engine, spec, control)
     state = RunState.read(control.cuts[2](), undisturbed.receipt)
@@ -257,7 +366,7 @@ def test_a_checkpoint_of_other_software_is_not_used(engine: DiffusersEngine) -> 
 
 def test_a_checkpoint_is_small_and_executes_nothing(engine: DiffusersEngine) -> None:
     control = Control()
-    drawn(engine, a_small_spec("UniPCMultistepScheduler"), control)
+    drawn(engine, a_small_spec(f"sd {_UNIPC}"), control)
     content = control.cuts[3]()
     assert len(content) < 100_000
     tensors = safetensors.torch.load(content)
@@ -325,8 +434,7 @@ async def step_passed(worker: Worker, attempt_id: str, step: int) -> None:
 async def test_a_run_parked_and_then_continued_by_another_worker_gives_the_same_files(
     make_worker: Callable[..., Worker], engine: DiffusersEngine, fresh_engine: DiffusersEngine
 ) -> None:
-    scheduler = "EulerAncestralDiscreteScheduler"
-    changes: dict[str, Any] = {"model": scheduler, "steps": 30, "images": 2}
+    changes: dict[str, Any] = {"model": f"sd {_EULER_A}", "steps": 30, "images": 2}
     one, other = make_worker(engine), make_worker(fresh_engine)
     undisturbed = a_request(spec=changes)
     one.render(undisturbed)

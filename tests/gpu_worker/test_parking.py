@@ -33,7 +33,7 @@ from gpu_worker.contract import (
 )
 from gpu_worker.models import read_models
 from gpu_worker.outputs import ArtifactMissing, Artifacts, ArtifactsUnavailable, checkpoint_path
-from gpu_worker.run import Rendering, RunControl, Stage, StageClock
+from gpu_worker.run import Inputs, Rendering, RunControl, Stage, StageClock, WallStageClock, parked_bytes
 from gpu_worker.timed_engine import TimedEngine
 from gpu_worker.worker import Worker
 
@@ -55,20 +55,26 @@ class SteppedEngine(TimedEngine):
         self.done: list[str] = []
         self.at = ""
         """The piece that was last seen to begin."""
+        self.broken = ""
+        """Why it fails its self-check."""
         self.fails: str | None = None
         """The piece that raises."""
         self._allowed = threading.Semaphore(0)
         self._begun: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._free = False
 
+    def self_check(self) -> str:
+        return self.broken
+
     def load(self, model: str) -> None:
-        self._work(f"load {model}")
-        self._warm = {model: 1}
+        if model not in self._warm:
+            self._work(f"load {model}")
+            self._warm = {model: 1}
 
     def render(
         self,
         spec: RenderSpec,
-        source_latents: bytes | None,
+        inputs: Inputs,
         control: RunControl,
         clock: StageClock,
         checkpoint: bytes | None = None,
@@ -103,6 +109,11 @@ class SteppedEngine(TimedEngine):
         self.at = await asyncio.to_thread(self._begun.get, timeout=_PATIENCE_S)
         return self.at
 
+    def allow(self) -> None:
+        """Let the piece in hand be done, where no other follows."""
+        self._allowed.release()
+        self.at = ""
+
     def let_run(self) -> None:
         """Let everything be done from now on."""
         self._free = True
@@ -117,6 +128,37 @@ class SteppedEngine(TimedEngine):
             raise RuntimeError("the kernel is unhappy")
 
 
+class TilingEngine(SteppedEngine):
+    """Lets others go before it in the middle of each step too, as upscales do; a piece takes 10 ms."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._now_ns = 0
+
+    def stage_clock(self) -> WallStageClock:
+        return WallStageClock(lambda: self._now_ns)
+
+    def render(
+        self,
+        spec: RenderSpec,
+        inputs: Inputs,
+        control: RunControl,
+        clock: StageClock,
+        checkpoint: bytes | None = None,
+    ) -> Rendering:
+        clock.enter(Stage.UPSCALE)
+        for step in range(1, spec.steps + 1):
+            self._work(f"{spec.prompt} tile {step} begun")
+            control.check()
+            self._work(f"{spec.prompt} tile {step}")
+            control.boundary(step, spec.steps, lambda: b"", lambda: lambda: b"tiles")
+        return Rendering(images=(), latents=None, receipt={})
+
+    def _work(self, piece: str) -> None:
+        super()._work(piece)
+        self._now_ns += 10_000_000
+
+
 class SlowStore(Artifacts):
     """Does not read or write what `slow` names until it is let."""
 
@@ -125,6 +167,8 @@ class SlowStore(Artifacts):
         self.slow = "nothing"
         self.away = False
         self.let = threading.Event()
+        self.waits = threading.Event()
+        """Somebody waits to be let."""
 
     def put(self, path: str, content: bytes) -> None:
         self._wait(path)
@@ -138,6 +182,7 @@ class SlowStore(Artifacts):
 
     def _wait(self, path: str) -> None:
         if self.slow in path:
+            self.waits.set()
             self.let.wait()
 
 
@@ -219,6 +264,19 @@ async def test_a_parked_run_goes_on_by_itself_and_does_nothing_again(
     assert engine.done == ["load stand-in", *relax[:3], *fast, *relax[3:]]
 
 
+async def test_a_model_that_made_room_for_another_is_back_before_its_parked_run_goes_on(
+    worker: Worker, engine: SteppedEngine
+) -> None:
+    worker.render(a_run("relax"))
+    await engine.begins("relax step 2")
+    worker.render(a_run("fast", parks="relax", spec={"model": "second"}))
+    engine.let_run()
+    assert (await ended(worker, "fast")).outcome is Outcome.SUCCEEDED
+    assert (await ended(worker, "relax")).outcome is Outcome.SUCCEEDED
+    assert worker.report(1).warm_models == ("stand-in",)
+    assert engine.done.index("relax step 3") == engine.done.index("load stand-in", 1) + 1
+
+
 async def test_one_run_is_parked_again_and_again(worker: Worker, engine: SteppedEngine) -> None:
     worker.render(a_run("relax"))
     for number in range(1, 4):
@@ -263,6 +321,21 @@ async def test_pictures_are_written_while_the_next_run_has_the_gpu_and_stay_in_h
     store.let.set()
     await ended(worker, "fast")
     assert names(worker.report(1)) == ("relax", [])
+
+
+async def test_the_next_run_begins_while_the_one_before_writes_its_pictures(
+    worker: Worker, engine: SteppedEngine, store: SlowStore
+) -> None:
+    store.slow = "relax/"
+    worker.render(a_run("relax"))
+    await engine.begins(f"relax decode {_IMAGES}")
+    engine.allow()
+    await asyncio.to_thread(store.waits.wait, _PATIENCE_S)
+    worker.render(a_run("relax-2"))
+    await engine.begins("relax-2 step 1")
+    assert names(worker.report(1)) == ("relax-2", ["relax"])
+    store.let.set()
+    assert (await ended(worker, "relax")).outcome is Outcome.SUCCEEDED
 
 
 async def test_a_run_that_only_writes_its_pictures_keeps_nobody_from_the_gpu(
@@ -316,6 +389,23 @@ async def test_a_run_that_fails_lets_the_parked_one_go_on(worker: Worker, engine
     assert (await ended(worker, "fast")).outcome is Outcome.FAILED
 
 
+async def test_a_device_that_broke_hands_over_what_is_parked_on_it(
+    worker: Worker, engine: SteppedEngine
+) -> None:
+    engine.fails = "fast step 2"
+    worker.render(a_run("relax"))
+    await engine.begins("relax step 2")
+    worker.render(a_run("fast", parks="relax"))
+    await engine.begins("fast step 2")
+    engine.broken = "It is on fire."
+    engine.let_run()
+    assert (await ended(worker, "fast")).outcome is Outcome.FAILED
+    result = await ended(worker, "relax")
+    assert result.outcome is Outcome.HANDED_OVER
+    assert result.checkpoint is not None
+    assert worker.report(1).sentence == "It is on fire."
+
+
 async def test_a_parked_run_that_is_forgotten_was_wasted(
     worker: Worker, engine: SteppedEngine, store: SlowStore
 ) -> None:
@@ -353,7 +443,7 @@ async def test_the_time_of_a_run_that_goes_on_elsewhere_is_not_wasted(
 async def spend(worker: Worker, ms: int) -> None:
     """Let the run in hand take at least that long for its piece."""
     began_ms = worker.report(1).gpu_time.open_ms
-    while (await worker.heartbeat(1, 1)).report.gpu_time.open_ms < began_ms + ms:
+    while (await worker.heartbeat(1, 1)).report.gpu_time.open_ms < began_ms + ms + 1:  # both are rounded down
         pass
 
 
@@ -401,13 +491,131 @@ async def test_a_forgotten_run_at_its_last_step_keeps_nobody_waiting_to_ask(
     assert await engine.finish() == "fast encode"
 
 
-async def test_no_more_runs_are_parked_than_set(worker: Worker, engine: SteppedEngine) -> None:
+async def test_no_more_runs_are_parked_than_set_and_the_oldest_waits_as_a_checkpoint(
+    worker: Worker, engine: SteppedEngine, store: SlowStore
+) -> None:
     for number in range(1, 5):
         worker.render(a_run(f"fast-{number}", parks=f"fast-{number - 1}"))
-        await engine.begins(f"fast-{number} step 1")
+        await engine.begins(f"fast-{number} step 2")
     assert names(worker.report(1)) == ("fast-4", ["fast-1", "fast-2", "fast-3"])
-    with pytest.raises(WorkerBusy):
-        worker.render(a_run("fast-5", parks="fast-4"))
+    worker.render(a_run("fast-5", parks="fast-4"))
+    result = await ended(worker, "fast-1")
+    assert (result.outcome, result.images) == (Outcome.HANDED_OVER, ())
+    assert result.checkpoint is not None
+    # The step that it was at when it was parked was done first.
+    assert store.read(result.checkpoint.path) == b"2"
+    assert result.times == result.checkpoint.kept
+    assert names(worker.report(1)) == ("fast-5", ["fast-2", "fast-3", "fast-4"])
+
+
+async def test_what_parked_runs_hold_is_bounded_too(make_worker: MakeWorker, engine: SteppedEngine) -> None:
+    spec = {"width": 512, "height": 512}
+    room = 2 * parked_bytes(a_run("one", spec=spec).spec)
+    worker = make_worker(engine, parked_memory_bytes=room)
+    for number in range(1, 5):
+        worker.render(a_run(f"fast-{number}", parks=f"fast-{number - 1}", spec=spec))
+        await engine.begins(f"fast-{number} step 1")
+    await ended(worker, "fast-1")
+    assert names(worker.report(1)) == ("fast-4", ["fast-2", "fast-3"])
+    engine.let_run()
+
+
+async def test_a_run_that_is_handed_over_ends_at_its_next_boundary_and_another_worker_does_nothing_again(
+    worker: Worker, make_worker: MakeWorker, engine: SteppedEngine, tmp_path: Path
+) -> None:
+    relax = a_run("relax")
+    worker.render(relax)
+    await engine.begins("relax step 3")
+    await spend(worker, 5)
+    worker.hand_over(1, "relax")
+    worker.hand_over(1, "never heard of")
+    engine.let_run()
+    result = await ended(worker, "relax")
+    assert result.outcome is Outcome.HANDED_OVER
+    assert result.checkpoint is not None
+    assert (result.checkpoint.step, result.checkpoint.kept) == (3, result.times)
+
+    await worker.forget(1, "relax", kept=True)
+    uses = worker.report(1).gpu_time
+    assert (uses.relax_ms, uses.wasted_ms) == (result.times.gpu_ms, 0)
+    second_engine = SteppedEngine(tmp_path)
+    second_engine.let_run()
+    second = make_worker(second_engine)
+    second.render(replace(relax, attempt_id="relax-2", checkpoint=result.checkpoint))
+    finished = await ended(second, "relax-2")
+    assert (finished.outcome, finished.kept, finished.steps_redone) == (
+        Outcome.SUCCEEDED,
+        result.times,
+        0,
+    )
+    assert "relax step 3" not in second_engine.done
+
+
+async def test_a_result_that_is_handed_over_waits_for_its_checkpoint(
+    worker: Worker, engine: SteppedEngine, store: SlowStore
+) -> None:
+    store.slow = "checkpoint"
+    worker.render(a_run("relax"))
+    await engine.begins("relax step 1")
+    worker.hand_over(1, "relax")
+    worker.render(a_run("fast", parks="relax"))
+    assert await engine.finish() == "fast encode"
+    report = worker.report(1)
+    assert (names(report), report.unacknowledged) == (("fast", ["relax"]), ())
+    store.let.set()
+    assert (await ended(worker, "relax")).checkpoint is not None
+
+
+async def test_a_run_that_has_not_begun_is_handed_over_without_a_checkpoint(
+    worker: Worker, engine: SteppedEngine
+) -> None:
+    worker.render(a_run("relax"))
+    await engine.begins("relax encode")
+    worker.hand_over(1, "relax")
+    engine.let_run()
+    result = await ended(worker, "relax")
+    assert (result.outcome, result.checkpoint) == (Outcome.HANDED_OVER, None)
+
+
+async def test_pictures_that_are_drawn_are_not_handed_over(
+    worker: Worker, engine: SteppedEngine, store: SlowStore
+) -> None:
+    store.slow = "relax/"
+    worker.render(a_run("relax"))
+    await engine.begins(f"relax decode {_IMAGES}")
+    engine.let_run()
+    await in_hand(worker, lambda report: bool(report.warm_models))
+    worker.hand_over(1, "relax")
+    store.let.set()
+    assert (await ended(worker, "relax")).outcome is Outcome.SUCCEEDED
+
+
+async def test_steps_that_a_dead_worker_may_have_done_are_counted_up_to_the_next_checkpoint(
+    make_worker: MakeWorker, engine: SteppedEngine, store: SlowStore
+) -> None:
+    worker = make_worker(engine, checkpoint_every_steps=5)
+    engine.let_run()
+    request = a_run("relax", spec={"steps": 20}, after_loss=True)
+    worker.render(replace(request, checkpoint=a_checkpoint(store, request, 10)))
+    assert (await ended(worker, "relax")).steps_redone == 5
+    again = replace(request, attempt_id="again", checkpoint=a_checkpoint(store, request, 18))
+    worker.render(again)
+    assert (await ended(worker, "again")).steps_redone == 2
+    gone = replace(request, attempt_id="gone", checkpoint=a_checkpoint(store, request, 10))
+    store.delete(gone.checkpoint.path)
+    worker.render(gone)
+    assert (await ended(worker, "gone")).steps_redone == 15
+
+
+async def test_a_result_tells_how_many_steps_each_park_took(worker: Worker, engine: SteppedEngine) -> None:
+    worker.render(a_run("relax"))
+    for number, piece in enumerate(("relax encode", "relax step 2", "relax decode 1")):
+        await engine.begins(piece)
+        worker.render(a_run(f"fast-{number}", parks="relax"))
+        await engine.begins(f"fast-{number} decode {_IMAGES}")
+    engine.let_run()
+    # The step that it was at was done first; an encode and a decode are no steps.
+    assert (await ended(worker, "relax")).park_waits == (0, 1, 0)
 
 
 async def test_of_several_parked_runs_the_newest_goes_on_unless_another_is_resumed(
@@ -481,6 +689,7 @@ async def test_a_park_stores_a_checkpoint_while_fast_has_the_gpu(
     assert parked.checkpoint is not None
     assert parked.checkpoint.path == checkpoint_path(relax.job_id, "relax")
     assert (parked.checkpoint.steps, parked.checkpoint.device) == (4, engine.device_type)
+    assert parked.checkpoint.size_bytes == len(b"3")
     assert store.read(parked.checkpoint.path) == b"3"
 
 
@@ -496,6 +705,24 @@ async def test_between_decodes_a_run_is_cut_at_its_last_step_without_the_decodes
     (parked,) = report.parked
     assert parked.checkpoint is not None
     assert parked.checkpoint.kept.decode_ms == 0
+
+
+async def test_a_checkpoint_keeps_no_time_of_a_tile_that_is_drawn_again(
+    make_worker: MakeWorker, tmp_path: Path
+) -> None:
+    engine = TilingEngine(tmp_path)
+    worker = make_worker(engine)
+    worker.render(a_run("relax", spec={"kind": RenderKind.UPSCALE_DETAILED}))
+    await engine.begins("relax tile 3 begun")
+    worker.render(a_run("fast", parks="relax", spec={"kind": RenderKind.UPSCALE_LIGHT}))
+    await engine.begins("fast tile 1 begun")
+    report = await in_hand(worker, lambda report: bool(report.parked and report.parked[0].checkpoint))
+    checkpoint = report.parked[0].checkpoint
+    assert checkpoint is not None
+    assert (checkpoint.step, checkpoint.kept) == (2, StageTimes(upscale_ms=40))
+    engine.let_run()
+    result = await ended(worker, "relax")
+    assert result.times == StageTimes(upscale_ms=80)
 
 
 async def test_a_run_parked_before_its_first_step_has_nothing_to_store(

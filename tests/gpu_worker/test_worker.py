@@ -31,7 +31,7 @@ from gpu_worker.contract import (
 from gpu_worker.image_seeds import image_seed
 from gpu_worker.models import read_models
 from gpu_worker.outputs import ArtifactMissing, Artifacts, ArtifactsUnavailable
-from gpu_worker.run import EngineFailure, Rendering, RunControl, StageClock
+from gpu_worker.run import EngineFailure, Inputs, Rendering, RunControl, StageClock
 from gpu_worker.timed_engine import TimedEngine
 from gpu_worker.worker import EXIT_GPU_THREAD_ENDED, Worker
 
@@ -69,15 +69,29 @@ class FailingEngine(TimedEngine):
     def render(
         self,
         spec: RenderSpec,
-        source_latents: bytes | None,
+        inputs: Inputs,
         control: RunControl,
         clock: StageClock,
         checkpoint: bytes | None = None,
     ) -> Rendering:
-        rendering = super().render(spec, source_latents, control, clock, checkpoint)
+        rendering = super().render(spec, inputs, control, clock, checkpoint)
         if self.error is not None:
             raise self.error
         return rendering
+
+
+class AgeingEngine(FailingEngine):
+    """Passes so many self-checks and fails those after."""
+
+    def __init__(self, folder: Path, *, passes: int) -> None:
+        super().__init__(RuntimeError("the kernel is unhappy"), folder)
+        self.passes = passes
+
+    def self_check(self) -> str:
+        self.passes -= 1
+        if self.passes < -1:
+            raise RuntimeError("an illegal memory access was encountered")
+        return "" if self.passes >= 0 else "It drew another picture than it should."
 
 
 async def test_a_rendered_attempt_leaves_its_pictures_in_the_store(
@@ -420,3 +434,47 @@ def test_a_gpu_thread_that_cannot_go_on_ends_its_process(tmp_path: Path) -> None
     )
     assert ended_process.returncode == EXIT_GPU_THREAD_ENDED, ended_process.stderr
     assert "unspecified launch failure" in ended_process.stderr
+
+
+async def test_a_worker_whose_device_is_broken_from_the_start_takes_nothing_and_says_why(
+    make_worker: MakeWorker, tmp_path: Path
+) -> None:
+    worker = make_worker(AgeingEngine(tmp_path, passes=0))
+    report = worker.report(1)
+    assert (report.healthy, report.sentence) == (False, "It drew another picture than it should.")
+    with pytest.raises(WorkerBusy, match="another picture"):
+        worker.render(a_request())
+
+
+async def test_an_error_that_was_not_the_devices_leaves_the_worker_healthy(
+    make_worker: MakeWorker, tmp_path: Path
+) -> None:
+    engine = AgeingEngine(tmp_path, passes=2)
+    worker = make_worker(engine)
+    worker.render(a_request())
+    assert (await ended(worker)).failure_reason == "ENGINE_ERROR"
+    assert (engine.passes, worker.report(1).healthy) == (0, True)
+
+
+async def test_a_failure_that_has_a_name_needs_no_check(make_worker: MakeWorker, tmp_path: Path) -> None:
+    engine = AgeingEngine(tmp_path, passes=2)
+    engine.error = EngineFailure(reason="OUT_OF_MEMORY", sentence="too large")
+    worker = make_worker(engine)
+    worker.render(a_request())
+    assert (await ended(worker)).failure_reason == "OUT_OF_MEMORY"
+    assert engine.passes == 1
+
+
+@pytest.mark.parametrize("passes", [1, 0])
+async def test_a_device_that_broke_ends_the_workers_day(
+    make_worker: MakeWorker, tmp_path: Path, passes: int
+) -> None:
+    engine = AgeingEngine(tmp_path, passes=1)
+    worker = make_worker(engine)
+    engine.passes = passes - 1
+    worker.render(a_request())
+    result = await ended(worker)
+    assert (result.outcome, result.blame) == (Outcome.FAILED, Blame.PLATFORM)
+    report = worker.report(1)
+    assert not report.healthy
+    assert ("another picture" if passes else "illegal memory access") in report.sentence
