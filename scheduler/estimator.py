@@ -1,8 +1,8 @@
 """What a job will cost: from the models file's figures at first, then from what its like have taken.
 
-Two numbers describe a shape on a device type: the time of one denoising step, and of all the rest (encode and
-decode). A job takes steps times the one plus the other. Values in, values out: rows come from the table
-scheduler.estimate and go back to it, and nothing here reads a clock or a database.
+Two numbers describe a shape on a device type: the time of one denoising step, and of all the rest (encode,
+decode, enlarging). A job takes steps times the one plus the other. Values in, values out: rows come from the
+table scheduler.estimate and go back to it, and nothing here reads a clock or a database.
 
 All learned times are those of a worker of speed 1000; a worker of another speed takes them times 1000 over
 its own.
@@ -46,7 +46,7 @@ class Shape:
     width: int
     height: int
     steps: int
-    """Denoising steps that are done; at least 1."""
+    """Denoising steps that are done, in plain ones; at least 1."""
 
     @property
     def pixels(self) -> int:
@@ -55,20 +55,37 @@ class Shape:
 
 
 def shape_of(spec: RenderSpec) -> Shape:
-    """Return the shape of a job. A variation of strength s does the last s of its steps."""
-    strength_permille = 1000 if spec.source is None else spec.source.strength_permille
+    """Return the shape of a job."""
     return Shape(
         kind=spec.kind,
         model=spec.model,
         width=spec.width,
         height=spec.height,
-        steps=steps_done(spec.steps, strength_permille),
+        steps=steps_done(
+            spec.steps,
+            strength_permille=None if spec.source is None else spec.source.strength_permille,
+            stop_percent=spec.stop_percent,
+            parts=len(spec.parts) + len(spec.pictures),
+            kind=spec.kind,
+        ),
     )
 
 
-def steps_done(steps: int, strength_permille: int) -> int:
-    """Return how many of its steps a job does that goes this far from the picture it starts from."""
-    return max(1, steps * strength_permille // 1000)
+def steps_done(
+    steps: int, *, kind: RenderKind, strength_permille: int | None, stop_percent: int, parts: int
+) -> int:
+    """Return how many plain steps the steps take that a job does.
+
+    A variation of strength s does the last s of its steps, and one that stops at p percent the first p of
+    these. A plain step asks the denoiser twice, without and with the prompt; each part of the prompt beyond
+    the first, text or picture, is one question more. What upscales do is between them and their tiles: they
+    are compared by their size alone.
+    """
+    if kind.is_upscale:
+        return steps
+    of_source = steps if strength_permille is None else max(1, steps * strength_permille // 1000)
+    of_stop = -(-of_source * stop_percent // 100)
+    return of_stop * (1 + max(1, parts)) // 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,7 +111,7 @@ def observation(spec: RenderSpec, whole: StageTimes, *, device: str, speed_permi
         shape=shape,
         device=device,
         step_us=whole.denoise_ms * speed_permille / shape.steps,
-        rest_us=float((whole.encode_ms + whole.decode_ms) * speed_permille),
+        rest_us=float((whole.gpu_ms - whole.denoise_ms) * speed_permille),
     )
 
 
@@ -198,7 +215,13 @@ class Estimator:
 def _from_models_file(entry: ModelEntry, shape: Shape) -> _Times:
     """Return the entry's figure, all of it in the steps: nothing says what share the rest would have."""
     variation = shape.kind is RenderKind.VARIATION
-    steps = steps_done(entry.steps, entry.variation_strength_permille if variation else 1000)
+    steps = steps_done(
+        entry.steps,
+        kind=shape.kind,
+        strength_permille=entry.variation_strength_permille if variation else None,
+        stop_percent=100,
+        parts=1,
+    )
     cost_ms = entry.predicted_ms(shape.kind, shape.width, shape.height)
     return _Times(cost_ms * 1000 / steps, 0.0, seen=0)
 
@@ -209,6 +232,8 @@ class _Seen:
     def __init__(self, rows: Sequence[Learned]) -> None:
         self.jobs = sum(row.seen for row in rows)
         """How many it drew."""
+        # A larger grid costs more than its pixels; upscales are drawn in tiles of one size.
+        self._exponent = 1.0 if rows[0].shape.kind.is_upscale else PIXELS_EXPONENT
         self._of_shape = {row.shape: _Times(row.step_us, row.rest_us, row.seen) for row in rows}
         of_pixels: defaultdict[int, list[tuple[_Times, float]]] = defaultdict(list)
         for shape, times in self._of_shape.items():
@@ -231,7 +256,7 @@ class _Seen:
         """
         scaled = [
             (
-                times.scaled((pixels / other) ** PIXELS_EXPONENT),
+                times.scaled((pixels / other) ** self._exponent),
                 min(times.seen, _MOST_JOBS) / math.log(pixels / other) ** 2,
             )
             for other, times in self._of_pixels.items()

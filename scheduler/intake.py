@@ -3,7 +3,8 @@
 What a client asked for arrives here already translated. One transaction claims the request id, locks the
 account, counts its live jobs against its plan, checks softly that it can pay, and writes the job and its
 first event. Then the scheduler is told; a notice that is lost costs a moment, because the scheduler sweeps
-for rows it was not told of. `cancel` and `move` take the same road.
+for rows it was not told of. `cancel` and `move` take the same road; `delete`, of jobs that have ended,
+concerns no scheduler.
 """
 
 from __future__ import annotations
@@ -19,14 +20,23 @@ from billing import accounts as ledger_accounts
 from billing import idempotency, ledger
 from billing.accounts import Terms
 from billing.refusals import FastTimeExhausted, PlanLacksPrivate, SpendCapReached
-from gpu_worker.contract import RenderSpec
+from gpu_worker.contract import RenderKind, RenderSpec
 from scheduler.link import SchedulerLink
 from scheduler.metrics import BillingRejection, FrontDoorMetrics, SubmissionOutcome
 from scheduler.policy.ids import Tier
 from scheduler.policy.parameters import Parameters
 from scheduler.policy.status import CONCURRENCY_LIMIT
-from scheduler.refusals import Impossible, JobFinished, JobStarted, NotFoundOrNotYours, QueueFull
-from scheduler.store import jobs
+from scheduler.refusals import (
+    FastOnly,
+    Impossible,
+    JobFinished,
+    JobNotFinished,
+    JobStarted,
+    NotFoundOrNotYours,
+    QueueFull,
+    SourceNotReady,
+)
+from scheduler.store import deletions, jobs
 from scheduler.store.accounts import Visibility
 from scheduler.store.jobs import JobKind, JobReceipt, JobState, LivePlace, NewJob, StoredJob
 from scheduler.store.pool import Connection, Pool
@@ -56,6 +66,8 @@ class Submission:
     predicted_ms: int
     source_job_id: str | None
     source_image: int | None
+    uploads: int = 0
+    """Pictures that came with the prompt, beside those that it names."""
     warnings: tuple[str, ...]
 
 
@@ -98,8 +110,9 @@ async def submit(
 ) -> Accepted:
     """Accept a job, or return the one that this request id made before.
 
-    Locks the request id, then the account. Raises Impossible, QueueFull, FastTimeExhausted, SpendCapReached,
-    PlanLacksPrivate, RequestIdReused, NotFoundOrNotYours (the first answer's job is gone) or Overloaded.
+    Locks the request id, then the account. Raises Impossible, QueueFull, FastOnly, FastTimeExhausted,
+    SpendCapReached, PlanLacksPrivate, SourceNotReady (what it starts from was deleted meanwhile),
+    RequestIdReused, NotFoundOrNotYours (its source, or the first answer's job, is gone) or Overloaded.
     """
     async with pool.transaction() as connection:
         outcome = await idempotency.claim(
@@ -195,7 +208,7 @@ async def move(
     Its price becomes that of a job submitted there now. It keeps its age, but not its place: the other tier
     has an order of its own. Nor does it go on from a checkpoint: relax never debits fast time. Locks the
     request id, then the account, then the job. Raises NotFoundOrNotYours, JobStarted, JobFinished,
-    FastTimeExhausted, SpendCapReached, PlanLacksPrivate, RequestIdReused or Overloaded.
+    FastOnly, FastTimeExhausted, SpendCapReached, PlanLacksPrivate, RequestIdReused or Overloaded.
     """
     async with pool.transaction() as connection:
         outcome = await idempotency.claim(connection, account_id, "UpdateJob", request_id, digest)
@@ -208,6 +221,21 @@ async def move(
         raise NotFoundOrNotYours
     link.jobs_changed([job_id])
     return Accepted(job=job, queue_status=status)
+
+
+async def delete(
+    pool: Pool, *, account_id: str, job_id: str, request_id: str, digest: bytes, at: datetime
+) -> None:
+    """Delete a finished job's row but for what the ledger refers to; one that is deleted stays as it is.
+
+    Its files are there still. Locks the request id, then the account, then the job. Raises
+    NotFoundOrNotYours, JobNotFinished, RequestIdReused or Overloaded.
+    """
+    async with pool.transaction() as connection:
+        outcome = await idempotency.claim(connection, account_id, "DeleteJob", request_id, digest)
+        if outcome is None:
+            await _delete(connection, account_id, job_id, at)
+            await idempotency.store(connection, account_id, "DeleteJob", request_id, {"job_id": job_id})
 
 
 def expected_status(tier: Tier, place: LivePlace, terms: Terms) -> QueueStatus:
@@ -229,6 +257,12 @@ def refuse_too_long(predicted_ms: int, parameters: Parameters) -> None:
             sentence=f"This job would take about {predicted_ms // 1000} s of GPU time; at most "
             f"{parameters.max_predicted_ms // 1000} s are allowed. Make the pictures smaller.",
         )
+
+
+def refuse_relax_max_upscale(spec: RenderSpec, tier: Tier) -> None:
+    """Raise FastOnly for a max upscale in relax."""
+    if spec.kind is RenderKind.UPSCALE_MAX and tier is Tier.RELAX:
+        raise FastOnly
 
 
 def refuse_unless_waiting(job: StoredJob) -> None:
@@ -260,6 +294,8 @@ async def _accept(
     if live.accepted >= terms.limits.accepted:
         raise QueueFull(account_id=account_id, depth=live.accepted, limit=terms.limits.accepted)
     tier = submission.tier or settings.mode
+    refuse_relax_max_upscale(submission.spec, tier)
+    await _refuse_deleted_sources(connection, submission)
     visibility = submission.visibility or settings.visibility
     with _rejections_counted(metrics, terms):
         pricing = await ledger.price(
@@ -286,12 +322,27 @@ async def _accept(
             predicted_ms=submission.predicted_ms,
             source_job_id=submission.source_job_id,
             source_image=submission.source_image,
+            uploads=submission.uploads,
             warnings=submission.warnings,
         ),
         "Accepted.",
     )
     status = expected_status(tier, LivePlace(ahead=live.accepted, relax_ahead=live.relax), terms)
     return Accepted(job=job, queue_status=status)
+
+
+async def _refuse_deleted_sources(connection: Connection, submission: Submission) -> None:
+    """Raise NotFoundOrNotYours if the source was deleted, SourceNotReady if it was what that started from.
+
+    The caller has locked the account, as whoever deletes a job does; sources are the account's own.
+    """
+    origin = None if submission.spec.source is None else submission.spec.source.job_id
+    named = {job_id for job_id in (submission.source_job_id, origin) if job_id is not None}
+    deleted = await deletions.deleted_among(connection, named) if named else set()
+    if submission.source_job_id in deleted:
+        raise NotFoundOrNotYours
+    if origin is not None and origin in deleted:
+        raise SourceNotReady(job_id=origin, state="deleted")
 
 
 @contextmanager
@@ -348,6 +399,7 @@ async def _move(
     refuse_unless_waiting(job)
     if job.tier is tier:
         return None
+    refuse_relax_max_upscale(job.spec, tier)
     found = await jobs.settings_and_live_jobs(connection, account_id)
     assert found is not None, "a job's account has its settings"
     _, live = found
@@ -363,6 +415,19 @@ async def _move(
         )
     await jobs.move_waiting(connection, job_id, tier, pricing, f"Moved to {tier} by its owner.")
     return expected_status(tier, (await jobs.live_places(connection, [job_id]))[job_id], terms)
+
+
+async def _delete(connection: Connection, account_id: str, job_id: str, at: datetime) -> None:
+    # Before the job's row: everybody locks accounts before jobs. And under this lock no job is accepted that
+    # starts from one which is being deleted.
+    await ledger_accounts.lock_terms(connection, account_id, at)
+    job = await deletions.lock_for_deletion(connection, job_id)
+    if job is None or job.account_id != account_id:
+        raise NotFoundOrNotYours
+    if not job.state.ended:
+        raise JobNotFinished(job_id=job_id, state=job.state.value)
+    if not job.deleted:
+        await deletions.delete_job(connection, job_id)
 
 
 def _receipt_of_nothing(available_ms: int, currency: str, at: datetime, job: StoredJob) -> JobReceipt:

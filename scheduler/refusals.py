@@ -91,25 +91,24 @@ class NotFoundOrNotYours(Refusal):
 
 
 class SourceNotReady(Refusal):
-    """The job asked for has not succeeded, or has no such picture."""
+    """The job asked for has not succeeded, was deleted, or has no such picture or video."""
 
     reason = "SOURCE_NOT_READY"
 
-    def __init__(self, *, job_id: str, state: str, image: int | None = None) -> None:
+    def __init__(self, *, job_id: str, state: str, what: str = "pictures") -> None:
         self.job_id = job_id
         self.state = state
-        self.image = image
-        sentence = (
-            f"Job {job_id} has no picture {image}."
-            if image is not None and state == "succeeded"
-            else f"Job {job_id} is {state}: only a job that has succeeded has pictures. "
-            + (
-                "Wait until it has finished."
-                if state in ("queued", "running")
-                else "Reroll it, or choose another."
-            )
-        )
-        super().__init__(sentence)
+        self.what = what
+        super().__init__(self._sentence())
+
+    def _sentence(self) -> str:
+        if self.state == "succeeded":
+            return f"Job {self.job_id} has no {self.what}."
+        if self.state == "deleted":
+            return f"Job {self.job_id}, whose picture this one would start from, was deleted; start anew."
+        waiting = self.state in ("queued", "running")
+        what_to_do = "Wait until it has finished." if waiting else "Reroll it, or choose another."
+        return f"Job {self.job_id} is {self.state}: only a job that has succeeded has pictures. {what_to_do}"
 
     def metadata(self) -> dict[str, str]:
         """The job and its state."""
@@ -130,6 +129,36 @@ class Impossible(Refusal):
         return {"missing": self.missing}
 
 
+class FastOnly(Refusal):
+    """What is asked for is offered in fast mode alone."""
+
+    reason = "FAST_ONLY"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "Max upscale is offered only in fast mode: ask for it as fast, or for a detailed upscale."
+        )
+
+    def metadata(self) -> dict[str, str]:
+        """What was asked for."""
+        return {"what": "max_upscale"}
+
+
+class PictureUnreadable(Refusal):
+    """Pictures given with a prompt cannot be had, or are no pictures; all of them are named at once."""
+
+    reason = "PICTURE_UNREADABLE"
+
+    def __init__(self, violations: Sequence[FieldViolation]) -> None:
+        assert violations, "a refusal without a violation tells nobody anything"
+        self.violations = tuple(violations)
+        super().__init__(" ".join(violation.sentence for violation in self.violations))
+
+    def metadata(self) -> dict[str, str]:
+        """How many; which they are is in the details."""
+        return {"violations": str(len(self.violations))}
+
+
 class JobFinished(Refusal):
     """The job has ended, so there is nothing left to cancel or to change."""
 
@@ -142,6 +171,23 @@ class JobFinished(Refusal):
 
     def metadata(self) -> dict[str, str]:
         """The job and how it ended."""
+        return {"job": self.job_id, "state": self.state}
+
+
+class JobNotFinished(Refusal):
+    """The job waits or runs, so it cannot be deleted."""
+
+    reason = "JOB_NOT_FINISHED"
+
+    def __init__(self, *, job_id: str, state: str) -> None:
+        self.job_id = job_id
+        self.state = state
+        super().__init__(
+            f"Job {job_id} is {state}: only a job that has ended can be deleted. Cancel it first, or wait."
+        )
+
+    def metadata(self) -> dict[str, str]:
+        """The job and its state."""
         return {"job": self.job_id, "state": self.state}
 
 

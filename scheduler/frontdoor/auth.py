@@ -26,6 +26,7 @@ ROLE_NEEDED: Mapping[str, Role] = {
     "/scheduler.v1.JobService/GetJob": Role.USER,
     "/scheduler.v1.JobService/ListJobs": Role.USER,
     "/scheduler.v1.JobService/CancelJob": Role.USER,
+    "/scheduler.v1.JobService/DeleteJob": Role.USER,
     "/scheduler.v1.JobService/WatchJob": Role.USER,
     "/scheduler.v1.JobService/DownloadImages": Role.USER,
     "/scheduler.v1.JobService/ListFeed": Role.USER,

@@ -88,6 +88,13 @@ def _lacks_private(refusal: money.PlanLacksPrivate) -> Iterable[Message]:
     return (error_details_pb2.PreconditionFailure(violations=[violation]),)
 
 
+def _fast_only(refusal: refusals.FastOnly) -> Iterable[Message]:
+    violation = error_details_pb2.PreconditionFailure.Violation(
+        type="TIER", subject="tiers/fast", description=str(refusal)
+    )
+    return (error_details_pb2.PreconditionFailure(violations=[violation]),)
+
+
 _TABLE: Mapping[type[Refusal], _Row] = {
     refusals.QueueFull: _Row(code=grpc.StatusCode.RESOURCE_EXHAUSTED, details=_queue_full),
     money.FastTimeExhausted: _Row(code=grpc.StatusCode.RESOURCE_EXHAUSTED),
@@ -96,11 +103,16 @@ _TABLE: Mapping[type[Refusal], _Row] = {
     money.PlanLacksPrivate: _Row(code=grpc.StatusCode.FAILED_PRECONDITION, details=_lacks_private),
     refusals.SourceNotReady: _Row(code=grpc.StatusCode.FAILED_PRECONDITION),
     refusals.Impossible: _Row(code=grpc.StatusCode.FAILED_PRECONDITION),
+    refusals.FastOnly: _Row(code=grpc.StatusCode.FAILED_PRECONDITION, details=_fast_only),
+    refusals.JobNotFinished: _Row(code=grpc.StatusCode.FAILED_PRECONDITION),
     refusals.JobStarted: _Row(code=grpc.StatusCode.FAILED_PRECONDITION),
     refusals.JobFinished: _Row(code=grpc.StatusCode.FAILED_PRECONDITION),
     refusals.SecretShownOnce: _Row(code=grpc.StatusCode.FAILED_PRECONDITION),
     money.AdjustmentTooLarge: _Row(code=grpc.StatusCode.FAILED_PRECONDITION),
     refusals.InvalidRequest: _Row(
+        code=grpc.StatusCode.INVALID_ARGUMENT, details=lambda r: (_bad_request(r.violations),)
+    ),
+    refusals.PictureUnreadable: _Row(
         code=grpc.StatusCode.INVALID_ARGUMENT, details=lambda r: (_bad_request(r.violations),)
     ),
     refusals.ModerationRejected: _Row(

@@ -31,6 +31,7 @@ _IS_UUID = re.compile(_UUID, re.ASCII)
 _IS_ACCOUNT_ID = re.compile(_ACCOUNT_ID, re.ASCII)
 _IS_ACCOUNT = re.compile(f"accounts/({_ACCOUNT_ID}|-)", re.ASCII)
 _IS_JOB = re.compile(f"accounts/({_ACCOUNT_ID}|-)/jobs/({_UUID})", re.ASCII)
+_IS_VIDEO = re.compile(f"accounts/({_ACCOUNT_ID}|-)/jobs/({_UUID})/videos/(mp4|webp)", re.ASCII)
 _IS_IMAGE = re.compile(f"accounts/({_ACCOUNT_ID}|-)/jobs/({_UUID})/images/([1-4])", re.ASCII)
 # Slots are named as their machines are: `node-a/gpu-0`.
 _IS_WORKER = re.compile(r"workers/([A-Za-z0-9._-]{1,120}(?:/[A-Za-z0-9._-]{1,120}){0,3})", re.ASCII)
@@ -43,16 +44,25 @@ _LONGEST_REASON = 1_000
 
 @dataclass(frozen=True, kw_only=True)
 class JobName:
-    """A job, and one of its pictures where one is named."""
+    """A job, and one of its pictures or videos where one is named."""
 
     account_id: str
     """`-` for whoever owns it."""
     job_id: str
     image: int | None = None
+    video: str | None = None
+    """`mp4` or `webp`."""
 
     def is_of(self, account_id: str) -> bool:
         """Return whether the name says nothing against the job being of this account."""
         return self.account_id in (OWN, account_id)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccountName:
+    """An account."""
+
+    account_id: str
 
 
 class Violations:
@@ -140,11 +150,26 @@ class Violations:
             return None
         return JobName(account_id=match[1], job_id=match[2].lower(), image=int(match[3]))
 
-    def job_or_image(self, field: str, text: str) -> JobName | None:
-        """Return the job or picture a name means."""
+    def files(self, field: str, text: str, *, own: str) -> JobName | AccountName | None:
+        """Return the account, job, picture or video a name means; `own` is the account of `accounts/-`."""
         if "/images/" in text:
             return self.image(field, text)
-        return self.job(field, text)
+        video = _IS_VIDEO.fullmatch(text)
+        if video is not None:
+            return JobName(account_id=video[1], job_id=video[2].lower(), video=video[3])
+        if "/videos/" in text:
+            self.add(field, f"{field} must be `accounts/{{account}}/jobs/{{uuid}}/videos/{{mp4,webp}}`.")
+            return None
+        if "/jobs/" in text:
+            return self.job(field, text)
+        if not _IS_ACCOUNT.fullmatch(text):
+            self.add(
+                field,
+                f"{field} must be `accounts/{{account}}/jobs/{{uuid}}`, an image or a video of a job, or "
+                "`accounts/{account}` for all images of an account.",
+            )
+            return None
+        return AccountName(account_id=self.account(field, text, own=own))
 
     def reason(self, text: str) -> str:
         """Return an admin's reason, which is mandatory."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, TypeAlias
 
 import grpc
@@ -37,7 +37,8 @@ _Context = grpc.aio.ServicerContext[Any, Any]
 _OfWorker: TypeAlias = fleet_pb2.DrainWorkerRequest | fleet_pb2.ResumeWorkerRequest
 _OfTier: TypeAlias = fleet_pb2.PauseTierRequest | fleet_pb2.ResumeTierRequest
 
-_NO_SLOT = Slot(draining=False, drain_reason="", set_aside_until=None)
+_NO_SLOT = Slot(draining=False, drain_reason="", hand_over_at=None, set_aside_until=None)
+_LONGEST_DRAIN_MS = 24 * 3_600_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,8 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
     pool: Pool
     link: SchedulerLink
     deeds: Deeds
+    drain_within_ms: int
+    """How long a worker that drains may take to finish what it has, if the operator says nothing."""
     clock: Callable[[], datetime]
 
     async def ListWorkers(  # noqa: N802
@@ -72,8 +75,17 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
     async def DrainWorker(  # noqa: N802
         self, request: fleet_pb2.DrainWorkerRequest, context: _Context
     ) -> fleet_pb2.Worker:
-        """Let a worker finish what it has and give it nothing new."""
-        return await self._change_worker(AdminAction.DRAIN_WORKER, request, operations.drain_worker)
+        """Give a worker nothing new, and let it finish what it has, or hand it over after a while."""
+        within_ms = request.within_ms if request.HasField("within_ms") else self.drain_within_ms
+
+        async def drain(connection: Connection, worker_id: str, reason: str) -> None:
+            within = timedelta(milliseconds=within_ms)
+            await operations.drain_worker(connection, worker_id, reason, within=within)
+
+        violations = Violations()
+        if not 0 <= within_ms <= _LONGEST_DRAIN_MS:
+            violations.add("within_ms", "within_ms must be 0 or more, and at most a day.")
+        return await self._change_worker(AdminAction.DRAIN_WORKER, request, drain, violations)
 
     async def ResumeWorker(  # noqa: N802
         self, request: fleet_pb2.ResumeWorkerRequest, context: _Context
@@ -83,7 +95,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         async def resume(connection: Connection, worker_id: str, _: str) -> None:
             await operations.resume_worker(connection, worker_id)
 
-        return await self._change_worker(AdminAction.RESUME_WORKER, request, resume)
+        return await self._change_worker(AdminAction.RESUME_WORKER, request, resume, Violations())
 
     async def GetQueues(  # noqa: N802
         self, request: fleet_pb2.GetQueuesRequest, context: _Context
@@ -127,8 +139,8 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         action: AdminAction,
         request: _OfWorker,
         change: Callable[[Connection, str, str], Awaitable[None]],
+        violations: Violations,
     ) -> fleet_pb2.Worker:
-        violations = Violations()
         request_id = violations.request_id(request.request_id)
         worker_id = violations.worker("name", request.name)
         reason = violations.reason(request.reason)
@@ -206,10 +218,11 @@ def _tier_view(queues: QueuesView | None, tier: Tier) -> TierView:
 
 
 def _slot_document(slot: Slot) -> dict[str, Any]:
-    until = slot.set_aside_until
+    until, hand_over_at = slot.set_aside_until, slot.hand_over_at
     return {
         "draining": slot.draining,
         "drain_reason": slot.drain_reason,
+        "hand_over_at": None if hand_over_at is None else hand_over_at.isoformat(),
         "set_aside_until": None if until is None else until.isoformat(),
     }
 

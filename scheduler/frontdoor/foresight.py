@@ -16,11 +16,12 @@ from billing.prices import PricingSnapshot
 from billing.refusals import FastTimeExhausted, PlanLacksPrivate, Refusal, SpendCapReached
 from gpu_worker.contract import RenderSpec
 from scheduler.answers import Outlook, PlanTerms, WhatIf
-from scheduler.intake import Submission
+from scheduler.estimator import shape_of
+from scheduler.intake import Submission, refuse_relax_max_upscale
 from scheduler.link import SchedulerLink
 from scheduler.policy.ids import Tier
 from scheduler.policy.limits import Limits
-from scheduler.refusals import QueueFull
+from scheduler.refusals import FastOnly, QueueFull
 from scheduler.store import jobs
 from scheduler.store.accounts import Visibility
 from scheduler.store.jobs import LiveJobs, StoredJob
@@ -155,6 +156,7 @@ async def _price(
     if prospect.job_id is None and live.accepted >= terms.limits.accepted:
         return QueueFull(account_id=terms.account_id, depth=live.accepted, limit=terms.limits.accepted)
     try:
+        refuse_relax_max_upscale(prospect.spec, tier)
         return await ledger.price(
             connection,
             terms,
@@ -164,7 +166,7 @@ async def _price(
             live.waiting_fast_ms - prospect.counted_ms,
             at,
         )
-    except (FastTimeExhausted, SpendCapReached, PlanLacksPrivate) as refusal:
+    except (FastOnly, FastTimeExhausted, SpendCapReached, PlanLacksPrivate) as refusal:
         return refusal
 
 
@@ -200,10 +202,11 @@ def _what_if(prospect: Prospect, terms: _Terms) -> WhatIf:
         account_id=prospect.account_id,
         tier=terms.tier,
         job_id=prospect.job_id,
+        kind=prospect.spec.kind,
         model=prospect.spec.model,
         width=prospect.spec.width,
         height=prospect.spec.height,
-        steps=prospect.spec.steps,
+        steps=shape_of(prospect.spec).steps,
         predicted_ms=prospect.predicted_ms,
         plan=terms.plan,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -13,16 +13,25 @@ import grpc
 from google.protobuf.message import Message
 
 from billing.refusals import FastTimeExhausted, PlanLacksPrivate, Refusal, SpendCapReached
-from gpu_worker.contract import ImageFile
 from gpu_worker.models import Models
 from scheduler import intake
-from scheduler.frontdoor import foresight, messages, translate
-from scheduler.frontdoor.artifacts import Artifacts
+from scheduler.frontdoor import foresight, messages, remake, translate
 from scheduler.frontdoor.auth import Principal
+from scheduler.frontdoor.deletions import Deletions
+from scheduler.frontdoor.downloads import Downloads
 from scheduler.frontdoor.estimates import Estimates
-from scheduler.frontdoor.fields import JobName, Violations, digest, page_token, read_request_id, whole_number
+from scheduler.frontdoor.fields import (
+    AccountName,
+    JobName,
+    Violations,
+    digest,
+    page_token,
+    read_request_id,
+    whole_number,
+)
 from scheduler.frontdoor.gate import caller
 from scheduler.frontdoor.moderation import Moderation
+from scheduler.frontdoor.pictures import Pictures
 from scheduler.frontdoor.standings import Standings
 from scheduler.frontdoor.watch import Watches
 from scheduler.intake import Submission
@@ -39,17 +48,13 @@ from scheduler.refusals import (
     QueueFull,
     RateLimited,
     RoleRequired,
-    SourceNotReady,
     Unauthenticated,
 )
 from scheduler.store import jobs as store
 from scheduler.store.accounts import Visibility
-from scheduler.store.jobs import FeedPlace, JobKind, JobState, StoredJob
+from scheduler.store.jobs import FeedPlace, JobState, StoredJob
 from scheduler.store.pool import Pool
 from scheduler.v1 import job_pb2, job_pb2_grpc
-
-FEED_KINDS: Sequence[JobKind] = tuple(JobKind)
-"""What the feed shows. It is for upscales; while there are none, it shows every kind."""
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -67,7 +72,9 @@ class JobService(job_pb2_grpc.JobServiceServicer):
     moderation: Moderation
     standings: Standings
     watches: Watches
-    artifacts: Artifacts
+    downloads: Downloads
+    pictures: Pictures
+    deletions: Deletions
     parameters: Parameters
     clock: Callable[[], datetime]
 
@@ -78,9 +85,7 @@ class JobService(job_pb2_grpc.JobServiceServicer):
         if first is not None:
             return await self._message(first)
         submission = await self._submission(request, principal)
-        category = await self.moderation.category(submission.prompt)
-        if category is not None:
-            raise ModerationRejected(category=category.value, field="prompt")
+        await self._moderate(submission)
         self._refuse_impossible(submission)
         if request.validate_only:
             foreseen = await intake.rehearse(
@@ -92,6 +97,9 @@ class JobService(job_pb2_grpc.JobServiceServicer):
                 at=self.clock(),
             )
             return messages.job_not_made(foreseen.job, foreseen.queue_status)
+        if request.HasField("imagine"):
+            # Before the transaction: hosts may take their time, and an account is locked in it.
+            submission = await translate.with_pictures(submission, request.imagine, self.pictures, self.pool)
         accepted = await intake.submit(
             self.pool,
             self.link,
@@ -196,6 +204,29 @@ class JobService(job_pb2_grpc.JobServiceServicer):
         )
         return await self._message(job)
 
+    async def DeleteJob(  # noqa: N802
+        self, request: job_pb2.DeleteJobRequest, context: _Context
+    ) -> job_pb2.DeleteJobResponse:
+        """Delete a finished job of the caller's own, and its files after it."""
+        principal = caller()
+        violations = Violations()
+        request_id = violations.request_id(request.request_id)
+        name = violations.job("name", request.name)
+        violations.refuse()
+        assert name is not None, "whatever made it None is a violation"
+        if not name.is_of(principal.account_id):
+            raise NotFoundOrNotYours
+        await intake.delete(
+            self.pool,
+            account_id=principal.account_id,
+            job_id=name.job_id,
+            request_id=request_id,
+            digest=digest(request),
+            at=self.clock(),
+        )
+        await self.deletions.remove(name.job_id)
+        return job_pb2.DeleteJobResponse()
+
     async def WatchJob(  # noqa: N802
         self, request: job_pb2.WatchJobRequest, context: _Context
     ) -> AsyncIterator[job_pb2.WatchJobResponse]:
@@ -215,16 +246,21 @@ class JobService(job_pb2_grpc.JobServiceServicer):
     async def DownloadImages(  # noqa: N802
         self, request: job_pb2.DownloadImagesRequest, context: _Context
     ) -> AsyncIterator[job_pb2.DownloadImagesResponse]:
-        """Stream pictures: a header before each, then its bytes."""
+        """Stream files: a header before each, then its bytes."""
+        principal = caller()
         violations = Violations()
-        name = violations.job_or_image("name", request.name)
+        name = violations.files("name", request.name, own=principal.account_id)
         violations.refuse()
         assert name is not None, "whatever made it None is a violation"
-        job = await self._seen(name, caller(), in_feed_too=True)
-        for image in _pictures(job, name.image):
-            header = job_pb2.FileHeader(image=messages.image(job, image))
+        if isinstance(name, AccountName):
+            if name.account_id != principal.account_id and not principal.sees_all:
+                raise NotFoundOrNotYours
+            files = iter([await self.downloads.of_account(name.account_id)])
+        else:
+            files = self.downloads.of_job(await self._seen(name, principal, in_feed_too=True), name)
+        for header, content in files:
             yield job_pb2.DownloadImagesResponse(header=header)
-            async with aclosing(self.artifacts.chunks(image)) as chunks:
+            async with aclosing(content) as chunks:
                 async for chunk in chunks:
                     yield job_pb2.DownloadImagesResponse(chunk=chunk)
                     self.metrics.artifact_sent_bytes.inc(len(chunk))
@@ -238,12 +274,7 @@ class JobService(job_pb2_grpc.JobServiceServicer):
         after = violations.page_token(request.page_token, ("feed",), _feed_place)
         violations.refuse()
         async with self.pool.reading() as connection:
-            listed = await store.feed(
-                connection,
-                kinds=FEED_KINDS,
-                after=after,
-                limit=limit + 1,
-            )
+            listed = await store.feed(connection, after=after, limit=limit + 1)
         page = listed[:limit]
         return job_pb2.ListFeedResponse(
             jobs=[messages.job_in_feed(job) for job in page],
@@ -313,20 +344,35 @@ class JobService(job_pb2_grpc.JobServiceServicer):
             case "imagine":
                 return translate.imagine(request, self.models, self.estimates.estimator)
             case "variation":
-                name = translate.variation_source(request)
+                name = remake.variation_source(request)
                 source = await self._own(name, principal)
                 assert name.image is not None, "a picture's name has its number"
-                return translate.variation(request, source, name.image, self.models, self.estimates.estimator)
+                return remake.variation(request, source, name.image, self.models, self.estimates.estimator)
+            case "upscale":
+                name = remake.upscale_source(request)
+                source = await self._own(name, principal)
+                assert name.image is not None, "a picture's name has its number"
+                return remake.upscale(request, source, name.image, self.models, self.estimates.estimator)
             case "reroll":
-                source = await self._own(translate.reroll_source(request), principal)
-                return translate.reroll(request, source, self.models, self.estimates.estimator)
+                source = await self._own(remake.reroll_source(request), principal)
+                return remake.reroll(request, source, self.models, self.estimates.estimator)
             case _:
                 return translate.nothing(request)
+
+    async def _moderate(self, submission: Submission) -> None:
+        """Raise ModerationRejected for what is not drawn here.
+
+        The prompt as it was typed, and its text alone: weights between words hide none of them.
+        """
+        for text in (submission.prompt, submission.spec.prompt):
+            category = await self.moderation.category(text)
+            if category is not None:
+                raise ModerationRejected(category=category.value, field="prompt")
 
     def _refuse_impossible(self, submission: Submission) -> None:
         """Raise Impossible for what does not fit the largest GPU there is."""
         spec = submission.spec
-        needed = self.models.get(spec.model).memory_needed(spec.width, spec.height)
+        needed = self.models.memory_needed(spec.kind, spec.model, spec.width, spec.height)
         most = self.link.most_memory_bytes()
         if most is not None and needed > most:
             raise Impossible(
@@ -364,7 +410,9 @@ class JobService(job_pb2_grpc.JobServiceServicer):
 
 
 def _in_feed(job: StoredJob) -> bool:
-    return job.state is JobState.SUCCEEDED and job.visibility is Visibility.PUBLIC and job.kind in FEED_KINDS
+    return (
+        job.state is JobState.SUCCEEDED and job.visibility is Visibility.PUBLIC and job.spec.kind.is_upscale
+    )
 
 
 def submission_refused(metrics: FrontDoorMetrics) -> Callable[[Message, Refusal], None]:
@@ -393,14 +441,6 @@ _REASONS: dict[type[Refusal], SubmissionReason] = {
     AccountBlocked: SubmissionReason.AUTH,
     Overloaded: SubmissionReason.DRAINING,
 }
-
-
-def _pictures(job: StoredJob, index: int | None) -> Sequence[ImageFile]:
-    """Return one picture of a job, or all; raises SourceNotReady if there is none such."""
-    chosen = [image for image in job.images if index in (None, image.index)]
-    if job.state is not JobState.SUCCEEDED or not chosen:
-        raise SourceNotReady(job_id=job.job_id, state=job.state.value, image=index)
-    return chosen
 
 
 def _feed_token(job: StoredJob) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from billing.plans import PlanLimits, PlanVersion
 from billing.prices import ChargeMode, PricingSnapshot
 from billing.refusals import Refusal
 from billing.v1 import admin_pb2, billing_pb2
-from gpu_worker.contract import ImageFile, Progress
+from gpu_worker.contract import ImageFile, Progress, RenderKind, VideoFile
 from scheduler.answers import Explained, QueuesView, TierView, WorkerRun, WorkerView
 from scheduler.frontdoor.foresight import Option
 from scheduler.policy.explain import Before, Bound, Place
@@ -42,7 +42,14 @@ _KIND: Mapping[JobKind, job_pb2.JobKind.ValueType] = {
     JobKind.IMAGINE: job_pb2.JOB_KIND_IMAGINE,
     JobKind.VARIATION: job_pb2.JOB_KIND_VARIATION,
     JobKind.REROLL: job_pb2.JOB_KIND_REROLL,
+    JobKind.UPSCALE: job_pb2.JOB_KIND_UPSCALE,
 }
+_ALGORITHM: Mapping[RenderKind, job_pb2.UpscaleAlgorithm.ValueType] = {
+    RenderKind.UPSCALE_LIGHT: job_pb2.UPSCALE_ALGORITHM_LIGHT,
+    RenderKind.UPSCALE_DETAILED: job_pb2.UPSCALE_ALGORITHM_DETAILED,
+    RenderKind.UPSCALE_MAX: job_pb2.UPSCALE_ALGORITHM_MAX,
+}
+ALGORITHM_OF: Mapping[int, RenderKind] = {number: kind for kind, number in _ALGORITHM.items()}
 _STATE: Mapping[JobState, job_pb2.JobState.ValueType] = {
     JobState.QUEUED: job_pb2.JOB_STATE_QUEUED,
     JobState.RUNNING: job_pb2.JOB_STATE_RUNNING,
@@ -150,6 +157,8 @@ def _job_without_money(stored: StoredJob) -> job_pb2.Job:
         end_time=timestamp(stored.ended_at),
         images=[image(stored, picture) for picture in stored.images],
         warnings=stored.warnings,
+        upscale_algorithm=_ALGORITHM.get(stored.spec.kind, job_pb2.UPSCALE_ALGORITHM_UNSPECIFIED),
+        videos=[video(stored, film) for film in stored.videos],
     )
 
 
@@ -164,6 +173,32 @@ def image(stored: StoredJob, picture: ImageFile) -> job_pb2.Image:
         width=picture.width,
         height=picture.height,
         seed=picture.seed,
+    )
+
+
+def video(stored: StoredJob, film: VideoFile) -> job_pb2.Video:
+    """Return one video of a job."""
+    return job_pb2.Video(
+        name=f"{job_name(stored.account_id, stored.job_id)}/videos/{video_id(film)}",
+        file_name=film.file_name,
+        content_type=film.content_type,
+        size_bytes=film.size_bytes,
+        sha256=film.sha256,
+        width=film.width,
+        height=film.height,
+        frames=film.frames,
+    )
+
+
+def video_id(film: VideoFile) -> str:
+    """Return what a video is called among those of its job."""
+    return film.content_type.rpartition("/")[2]
+
+
+def archive(account_id: str, images: int) -> job_pb2.Archive:
+    """Return an account's archive of so many images."""
+    return job_pb2.Archive(
+        file_name=f"darkroom_{account_id}.zip", content_type="application/zip", images=images
     )
 
 
@@ -206,6 +241,7 @@ def receipt(paid: JobReceipt) -> job_pb2.Receipt:
         encode_ms=paid.encode_ms,
         denoise_ms=paid.denoise_ms,
         decode_ms=paid.decode_ms,
+        upscale_ms=paid.upscale_ms,
         reproduction_json=json.dumps(paid.reproduction, sort_keys=True),
     )
 
@@ -325,6 +361,7 @@ def worker(worker_id: str, view: WorkerView | None, slot: Slot, at: datetime) ->
         draining=slot.draining,
         drain_reason=slot.drain_reason,
         set_aside_until_time=timestamp(aside_until),
+        hand_over_time=timestamp(slot.hand_over_at),
     )
     if slot.draining:
         message.sentence = f"Drained by an operator: {slot.drain_reason}"

@@ -26,12 +26,15 @@ from scheduler.frontdoor.artifacts import Artifacts
 from scheduler.frontdoor.auth import SERVICES, Doorman, every_method_has_a_role
 from scheduler.frontdoor.billing import BillingService
 from scheduler.frontdoor.deeds import Deeds, deed_refused
+from scheduler.frontdoor.deletions import Deletions
+from scheduler.frontdoor.downloads import Downloads
 from scheduler.frontdoor.estimates import Estimates
 from scheduler.frontdoor.fleet import ACTION_OF as ACTION_OF_OPERATOR
 from scheduler.frontdoor.fleet import FleetService
 from scheduler.frontdoor.gate import Gate, OnRefusal
 from scheduler.frontdoor.jobs import JobService, submission_refused
 from scheduler.frontdoor.moderation import Moderation
+from scheduler.frontdoor.pictures import Pictures
 from scheduler.frontdoor.standings import Standings
 from scheduler.frontdoor.watch import Watches
 from scheduler.link import SchedulerLink
@@ -105,6 +108,8 @@ async def serve(
     standings = Standings(pool, link, clock)
     watches = Watches(pool, link, standings)
     estimates = Estimates(pool, models)
+    artifacts = Artifacts(settings.artifacts)
+    deletions = Deletions(pool, artifacts)
     server = grpc.aio.server(
         interceptors=[Gate(doorman, metrics, on_refusal)], options=_options(settings.frontdoor)
     )
@@ -118,7 +123,9 @@ async def serve(
             moderation=Moderation(pool, monotonic_s),
             standings=standings,
             watches=watches,
-            artifacts=Artifacts(settings.artifacts),
+            downloads=Downloads(pool, artifacts),
+            pictures=Pictures(artifacts, settings.pictures),
+            deletions=deletions,
             parameters=Parameters(),
             clock=clock,
         ),
@@ -132,7 +139,14 @@ async def serve(
         AdminService(pool=pool, link=link, deeds=deeds, clock=clock), server
     )
     fleet_pb2_grpc.add_FleetServiceServicer_to_server(
-        FleetService(pool=pool, link=link, deeds=deeds, clock=clock), server
+        FleetService(
+            pool=pool,
+            link=link,
+            deeds=deeds,
+            drain_within_ms=settings.scheduling.drain_within_ms,
+            clock=clock,
+        ),
+        server,
     )
     healths = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(healths, server)
@@ -145,7 +159,7 @@ async def serve(
     port = _listen(server, settings.frontdoor)
     await _tell_health(pool, healths)
     await server.start()
-    background = asyncio.create_task(_background(standings, estimates, pool, healths))
+    background = asyncio.create_task(_background(standings, estimates, deletions, pool, healths))
     try:
         yield FrontDoor(host=settings.frontdoor.host, port=port, background=background)
     finally:
@@ -158,11 +172,16 @@ async def serve(
 
 
 async def _background(
-    standings: Standings, estimates: Estimates, pool: Pool, healths: health.aio.HealthServicer
+    standings: Standings,
+    estimates: Estimates,
+    deletions: Deletions,
+    pool: Pool,
+    healths: health.aio.HealthServicer,
 ) -> None:
     async with asyncio.TaskGroup() as group:
         group.create_task(standings.run())
         group.create_task(estimates.run())
+        group.create_task(deletions.run())
         group.create_task(_keep_telling_health(pool, healths))
 
 

@@ -1,6 +1,7 @@
-"""From a CreateJob request to a `Submission`: the prompt language, sizes, modes, sources.
+"""From a CreateJob request to a `Submission`: the prompt language, sizes, modes.
 
-Everything wrong with a request is found before any of it is refused. Only what is right is then moderated.
+Everything wrong with a request is found before any of it is refused. Only what is right is then moderated,
+and only of what may be drawn are the pictures fetched. Jobs that start from another one are in `remake`.
 """
 
 from __future__ import annotations
@@ -11,16 +12,18 @@ from dataclasses import dataclass, replace
 from typing import NoReturn
 
 from gpu_worker import prompt as prompt_language
-from gpu_worker.contract import RenderKind, RenderSpec, SourceImage
+from gpu_worker.contract import PicturePart, RenderKind, RenderSpec
 from gpu_worker.models import ModelEntry, Models, UnknownModel
 from gpu_worker.prompt import MAX_SEED, ParsedPrompt, PromptRefused
 from scheduler.estimator import Estimator, shape_of
-from scheduler.frontdoor.fields import JobName, Violations, digest
+from scheduler.frontdoor.fields import Violations, digest
+from scheduler.frontdoor.pictures import PICTURES_MAX, Pictures
 from scheduler.intake import Submission
 from scheduler.policy.ids import Tier
-from scheduler.refusals import Impossible, SourceNotReady
+from scheduler.store import stray_pictures
 from scheduler.store.accounts import Visibility
-from scheduler.store.jobs import JobKind, JobState, StoredJob
+from scheduler.store.jobs import JobKind
+from scheduler.store.pool import Pool
 from scheduler.v1 import job_pb2
 
 TIERS: Mapping[int, Tier | None] = {
@@ -34,9 +37,11 @@ VISIBILITIES: Mapping[int, Visibility | None] = {
     job_pb2.VISIBILITY_PRIVATE: Visibility.PRIVATE,
 }
 
+_NOT_STORED_YET = ""
+
 
 @dataclass(frozen=True, kw_only=True)
-class _Frame:
+class Frame:
     """What every kind of job has in common."""
 
     request_id: str
@@ -46,20 +51,29 @@ class _Frame:
 
 
 def imagine(request: job_pb2.CreateJobRequest, models: Models, estimator: Estimator) -> Submission:
-    """Return what an imagine request asks for. Raises InvalidRequest with everything that is wrong."""
+    """Return what an imagine request asks for; its pictures have no paths until `with_pictures`.
+
+    Raises InvalidRequest with everything that is wrong.
+    """
     violations = Violations()
-    frame = _frame(request, violations)
+    asked = frame(request, violations)
     entry = _entry(request.imagine.model, models, violations)
-    parsed = _parsed(request.imagine.prompt, violations)
+    parsed = _parsed(request.imagine, violations)
     if parsed is not None:
-        _refuse_contradictions(frame, parsed, violations)
+        _refuse_contradictions(asked, parsed, violations)
     if parsed is not None and entry is not None:
-        width, height = parsed.width or entry.default_width, parsed.height or entry.default_height
-        for parameter, sentence in entry.size_violations(width, height):
+        for parameter, sentence in _size_violations(parsed, entry):
             violations.add(parameter, sentence)
+    if parsed is not None and entry is not None and parsed.picture_shares_ppm:
+        field = "imagine.pictures" if request.imagine.pictures else "prompt"
+        if not entry.takes_pictures:
+            violations.add(field, _no_pictures(entry, models))
+        elif len(parsed.picture_shares_ppm) > PICTURES_MAX:
+            violations.add(field, f"At most {PICTURES_MAX} image prompts, uploaded ones and URLs together.")
     violations.refuse()
     assert parsed is not None, "whatever made it None is a violation"
     assert entry is not None, "whatever made it None is a violation"
+    width, height = _size(parsed, entry)
     spec = RenderSpec(
         kind=RenderKind.IMAGINE,
         model=entry.name,
@@ -68,139 +82,88 @@ def imagine(request: job_pb2.CreateJobRequest, models: Models, estimator: Estima
         height=height,
         steps=entry.steps,
         guidance_milli=entry.guidance_milli,
-        seed=_seed() if parsed.seed is None else parsed.seed,
+        seed=drawn_seed() if parsed.seed is None else parsed.seed,
+        parts=parsed.parts,
+        pictures=tuple(
+            PicturePart(path=_NOT_STORED_YET, share_ppm=share_ppm) for share_ppm in parsed.picture_shares_ppm
+        ),
+        stop_percent=parsed.stop_percent,
+        video=parsed.video,
     )
     return Submission(
-        request_id=frame.request_id,
-        digest=frame.digest,
+        request_id=asked.request_id,
+        digest=asked.digest,
         kind=JobKind.IMAGINE,
         prompt=request.imagine.prompt,
         spec=spec,
         seed_fixed=parsed.seed is not None,
-        tier=frame.tier or _tier(parsed.tier),
-        visibility=frame.visibility or _visibility(parsed.visibility),
+        tier=asked.tier or tier_of(parsed.tier),
+        visibility=asked.visibility or visibility_of(parsed.visibility),
         predicted_ms=estimator.predict(shape_of(spec)).cost_ms,
         source_job_id=None,
         source_image=None,
+        uploads=len(request.imagine.pictures),
         warnings=parsed.warnings,
     )
 
 
-def variation_source(request: job_pb2.CreateJobRequest) -> JobName:
-    """Return the picture a variation starts from. Raises InvalidRequest."""
-    violations = Violations()
-    _frame(request, violations)
-    name = violations.image("variation.source_image", request.variation.source_image)
-    violations.refuse()
-    assert name is not None, "whatever made it None is a violation"
-    return name
-
-
-def reroll_source(request: job_pb2.CreateJobRequest) -> JobName:
-    """Return the job a reroll repeats. Raises InvalidRequest."""
-    violations = Violations()
-    _frame(request, violations)
-    name = violations.job("reroll.source_job", request.reroll.source_job)
-    violations.refuse()
-    assert name is not None, "whatever made it None is a violation"
-    return name
-
-
-def variation(
-    request: job_pb2.CreateJobRequest, source: StoredJob, image: int, models: Models, estimator: Estimator
+async def with_pictures(
+    submission: Submission, asked: job_pb2.Imagine, pictures: Pictures, pool: Pool
 ) -> Submission:
-    """Return a new grid close to one picture of `source`, a job of the caller's.
+    """Return what `imagine` made of `asked` with its pictures stored: the uploaded, then those behind URLs.
 
-    Raises SourceNotReady or Impossible.
+    They are strays until a job has them. Raises PictureUnreadable or Overloaded.
     """
-    pictures = {picture.index for picture in source.images}
-    if source.state is not JobState.SUCCEEDED or image not in pictures or source.latents_path is None:
-        raise SourceNotReady(job_id=source.job_id, state=source.state.value, image=image)
-    entry = _entry_of_source(source, models)
-    spec = replace(
-        source.spec,
-        kind=RenderKind.VARIATION,
-        seed=_seed(),
-        source=SourceImage(
-            job_id=source.job_id,
-            index=image,
-            latents_path=source.latents_path,
-            strength_permille=entry.variation_strength_permille,
-        ),
+    if not submission.spec.pictures:
+        return submission
+    parsed = prompt_language.parse(asked.prompt, len(asked.pictures))
+    paths = await pictures.stored(asked.pictures, parsed.urls)
+    async with pool.reading() as connection:
+        await stray_pictures.note(connection, paths)
+    stored = tuple(
+        replace(part, path=path) for part, path in zip(submission.spec.pictures, paths, strict=True)
     )
-    # With the seed its source fixed, two variations of one picture would be the same.
-    return _from_source(request, source, JobKind.VARIATION, spec, estimator, image=image, seed_fixed=False)
-
-
-def reroll(
-    request: job_pb2.CreateJobRequest, source: StoredJob, models: Models, estimator: Estimator
-) -> Submission:
-    """Return the same job as `source`, a job of the caller's, with a new seed unless its prompt fixes one.
-
-    Raises Impossible.
-    """
-    spec = source.spec if source.seed_fixed else replace(source.spec, seed=_seed())
-    _entry_of_source(source, models)  # for its refusals
-    return _from_source(
-        request, source, JobKind.REROLL, spec, estimator, image=None, seed_fixed=source.seed_fixed
-    )
+    return replace(submission, spec=replace(submission.spec, pictures=stored))
 
 
 def nothing(request: job_pb2.CreateJobRequest) -> NoReturn:
     """Refuse a request that does not say what to make. Raises InvalidRequest."""
     violations = Violations()
-    _frame(request, violations)
-    violations.add("spec", "Say what to make: one of imagine, variation and reroll.")
+    frame(request, violations)
+    violations.add("spec", "Say what to make: one of imagine, variation, upscale and reroll.")
     violations.refuse()
     raise AssertionError("there is a violation")
 
 
-def _from_source(
-    request: job_pb2.CreateJobRequest,
-    source: StoredJob,
-    kind: JobKind,
-    spec: RenderSpec,
-    estimator: Estimator,
-    *,
-    image: int | None,
-    seed_fixed: bool,
-) -> Submission:
-    frame = _frame(request, Violations())
-    # It was accepted once, so it parses. Its flags give way to the request's: nobody can edit them any more.
-    flags = prompt_language.parse(source.prompt)
-    # What is made of a private picture shows it. Its account's default may be public by now, and `--public`
-    # may stand in the prompt of a source that its request made private.
-    private = source.visibility is Visibility.PRIVATE
-    inherited = Visibility.PRIVATE if private else _visibility(flags.visibility)
-    return Submission(
-        request_id=frame.request_id,
-        digest=frame.digest,
-        kind=kind,
-        prompt=source.prompt,
-        spec=spec,
-        seed_fixed=seed_fixed,
-        tier=frame.tier or _tier(flags.tier),
-        visibility=frame.visibility or inherited,
-        predicted_ms=estimator.predict(shape_of(spec)).cost_ms,
-        source_job_id=source.job_id,
-        source_image=image,
-        warnings=source.warnings,
-    )
-
-
-def _frame(request: job_pb2.CreateJobRequest, violations: Violations) -> _Frame:
+def frame(request: job_pb2.CreateJobRequest, violations: Violations) -> Frame:
+    """Return what the request says beside what to make; what is wrong with it goes into `violations`."""
     for field, value, known in (
         ("tier", request.tier, TIERS),
         ("visibility", request.visibility, VISIBILITIES),
     ):
         if value not in known:
             violations.add(field, f"{field} has a value that this service does not know.")
-    return _Frame(
+    return Frame(
         request_id=violations.request_id(request.request_id),
         digest=digest(request),
         tier=TIERS.get(request.tier),
         visibility=VISIBILITIES.get(request.visibility),
     )
+
+
+def tier_of(flag: str | None) -> Tier | None:
+    """Return the tier that a prompt's flag names."""
+    return None if flag is None else Tier(flag)
+
+
+def visibility_of(flag: str | None) -> Visibility | None:
+    """Return the visibility that a prompt's flag names."""
+    return None if flag is None else Visibility(flag)
+
+
+def drawn_seed() -> int:
+    """Return a seed that nobody chose."""
+    return secrets.randbelow(MAX_SEED + 1)
 
 
 def _entry(name: str, models: Models, violations: Violations) -> ModelEntry | None:
@@ -211,48 +174,39 @@ def _entry(name: str, models: Models, violations: Violations) -> ModelEntry | No
         return None
 
 
-def _entry_of_source(source: StoredJob, models: Models) -> ModelEntry:
-    spec = source.spec
+def _parsed(asked: job_pb2.Imagine, violations: Violations) -> ParsedPrompt | None:
     try:
-        entry = models.get(spec.model)
-    except UnknownModel as unknown:
-        raise Impossible(
-            missing="model",
-            sentence=f"Job {source.job_id} was drawn by {spec.model}, which is not offered any more.",
-        ) from unknown
-    if entry.size_violations(spec.width, spec.height):
-        raise Impossible(
-            missing="size",
-            sentence=f"{entry.name} no longer draws {spec.width} by {spec.height} of job {source.job_id}.",
-        )
-    return entry
-
-
-def _parsed(prompt: str, violations: Violations) -> ParsedPrompt | None:
-    try:
-        return prompt_language.parse(prompt)
+        return prompt_language.parse(asked.prompt, len(asked.pictures))
     except PromptRefused as refused:
         for violation in refused.violations:
             violations.add(violation.field, violation.sentence)
         return None
 
 
-def _refuse_contradictions(frame: _Frame, parsed: ParsedPrompt, violations: Violations) -> None:
-    for field, asked, flag in (
-        ("tier", frame.tier, parsed.tier),
-        ("visibility", frame.visibility, parsed.visibility),
+def _size(parsed: ParsedPrompt, entry: ModelEntry) -> tuple[int, int]:
+    if parsed.aspect is not None:
+        return entry.size_of_aspect(*parsed.aspect)
+    return parsed.width or entry.default_width, parsed.height or entry.default_height
+
+
+def _size_violations(parsed: ParsedPrompt, entry: ModelEntry) -> tuple[tuple[str, str], ...]:
+    if parsed.aspect is not None:
+        return entry.aspect_violations(*parsed.aspect)
+    return entry.size_violations(*_size(parsed, entry))
+
+
+def _no_pictures(entry: ModelEntry, models: Models) -> str:
+    able = models.taking_pictures()
+    instead = f"these models do: {', '.join(able)}" if able else "no model here does"
+    return f"{entry.name} takes no image prompts; {instead}."
+
+
+def _refuse_contradictions(asked: Frame, parsed: ParsedPrompt, violations: Violations) -> None:
+    for field, of_request, flag in (
+        ("tier", asked.tier, parsed.tier),
+        ("visibility", asked.visibility, parsed.visibility),
     ):
-        if asked is not None and flag is not None and asked != flag:
-            violations.add(field, f"The request says {asked} and its prompt --{flag}; leave one of them out.")
-
-
-def _tier(flag: str | None) -> Tier | None:
-    return None if flag is None else Tier(flag)
-
-
-def _visibility(flag: str | None) -> Visibility | None:
-    return None if flag is None else Visibility(flag)
-
-
-def _seed() -> int:
-    return secrets.randbelow(MAX_SEED + 1)
+        if of_request is not None and flag is not None and of_request != flag:
+            violations.add(
+                field, f"The request says {of_request} and its prompt --{flag}; leave one of them out."
+            )

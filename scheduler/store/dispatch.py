@@ -64,6 +64,8 @@ class StartedAttempt:
     spec: Mapping[str, Any]
     checkpoint: Checkpoint | None
     """The newest of its job."""
+    losses: int
+    """How many attempts at its job were lost before."""
     waited_ms: int | None
     """From acceptance to its first start; None for a later one."""
 
@@ -148,7 +150,7 @@ async def _outcome_of_before(
     rows = {
         row["attempt_id"]: row
         for row in await connection.fetch(
-            """SELECT attempt_id::text, job.spec, job.checkpoint, job.event_seq
+            """SELECT attempt_id::text, job.spec, job.checkpoint, job.event_seq, job.losses
                FROM scheduler.attempt JOIN scheduler.job USING (job_id) WHERE attempt_id = ANY($1::uuid[])""",
             [plan.attempt_id for plan in planned] + [one.to_attempt_id for one in migrations],
         )
@@ -161,6 +163,7 @@ async def _outcome_of_before(
             event_seq=rows[plan.attempt_id]["event_seq"],
             spec=json.loads(rows[plan.attempt_id]["spec"]),
             checkpoint=checkpoint_from_json(rows[plan.attempt_id]["checkpoint"]),
+            losses=rows[plan.attempt_id]["losses"],
             waited_ms=None,
         )
         for plan in planned
@@ -199,6 +202,7 @@ async def _write_all(
                 event_seq=sequences[plan.job_id],
                 spec=json.loads(rows[plan.job_id]["spec"]),
                 checkpoint=checkpoint_from_json(rows[plan.job_id]["checkpoint"]),
+                losses=rows[plan.job_id]["losses"],
                 waited_ms=rows[plan.job_id]["waited_ms"],
             )
             for plan in prefix
@@ -234,7 +238,7 @@ async def _job_rows(
     if not planned:
         return {}
     rows = await connection.fetch(
-        """SELECT job_id::text, state, tier, pricing, spec, checkpoint,
+        """SELECT job_id::text, state, tier, pricing, spec, checkpoint, losses,
                   CASE WHEN started_at IS NULL
                        THEN (extract(epoch FROM now() - created_at) * 1000)::bigint END AS waited_ms
            FROM scheduler.job WHERE job_id = ANY($1::uuid[])""",

@@ -26,7 +26,7 @@ import asyncpg
 from billing import accounts as billing_accounts
 from billing import ledger
 from billing.prices import PricingSnapshot
-from gpu_worker.contract import ImageFile, StageTimes
+from gpu_worker.contract import ImageFile, StageTimes, VideoFile
 from scheduler.clock import from_ms
 from scheduler.estimator import Observation, observation
 from scheduler.policy import retry
@@ -35,7 +35,13 @@ from scheduler.policy.parameters import Parameters
 from scheduler.store import estimates
 from scheduler.store.checkpoints import checkpoint_from_json
 from scheduler.store.dispatch import record_events
-from scheduler.store.jobs import JobReceipt, images_to_json, receipt_to_json, spec_from_json
+from scheduler.store.jobs import (
+    JobReceipt,
+    images_to_json,
+    receipt_to_json,
+    spec_from_json,
+    videos_to_json,
+)
 from scheduler.store.leadership import require_leader
 from scheduler.store.shares import correction_of, lock_shares
 
@@ -65,8 +71,8 @@ class AttemptEnd:
     """Measured, and spent on what a checkpoint should have spared: nobody is charged for it."""
     kept: StageTimes = field(default_factory=StageTimes)
     """Of earlier attempts, in the checkpoint that it went on from: charged with it."""
-    executed: bool = True
-    """False: no worker ever took it, so it counts against nobody."""
+    counts: bool = True
+    """False: no worker ever took it, or it was handed over, so a loss counts against nobody."""
     worker_at_fault: bool = False
     """The loss counts against the worker's slot."""
     times: StageTimes = field(default_factory=StageTimes)
@@ -74,6 +80,7 @@ class AttemptEnd:
     """Device type and speed of the worker that measured it, from which costs are learned; empty: of none."""
     speed_permille: int = 1000
     images: tuple[ImageFile, ...] = ()
+    videos: tuple[VideoFile, ...] = ()
     latents_path: str | None = None
     reproduction: Mapping[str, Any] = field(default_factory=dict)
     failure_reason: str | None = None
@@ -232,7 +239,7 @@ _PAID = (Verdict.SUCCEEDED, Verdict.CANCELLED)
 
 def _counts_as_loss(verdict: Verdict, end: AttemptEnd, row: asyncpg.Record) -> bool:
     # A parked run sat still: it is not what its worker died of.
-    return verdict is Verdict.LOST and end.executed and row["parked_at"] is None
+    return verdict is Verdict.LOST and end.counts and row["parked_at"] is None
 
 
 def _judge(end: AttemptEnd, row: asyncpg.Record, parameters: Parameters, at: datetime) -> _Closing:
@@ -382,15 +389,15 @@ async def _move_jobs(
         """UPDATE scheduler.job
            SET state = new.state,
                ended_at = CASE WHEN new.state = 'queued' THEN NULL ELSE $8::timestamptz END,
-               images = new.images, latents_path = new.latents_path, receipt = new.receipt,
-               losses = job.losses + new.losses, failure_reason = new.failure_reason,
-               failure_sentence = new.failure_sentence,
+               images = new.images, videos = new.videos, latents_path = new.latents_path,
+               receipt = new.receipt, losses = job.losses + new.losses,
+               failure_reason = new.failure_reason, failure_sentence = new.failure_sentence,
                -- Not what was read: a newer one may be there by now.
                checkpoint = CASE WHEN new.goes_on THEN job.checkpoint END
            FROM unnest($1::uuid[], $2::text[], $3::jsonb[], $4::text[], $5::jsonb[], $6::smallint[],
-                       $7::text[], $9::text[], $10::boolean[])
+                       $7::text[], $9::text[], $10::boolean[], $11::jsonb[])
                 AS new (job_id, state, images, latents_path, receipt, losses, failure_reason,
-                        failure_sentence, goes_on)
+                        failure_sentence, goes_on, videos)
            WHERE job.job_id = new.job_id""",
         [closing.row["job_id"] for closing in closings],
         [closing.job_state for closing in closings],
@@ -405,7 +412,12 @@ async def _move_jobs(
         at,
         [_if_state(c, "failed", c.end.sentence) for c in closings],
         [closing.goes_on for closing in closings],
+        [_if_state(c, "succeeded", _videos(c.end.videos)) for c in closings],
     )
+
+
+def _videos(videos: Sequence[VideoFile]) -> str | None:
+    return json.dumps(videos_to_json(videos)) if videos else None
 
 
 def _if_state(closing: _Closing, state: str, value: str | None) -> str | None:
@@ -429,6 +441,7 @@ def _receipt(closing: _Closing, charge: ledger.Settled) -> JobReceipt:
         denoise_ms=times.denoise_ms,
         decode_ms=times.decode_ms,
         reproduction=closing.end.reproduction,
+        upscale_ms=times.upscale_ms,
     )
 
 

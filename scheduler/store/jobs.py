@@ -17,7 +17,15 @@ from uuid import UUID
 import asyncpg
 
 from billing.prices import PricingSnapshot
-from gpu_worker.contract import ImageFile, RenderKind, RenderSpec, SourceImage
+from gpu_worker.contract import (
+    ImageFile,
+    PicturePart,
+    RenderKind,
+    RenderSpec,
+    SourceImage,
+    TextPart,
+    VideoFile,
+)
 from scheduler.policy.ids import Tier
 from scheduler.store.accounts import AccountSettings, Visibility
 from scheduler.store.pool import Connection
@@ -29,6 +37,7 @@ class JobKind(StrEnum):
     IMAGINE = "imagine"
     VARIATION = "variation"
     REROLL = "reroll"
+    UPSCALE = "upscale"
 
 
 class JobState(StrEnum):
@@ -70,6 +79,8 @@ class JobReceipt:
     encode_ms: int
     denoise_ms: int
     decode_ms: int
+    upscale_ms: int = 0
+    """Absent in receipts from before there were upscales."""
     reproduction: Mapping[str, Any]
     """Model, scheduler, sizes, device, versions: JSON values only."""
 
@@ -90,6 +101,8 @@ class NewJob:
     predicted_ms: int
     source_job_id: str | None
     source_image: int | None
+    uploads: int = 0
+    """Pictures that came with the prompt, beside those that it names."""
     warnings: tuple[str, ...]
 
 
@@ -111,6 +124,7 @@ class StoredJob:
     predicted_ms: int
     source_job_id: str | None
     source_image: int | None
+    uploads: int
     warnings: tuple[str, ...]
     cancel_wanted: bool
     event_seq: int
@@ -118,6 +132,7 @@ class StoredJob:
     started_at: datetime | None
     ended_at: datetime | None
     images: tuple[ImageFile, ...]
+    videos: tuple[VideoFile, ...]
     latents_path: str | None
     receipt: JobReceipt | None
     failure_reason: str | None
@@ -185,6 +200,8 @@ def spec_from_json(document: Mapping[str, Any]) -> RenderSpec:
             **document,
             "kind": RenderKind(document["kind"]),
             "source": None if source is None else SourceImage(**source),
+            "parts": tuple(TextPart(**part) for part in document.get("parts", ())),
+            "pictures": tuple(PicturePart(**part) for part in document.get("pictures", ())),
         }
     )
 
@@ -199,6 +216,16 @@ def images_from_json(document: Sequence[Mapping[str, Any]]) -> tuple[ImageFile, 
     return tuple(ImageFile(**image) for image in document)
 
 
+def videos_to_json(videos: Sequence[VideoFile]) -> list[dict[str, Any]]:
+    """Return videos as the `videos` column has them."""
+    return [asdict(video) for video in videos]
+
+
+def videos_from_json(document: Sequence[Mapping[str, Any]]) -> tuple[VideoFile, ...]:
+    """Return the videos that `videos_to_json` wrote."""
+    return tuple(VideoFile(**video) for video in document)
+
+
 def receipt_to_json(receipt: JobReceipt) -> dict[str, Any]:
     """Return a receipt as the `receipt` column has it."""
     return asdict(receipt)
@@ -211,9 +238,9 @@ def receipt_from_json(document: Mapping[str, Any]) -> JobReceipt:
 
 _COLUMNS = """
     job.job_id::text, arrival, account_id, kind, tier, visibility, job.state, prompt, seed_fixed, spec,
-    pricing, job.predicted_ms, source_job_id::text, source_image, warnings, cancel_wanted, event_seq,
-    created_at, job.started_at, job.ended_at, images, latents_path, receipt, failure_reason,
-    failure_sentence"""
+    pricing, job.predicted_ms, source_job_id::text, source_image, uploads, warnings, cancel_wanted,
+    event_seq, created_at, job.started_at, job.ended_at, images, videos, latents_path, receipt,
+    failure_reason, failure_sentence"""
 _SELECT = f"""
     SELECT {_COLUMNS}, attempt.attempt_id::text, attempt.worker_id, attempt.parked_at
     FROM scheduler.job
@@ -229,8 +256,9 @@ async def insert_job(connection: Connection, job: NewJob, sentence: str) -> Stor
             job AS (
                 INSERT INTO scheduler.job (
                     job_id, account_id, kind, tier, visibility, prompt, seed_fixed, spec, pricing,
-                    predicted_ms, source_job_id, source_image, warnings, event_seq)
-                SELECT $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, seq FROM event RETURNING *),
+                    predicted_ms, source_job_id, source_image, warnings, uploads, event_seq)
+                SELECT $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $15, seq FROM event
+                RETURNING *),
             written AS (
                 INSERT INTO scheduler.job_event (seq, job_id, state, sentence) OVERRIDING SYSTEM VALUE
                 SELECT event_seq, job_id, state, $14 FROM job)
@@ -249,20 +277,23 @@ async def insert_job(connection: Connection, job: NewJob, sentence: str) -> Stor
         job.source_image,
         list(job.warnings),
         sentence,
+        job.uploads,
     )
     assert row is not None, "an INSERT with RETURNING returns its row"
     return _stored(row)
 
 
 async def read_job(connection: Connection, job_id: str) -> StoredJob | None:
-    """Return a job, None if there is none of that id."""
-    row = await connection.fetchrow(f"{_SELECT} WHERE job.job_id = $1", UUID(job_id))
+    """Return a job, None if there is none of that id or if it was deleted."""
+    row = await connection.fetchrow(f"{_SELECT} WHERE job.job_id = $1 AND deleted_at IS NULL", UUID(job_id))
     return None if row is None else _stored(row)
 
 
 async def lock_job(connection: Connection, job_id: str) -> StoredJob | None:
-    """Return a job and lock its row: it neither starts nor ends until the transaction does."""
-    row = await connection.fetchrow(f"{_SELECT} WHERE job.job_id = $1 FOR UPDATE OF job", UUID(job_id))
+    """Return what `read_job` does and lock the row: it neither starts nor ends until the transaction does."""
+    row = await connection.fetchrow(
+        f"{_SELECT} WHERE job.job_id = $1 AND deleted_at IS NULL FOR UPDATE OF job", UUID(job_id)
+    )
     return None if row is None else _stored(row)
 
 
@@ -276,7 +307,8 @@ async def list_jobs(
 ) -> list[StoredJob]:
     """Return up to `limit` jobs of an account in these states (none: in any), newest first."""
     rows = await connection.fetch(
-        f"""{_SELECT} WHERE account_id = $1 AND (cardinality($2::text[]) = 0 OR job.state = ANY($2))
+        f"""{_SELECT} WHERE account_id = $1 AND deleted_at IS NULL
+                        AND (cardinality($2::text[]) = 0 OR job.state = ANY($2))
                         AND ($3::bigint IS NULL OR arrival < $3) ORDER BY arrival DESC LIMIT $4""",
         account_id,
         [state.value for state in states],
@@ -286,21 +318,42 @@ async def list_jobs(
     return [_stored(row) for row in rows]
 
 
-async def feed(
-    connection: Connection, *, kinds: Sequence[JobKind], after: FeedPlace | None, limit: int
-) -> list[StoredJob]:
-    """Return up to `limit` finished public jobs of all accounts, newest end first, from behind `after`."""
+async def feed(connection: Connection, *, after: FeedPlace | None, limit: int) -> list[StoredJob]:
+    """Return up to `limit` finished public upscales of all accounts, newest first, from behind `after`."""
     rows = await connection.fetch(
-        f"""{_SELECT} WHERE job.state = 'succeeded' AND visibility = 'public' AND kind = ANY($1)
-                        AND ($2::timestamptz IS NULL OR job.ended_at < $2
-                             OR (job.ended_at = $2 AND job.job_id > $3::uuid))
-            ORDER BY job.ended_at DESC, job.job_id LIMIT $4""",
-        [kind.value for kind in kinds],
+        f"""{_SELECT} WHERE job.state = 'succeeded' AND visibility = 'public' AND deleted_at IS NULL
+                        -- In the words of the index.
+                        AND spec ->> 'kind' IN ('upscale_light', 'upscale_detailed', 'upscale_max')
+                        AND ($1::timestamptz IS NULL OR job.ended_at < $1
+                             OR (job.ended_at = $1 AND job.job_id > $2::uuid))
+            ORDER BY job.ended_at DESC, job.job_id LIMIT $3""",
         None if after is None else after.ended_at,
         None if after is None else UUID(after.job_id),
         limit,
     )
     return [_stored(row) for row in rows]
+
+
+async def with_pictures(connection: Connection, account_id: str) -> dict[int, int]:
+    """Return how many pictures each job of an account has that has any, by arrival, oldest first."""
+    rows = await connection.fetch(
+        """SELECT arrival, jsonb_array_length(images) AS pictures FROM scheduler.job
+           WHERE account_id = $1 AND state = 'succeeded' AND deleted_at IS NULL ORDER BY arrival""",
+        account_id,
+    )
+    return {row["arrival"]: row["pictures"] for row in rows}
+
+
+async def pictures(connection: Connection, account_id: str, arrivals: Sequence[int]) -> list[ImageFile]:
+    """Return the pictures of these jobs of an account, oldest job first, without those deleted meanwhile."""
+    rows = await connection.fetch(
+        """SELECT images FROM scheduler.job
+           WHERE account_id = $1 AND arrival = ANY($2::bigint[]) AND state = 'succeeded'
+                 AND deleted_at IS NULL ORDER BY arrival""",
+        account_id,
+        arrivals,
+    )
+    return [image for row in rows for image in images_from_json(json.loads(row["images"]))]
 
 
 async def events_after(connection: Connection, job_id: str, seq: int) -> list[JobEvent]:
@@ -453,6 +506,7 @@ def _stored(row: asyncpg.Record) -> StoredJob:
         predicted_ms=row["predicted_ms"],
         source_job_id=row["source_job_id"],
         source_image=row["source_image"],
+        uploads=row["uploads"],
         warnings=tuple(row["warnings"]),
         cancel_wanted=row["cancel_wanted"],
         event_seq=row["event_seq"],
@@ -460,6 +514,7 @@ def _stored(row: asyncpg.Record) -> StoredJob:
         started_at=row["started_at"],
         ended_at=row["ended_at"],
         images=() if row["images"] is None else images_from_json(json.loads(row["images"])),
+        videos=() if row["videos"] is None else videos_from_json(json.loads(row["videos"])),
         latents_path=row["latents_path"],
         receipt=None if row["receipt"] is None else receipt_from_json(json.loads(row["receipt"])),
         failure_reason=row["failure_reason"],

@@ -14,7 +14,7 @@ from datetime import datetime
 import asyncpg
 
 from billing import accounts as billing_accounts
-from gpu_worker.contract import Checkpoint, RenderSpec
+from gpu_worker.contract import Checkpoint, RenderKind, RenderSpec
 from scheduler.clock import from_ms
 from scheduler.estimator import steps_done
 from scheduler.policy.events import FairShare
@@ -28,8 +28,11 @@ from scheduler.store.leadership import require_leader
 _JOB_COLUMNS = """job_id::text, account_id, tier, state, arrival, predicted_ms, losses, cancel_wanted,
                   created_at, event_seq, spec ->> 'model' AS model, (spec ->> 'width')::int AS width,
                   (spec ->> 'height')::int AS height, (spec ->> 'steps')::int AS steps,
-                  coalesce((spec -> 'source' ->> 'strength_permille')::int, 1000) AS strength_permille,
-                  checkpoint"""
+                  (spec -> 'source' ->> 'strength_permille')::int AS strength_permille,
+                  spec ->> 'kind' AS render_kind,
+                  coalesce((spec ->> 'stop_percent')::int, 100) AS stop_percent,
+                  coalesce(jsonb_array_length(spec -> 'parts') + jsonb_array_length(spec -> 'pictures'), 0)
+                  AS parts, checkpoint"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +49,12 @@ class LiveJob:
     cancel_wanted: bool
     created_at: datetime
     event_seq: int
+    kind: RenderKind
     model: str
     width: int
     height: int
     steps: int
-    """Denoising steps that it does."""
+    """Of the estimator: what its denoising steps take, in plain ones."""
     checkpoint: Checkpoint | None
 
 
@@ -140,10 +144,17 @@ def _job(row: asyncpg.Record) -> LiveJob:
         cancel_wanted=row["cancel_wanted"],
         created_at=row["created_at"],
         event_seq=row["event_seq"],
+        kind=RenderKind(row["render_kind"]),
         model=row["model"],
         width=row["width"],
         height=row["height"],
-        steps=steps_done(row["steps"], row["strength_permille"]),
+        steps=steps_done(
+            row["steps"],
+            kind=RenderKind(row["render_kind"]),
+            strength_permille=row["strength_permille"],
+            stop_percent=row["stop_percent"],
+            parts=row["parts"],
+        ),
         checkpoint=checkpoint_from_json(row["checkpoint"]),
     )
 

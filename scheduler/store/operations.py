@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from scheduler.policy.ids import Tier
 from scheduler.store.pool import Connection
@@ -18,8 +18,8 @@ from scheduler.store.pool import Connection
 class Wishes:
     """What holds now."""
 
-    draining: frozenset[str]
-    """Workers that are to finish what they have and take nothing new."""
+    draining: Mapping[str, datetime]
+    """Workers that are to take nothing new, and when they are to hand over what they have not finished."""
     paused: frozenset[Tier]
     """Tiers of which nothing is to start."""
     set_aside: Mapping[str, datetime]
@@ -33,6 +33,8 @@ class Slot:
     draining: bool
     drain_reason: str
     """Empty if it does not drain."""
+    hand_over_at: datetime | None
+    """None if it does not drain."""
     set_aside_until: datetime | None
     """It lost several jobs in a row; may lie in the past."""
 
@@ -53,12 +55,12 @@ class Pause:
 async def wishes(connection: Connection) -> Wishes:
     """Return everything that operators want now. Locks nothing."""
     slots = await connection.fetch(
-        """SELECT worker_id, draining, set_aside_until FROM scheduler.worker_slot
+        """SELECT worker_id, draining, hand_over_at, set_aside_until FROM scheduler.worker_slot
            WHERE draining OR set_aside_until > now()"""
     )
     paused = await connection.fetch("SELECT tier FROM scheduler.cell WHERE paused")
     return Wishes(
-        draining=frozenset(row["worker_id"] for row in slots if row["draining"]),
+        draining={row["worker_id"]: row["hand_over_at"] for row in slots if row["draining"]},
         paused=frozenset(Tier(row["tier"]) for row in paused),
         set_aside={
             row["worker_id"]: row["set_aside_until"] for row in slots if row["set_aside_until"] is not None
@@ -69,12 +71,13 @@ async def wishes(connection: Connection) -> Wishes:
 async def slots(connection: Connection) -> Mapping[str, Slot]:
     """Return every slot of which something was asked or lost, by worker. Locks nothing."""
     rows = await connection.fetch(
-        "SELECT worker_id, draining, drain_reason, set_aside_until FROM scheduler.worker_slot"
+        "SELECT worker_id, draining, drain_reason, hand_over_at, set_aside_until FROM scheduler.worker_slot"
     )
     return {
         row["worker_id"]: Slot(
             draining=row["draining"],
             drain_reason=row["drain_reason"],
+            hand_over_at=row["hand_over_at"],
             set_aside_until=row["set_aside_until"],
         )
         for row in rows
@@ -84,7 +87,7 @@ async def slots(connection: Connection) -> Mapping[str, Slot]:
 async def lock_slot(connection: Connection, worker_id: str) -> Slot | None:
     """Return a worker's slot and lock its row, None if nothing was ever asked of it or lost by it."""
     row = await connection.fetchrow(
-        """SELECT draining, drain_reason, set_aside_until FROM scheduler.worker_slot
+        """SELECT draining, drain_reason, hand_over_at, set_aside_until FROM scheduler.worker_slot
            WHERE worker_id = $1 FOR UPDATE""",
         worker_id,
     )
@@ -106,13 +109,19 @@ async def pauses(connection: Connection) -> Mapping[Tier, Pause]:
     return {Tier(row["tier"]): Pause(paused=row["paused"], reason=row["pause_reason"]) for row in rows}
 
 
-async def drain_worker(connection: Connection, worker_id: str, reason: str) -> None:
-    """Want a worker to finish what it has and take nothing new. Locks its slot's row."""
+async def drain_worker(connection: Connection, worker_id: str, reason: str, *, within: timedelta) -> None:
+    """Want a worker to take nothing new, and to hand over what it has not finished `within` that time.
+
+    Locks its slot's row.
+    """
     await connection.execute(
-        """INSERT INTO scheduler.worker_slot (worker_id, draining, drain_reason) VALUES ($1, true, $2)
-           ON CONFLICT (worker_id) DO UPDATE SET draining = true, drain_reason = EXCLUDED.drain_reason""",
+        """INSERT INTO scheduler.worker_slot (worker_id, draining, drain_reason, hand_over_at)
+           VALUES ($1, true, $2, now() + $3)
+           ON CONFLICT (worker_id) DO UPDATE SET draining = true, drain_reason = EXCLUDED.drain_reason,
+                                                 hand_over_at = EXCLUDED.hand_over_at""",
         worker_id,
         reason,
+        within,
     )
 
 
@@ -123,8 +132,8 @@ async def resume_worker(connection: Connection, worker_id: str) -> None:
     """
     await connection.execute(
         """UPDATE scheduler.worker_slot
-           SET draining = false, drain_reason = '', set_aside_until = NULL, losses_in_row = 0,
-               last_lost_job = NULL
+           SET draining = false, drain_reason = '', hand_over_at = NULL, set_aside_until = NULL,
+               losses_in_row = 0, last_lost_job = NULL
            WHERE worker_id = $1""",
         worker_id,
     )

@@ -107,6 +107,7 @@ class Worker(_message.Message):
     DRAINING_FIELD_NUMBER: _builtins.int
     DRAIN_REASON_FIELD_NUMBER: _builtins.int
     SET_ASIDE_UNTIL_TIME_FIELD_NUMBER: _builtins.int
+    HAND_OVER_TIME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """workers/{worker}; the worker's id has slashes where its slot has."""
     state: Global___WorkerState.ValueType
@@ -141,6 +142,10 @@ class Worker(_message.Message):
     def set_aside_until_time(self) -> _timestamp_pb2.Timestamp:
         """Until when it is set aside; absent if it is not."""
 
+    @_builtins.property
+    def hand_over_time(self) -> _timestamp_pb2.Timestamp:
+        """Present while it drains: when what it has not finished goes on elsewhere."""
+
     def __init__(
         self,
         *,
@@ -158,10 +163,11 @@ class Worker(_message.Message):
         draining: _builtins.bool = ...,
         drain_reason: _builtins.str = ...,
         set_aside_until_time: _timestamp_pb2.Timestamp | None = ...,
+        hand_over_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["active", b"active", "set_aside_until_time", b"set_aside_until_time", "state_time", b"state_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["active", b"active", "hand_over_time", b"hand_over_time", "set_aside_until_time", b"set_aside_until_time", "state_time", b"state_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active", b"active", "device", b"device", "drain_reason", b"drain_reason", "draining", b"draining", "memory_bytes", b"memory_bytes", "memory_bytes_used", b"memory_bytes_used", "name", b"name", "parked", b"parked", "sentence", b"sentence", "set_aside_until_time", b"set_aside_until_time", "speed_permille", b"speed_permille", "state", b"state", "state_time", b"state_time", "warm_models", b"warm_models"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active", b"active", "device", b"device", "drain_reason", b"drain_reason", "draining", b"draining", "hand_over_time", b"hand_over_time", "memory_bytes", b"memory_bytes", "memory_bytes_used", b"memory_bytes_used", "name", b"name", "parked", b"parked", "sentence", b"sentence", "set_aside_until_time", b"set_aside_until_time", "speed_permille", b"speed_permille", "state", b"state", "state_time", b"state_time", "warm_models", b"warm_models"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -350,22 +356,28 @@ class DrainWorkerRequest(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    WITHIN_MS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """workers/{worker}"""
     request_id: _builtins.str
     reason: _builtins.str
+    within_ms: _builtins.int
+    """What it has not finished after so many milliseconds goes on elsewhere; absent: as the service is set up."""
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         request_id: _builtins.str = ...,
         reason: _builtins.str = ...,
+        within_ms: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_within_ms", b"_within_ms", "within_ms", b"within_ms"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "reason", b"reason", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_within_ms", b"_within_ms", "name", b"name", "reason", b"reason", "request_id", b"request_id", "within_ms", b"within_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__within_ms: _TypeAlias = _typing.Literal["within_ms"]  # noqa: Y015
+    _WhichOneofArgType__within_ms: _TypeAlias = _typing.Literal["_within_ms", b"_within_ms"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__within_ms) -> _WhichOneofReturnType__within_ms | None: ...
 
 Global___DrainWorkerRequest: _TypeAlias = DrainWorkerRequest  # noqa: Y015
 

@@ -84,7 +84,8 @@ class FleetServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DrainWorker(self, request, context):
-        """DrainWorker lets a worker finish what it has and gives it nothing new, until it is resumed.
+        """DrainWorker lets a worker finish what it has and gives it nothing new, until it is resumed. What it has not
+        finished after a while is saved at its next step, and others go on with it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -40,7 +40,9 @@ class FleetServiceStub:
     ListWorkers: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.ListWorkersRequest, _fleet_pb2.ListWorkersResponse]
     """ListWorkers returns every worker there is, and those that are not there but of which something was asked."""
     DrainWorker: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.DrainWorkerRequest, _fleet_pb2.Worker]
-    """DrainWorker lets a worker finish what it has and gives it nothing new, until it is resumed."""
+    """DrainWorker lets a worker finish what it has and gives it nothing new, until it is resumed. What it has not
+    finished after a while is saved at its next step, and others go on with it.
+    """
     ResumeWorker: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.ResumeWorkerRequest, _fleet_pb2.Worker]
     """ResumeWorker gives a worker jobs again: one that drains, or that was set aside because it lost too many."""
     GetQueues: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.GetQueuesRequest, _fleet_pb2.Queues]
@@ -60,7 +62,9 @@ class FleetServiceAsyncStub(FleetServiceStub):
     ListWorkers: _aio.UnaryUnaryMultiCallable[_fleet_pb2.ListWorkersRequest, _fleet_pb2.ListWorkersResponse]  # type: ignore[assignment]
     """ListWorkers returns every worker there is, and those that are not there but of which something was asked."""
     DrainWorker: _aio.UnaryUnaryMultiCallable[_fleet_pb2.DrainWorkerRequest, _fleet_pb2.Worker]  # type: ignore[assignment]
-    """DrainWorker lets a worker finish what it has and gives it nothing new, until it is resumed."""
+    """DrainWorker lets a worker finish what it has and gives it nothing new, until it is resumed. What it has not
+    finished after a while is saved at its next step, and others go on with it.
+    """
     ResumeWorker: _aio.UnaryUnaryMultiCallable[_fleet_pb2.ResumeWorkerRequest, _fleet_pb2.Worker]  # type: ignore[assignment]
     """ResumeWorker gives a worker jobs again: one that drains, or that was set aside because it lost too many."""
     GetQueues: _aio.UnaryUnaryMultiCallable[_fleet_pb2.GetQueuesRequest, _fleet_pb2.Queues]  # type: ignore[assignment]
@@ -89,7 +93,9 @@ class FleetServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _fleet_pb2.DrainWorkerRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_fleet_pb2.Worker, _abc.Awaitable[_fleet_pb2.Worker]]:
-        """DrainWorker lets a worker finish what it has and gives it nothing new, until it is resumed."""
+        """DrainWorker lets a worker finish what it has and gives it nothing new, until it is resumed. What it has not
+        finished after a while is saved at its next step, and others go on with it.
+        """
 
     @_abc_1.abstractmethod
     def ResumeWorker(

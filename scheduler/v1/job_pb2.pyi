@@ -126,6 +126,7 @@ class _JobKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_JobKind.Value
     JOB_KIND_IMAGINE: _JobKind.ValueType  # 1
     JOB_KIND_VARIATION: _JobKind.ValueType  # 2
     JOB_KIND_REROLL: _JobKind.ValueType  # 3
+    JOB_KIND_UPSCALE: _JobKind.ValueType  # 4
 
 class JobKind(_JobKind, metaclass=_JobKindEnumTypeWrapper):
     """JobKind is what a job makes."""
@@ -134,7 +135,36 @@ JOB_KIND_UNSPECIFIED: JobKind.ValueType  # 0
 JOB_KIND_IMAGINE: JobKind.ValueType  # 1
 JOB_KIND_VARIATION: JobKind.ValueType  # 2
 JOB_KIND_REROLL: JobKind.ValueType  # 3
+JOB_KIND_UPSCALE: JobKind.ValueType  # 4
 Global___JobKind: _TypeAlias = JobKind  # noqa: Y015
+
+class _UpscaleAlgorithm:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _UpscaleAlgorithmEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_UpscaleAlgorithm.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    UPSCALE_ALGORITHM_UNSPECIFIED: _UpscaleAlgorithm.ValueType  # 0
+    """Light where the source's prompt says --uplight, else detailed."""
+    UPSCALE_ALGORITHM_LIGHT: _UpscaleAlgorithm.ValueType  # 1
+    """Up to four times as wide and high, with little added."""
+    UPSCALE_ALGORITHM_DETAILED: _UpscaleAlgorithm.ValueType  # 2
+    """As light, with details drawn over it."""
+    UPSCALE_ALGORITHM_MAX: _UpscaleAlgorithm.ValueType  # 3
+    """As detailed, up to three megapixels: only fast, and only of grids under 512 pixels wide and high."""
+
+class UpscaleAlgorithm(_UpscaleAlgorithm, metaclass=_UpscaleAlgorithmEnumTypeWrapper):
+    """UpscaleAlgorithm says how a picture is enlarged. No result is larger than three megapixels."""
+
+UPSCALE_ALGORITHM_UNSPECIFIED: UpscaleAlgorithm.ValueType  # 0
+"""Light where the source's prompt says --uplight, else detailed."""
+UPSCALE_ALGORITHM_LIGHT: UpscaleAlgorithm.ValueType  # 1
+"""Up to four times as wide and high, with little added."""
+UPSCALE_ALGORITHM_DETAILED: UpscaleAlgorithm.ValueType  # 2
+"""As light, with details drawn over it."""
+UPSCALE_ALGORITHM_MAX: UpscaleAlgorithm.ValueType  # 3
+"""As detailed, up to three megapixels: only fast, and only of grids under 512 pixels wide and high."""
+Global___UpscaleAlgorithm: _TypeAlias = UpscaleAlgorithm  # noqa: Y015
 
 class _QueueReason:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -210,6 +240,8 @@ class Job(_message.Message):
     EVENT_SEQUENCE_FIELD_NUMBER: _builtins.int
     CANCEL_REQUESTED_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
+    UPSCALE_ALGORITHM_FIELD_NUMBER: _builtins.int
+    VIDEOS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """accounts/{account}/jobs/{uuid}"""
     uid: _builtins.str
@@ -234,6 +266,8 @@ class Job(_message.Message):
     """Sequence number of the newest state event."""
     cancel_requested: _builtins.bool
     """The owner asked for it to be cancelled; a running job ends at its next step."""
+    upscale_algorithm: Global___UpscaleAlgorithm.ValueType
+    """Of an upscale."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -264,6 +298,10 @@ class Job(_message.Message):
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Sentences worth showing to a person, for example about words that have no effect."""
 
+    @_builtins.property
+    def videos(self) -> _containers.RepeatedCompositeFieldContainer[Global___Video]:
+        """Present once a job with --video has succeeded: the same as MP4 and as animated WebP."""
+
     def __init__(
         self,
         *,
@@ -293,10 +331,12 @@ class Job(_message.Message):
         event_sequence: _builtins.int = ...,
         cancel_requested: _builtins.bool = ...,
         warnings: _abc.Iterable[_builtins.str] | None = ...,
+        upscale_algorithm: Global___UpscaleAlgorithm.ValueType = ...,
+        videos: _abc.Iterable[Global___Video] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "failure", b"failure", "price", b"price", "queue_status", b"queue_status", "receipt", b"receipt", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel_requested", b"cancel_requested", "charge_mode", b"charge_mode", "create_time", b"create_time", "end_time", b"end_time", "event_sequence", b"event_sequence", "failure", b"failure", "height", b"height", "images", b"images", "kind", b"kind", "model", b"model", "name", b"name", "price", b"price", "prompt", b"prompt", "queue_status", b"queue_status", "receipt", b"receipt", "seed", b"seed", "source_image", b"source_image", "source_job", b"source_job", "start_time", b"start_time", "state", b"state", "steps", b"steps", "tier", b"tier", "uid", b"uid", "visibility", b"visibility", "warnings", b"warnings", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel_requested", b"cancel_requested", "charge_mode", b"charge_mode", "create_time", b"create_time", "end_time", b"end_time", "event_sequence", b"event_sequence", "failure", b"failure", "height", b"height", "images", b"images", "kind", b"kind", "model", b"model", "name", b"name", "price", b"price", "prompt", b"prompt", "queue_status", b"queue_status", "receipt", b"receipt", "seed", b"seed", "source_image", b"source_image", "source_job", b"source_job", "start_time", b"start_time", "state", b"state", "steps", b"steps", "tier", b"tier", "uid", b"uid", "upscale_algorithm", b"upscale_algorithm", "videos", b"videos", "visibility", b"visibility", "warnings", b"warnings", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -392,6 +432,50 @@ class Image(_message.Message):
 Global___Image: _TypeAlias = Image  # noqa: Y015
 
 @_typing.final
+class Video(_message.Message):
+    """Video is how a grid came to be."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    FILE_NAME_FIELD_NUMBER: _builtins.int
+    CONTENT_TYPE_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
+    WIDTH_FIELD_NUMBER: _builtins.int
+    HEIGHT_FIELD_NUMBER: _builtins.int
+    FRAMES_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """accounts/{account}/jobs/{uuid}/videos/{mp4,webp}"""
+    file_name: _builtins.str
+    content_type: _builtins.str
+    size_bytes: _builtins.int
+    sha256: _builtins.str
+    """Hexadecimal SHA-256 of the file."""
+    width: _builtins.int
+    height: _builtins.int
+    frames: _builtins.int
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        file_name: _builtins.str = ...,
+        content_type: _builtins.str = ...,
+        size_bytes: _builtins.int = ...,
+        sha256: _builtins.str = ...,
+        width: _builtins.int = ...,
+        height: _builtins.int = ...,
+        frames: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content_type", b"content_type", "file_name", b"file_name", "frames", b"frames", "height", b"height", "name", b"name", "sha256", b"sha256", "size_bytes", b"size_bytes", "width", b"width"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Video: _TypeAlias = Video  # noqa: Y015
+
+@_typing.final
 class Price(_message.Message):
     """Price is what a job is expected to cost."""
 
@@ -449,6 +533,7 @@ class Receipt(_message.Message):
     DENOISE_MS_FIELD_NUMBER: _builtins.int
     DECODE_MS_FIELD_NUMBER: _builtins.int
     REPRODUCTION_JSON_FIELD_NUMBER: _builtins.int
+    UPSCALE_MS_FIELD_NUMBER: _builtins.int
     gpu_ms: _builtins.int
     """Measured GPU time of the attempt that ended the job."""
     billed_gpu_ms: _builtins.int
@@ -466,6 +551,7 @@ class Receipt(_message.Message):
     decode_ms: _builtins.int
     reproduction_json: _builtins.str
     """Model, scheduler, sizes, device, library versions: JSON."""
+    upscale_ms: _builtins.int
     def __init__(
         self,
         *,
@@ -482,10 +568,11 @@ class Receipt(_message.Message):
         denoise_ms: _builtins.int = ...,
         decode_ms: _builtins.int = ...,
         reproduction_json: _builtins.str = ...,
+        upscale_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount_micros", b"amount_micros", "attempts", b"attempts", "balance_after_ms", b"balance_after_ms", "balance_before_ms", b"balance_before_ms", "billed_gpu_ms", b"billed_gpu_ms", "currency_code", b"currency_code", "decode_ms", b"decode_ms", "denoise_ms", b"denoise_ms", "encode_ms", b"encode_ms", "gpu_ms", b"gpu_ms", "reproduction_json", b"reproduction_json", "waited_ms", b"waited_ms", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount_micros", b"amount_micros", "attempts", b"attempts", "balance_after_ms", b"balance_after_ms", "balance_before_ms", b"balance_before_ms", "billed_gpu_ms", b"billed_gpu_ms", "currency_code", b"currency_code", "decode_ms", b"decode_ms", "denoise_ms", b"denoise_ms", "encode_ms", b"encode_ms", "gpu_ms", b"gpu_ms", "reproduction_json", b"reproduction_json", "upscale_ms", b"upscale_ms", "waited_ms", b"waited_ms", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -525,19 +612,25 @@ class Imagine(_message.Message):
 
     PROMPT_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
+    PICTURES_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     """Text, then `--` parameters."""
     model: _builtins.str
     """Empty: the service's default model."""
+    @_builtins.property
+    def pictures(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Files of pictures to draw after (PNG, JPEG, WebP), beside those that the prompt names by URL."""
+
     def __init__(
         self,
         *,
         prompt: _builtins.str = ...,
         model: _builtins.str = ...,
+        pictures: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "prompt", b"prompt"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "pictures", b"pictures", "prompt", b"prompt"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -550,20 +643,49 @@ class Variation(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SOURCE_IMAGE_FIELD_NUMBER: _builtins.int
+    STRONG_FIELD_NUMBER: _builtins.int
     source_image: _builtins.str
     """Resource name of the image: accounts/{a}/jobs/{uuid}/images/{1..4}."""
+    strong: _builtins.bool
+    """Go further from it than usual."""
     def __init__(
         self,
         *,
         source_image: _builtins.str = ...,
+        strong: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["source_image", b"source_image"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["source_image", b"source_image", "strong", b"strong"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Variation: _TypeAlias = Variation  # noqa: Y015
+
+@_typing.final
+class Upscale(_message.Message):
+    """Upscale enlarges one picture of a finished job."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCE_IMAGE_FIELD_NUMBER: _builtins.int
+    ALGORITHM_FIELD_NUMBER: _builtins.int
+    source_image: _builtins.str
+    """Resource name of the image: accounts/{a}/jobs/{uuid}/images/{1..4}."""
+    algorithm: Global___UpscaleAlgorithm.ValueType
+    def __init__(
+        self,
+        *,
+        source_image: _builtins.str = ...,
+        algorithm: Global___UpscaleAlgorithm.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["algorithm", b"algorithm", "source_image", b"source_image"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Upscale: _TypeAlias = Upscale  # noqa: Y015
 
 @_typing.final
 class Reroll(_message.Message):
@@ -572,16 +694,20 @@ class Reroll(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SOURCE_JOB_FIELD_NUMBER: _builtins.int
+    EXACT_FIELD_NUMBER: _builtins.int
     source_job: _builtins.str
     """Resource name of the job."""
+    exact: _builtins.bool
+    """With the same seed: to see whether the same bits come out."""
     def __init__(
         self,
         *,
         source_job: _builtins.str = ...,
+        exact: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["source_job", b"source_job"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["exact", b"exact", "source_job", b"source_job"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -598,6 +724,7 @@ class CreateJobRequest(_message.Message):
     IMAGINE_FIELD_NUMBER: _builtins.int
     VARIATION_FIELD_NUMBER: _builtins.int
     REROLL_FIELD_NUMBER: _builtins.int
+    UPSCALE_FIELD_NUMBER: _builtins.int
     TIER_FIELD_NUMBER: _builtins.int
     VISIBILITY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
@@ -612,6 +739,8 @@ class CreateJobRequest(_message.Message):
     def variation(self) -> Global___Variation: ...
     @_builtins.property
     def reroll(self) -> Global___Reroll: ...
+    @_builtins.property
+    def upscale(self) -> Global___Upscale: ...
     def __init__(
         self,
         *,
@@ -620,14 +749,15 @@ class CreateJobRequest(_message.Message):
         imagine: Global___Imagine | None = ...,
         variation: Global___Variation | None = ...,
         reroll: Global___Reroll | None = ...,
+        upscale: Global___Upscale | None = ...,
         tier: Global___Tier.ValueType = ...,
         visibility: Global___Visibility.ValueType = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["imagine", b"imagine", "reroll", b"reroll", "spec", b"spec", "variation", b"variation"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["imagine", b"imagine", "reroll", b"reroll", "spec", b"spec", "upscale", b"upscale", "variation", b"variation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["imagine", b"imagine", "request_id", b"request_id", "reroll", b"reroll", "spec", b"spec", "tier", b"tier", "validate_only", b"validate_only", "variation", b"variation", "visibility", b"visibility"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["imagine", b"imagine", "request_id", b"request_id", "reroll", b"reroll", "spec", b"spec", "tier", b"tier", "upscale", b"upscale", "validate_only", b"validate_only", "variation", b"variation", "visibility", b"visibility"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_spec: _TypeAlias = _typing.Literal["imagine", "variation", "reroll"]  # noqa: Y015
+    _WhichOneofReturnType_spec: _TypeAlias = _typing.Literal["imagine", "variation", "reroll", "upscale"]  # noqa: Y015
     _WhichOneofArgType_spec: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_spec) -> _WhichOneofReturnType_spec | None: ...
 
@@ -737,6 +867,47 @@ class CancelJobRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CancelJobRequest: _TypeAlias = CancelJobRequest  # noqa: Y015
+
+@_typing.final
+class DeleteJobRequest(_message.Message):
+    """DeleteJobRequest is the request of DeleteJob."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    request_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteJobRequest: _TypeAlias = DeleteJobRequest  # noqa: Y015
+
+@_typing.final
+class DeleteJobResponse(_message.Message):
+    """DeleteJobResponse is the response of DeleteJob."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteJobResponse: _TypeAlias = DeleteJobResponse  # noqa: Y015
 
 @_typing.final
 class UpdateJobRequest(_message.Message):
@@ -1265,7 +1436,9 @@ class DownloadImagesRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Resource name of an image, or of a job for all its images."""
+    """Resource name of an image or a video, of a job for all its images, or of an account for all its images as
+    one archive.
+    """
     def __init__(
         self,
         *,
@@ -1313,20 +1486,58 @@ class FileHeader(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     IMAGE_FIELD_NUMBER: _builtins.int
+    VIDEO_FIELD_NUMBER: _builtins.int
+    ARCHIVE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def image(self) -> Global___Image: ...
+    @_builtins.property
+    def video(self) -> Global___Video: ...
+    @_builtins.property
+    def archive(self) -> Global___Archive: ...
     def __init__(
         self,
         *,
         image: Global___Image | None = ...,
+        video: Global___Video | None = ...,
+        archive: Global___Archive | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["archive", b"archive", "file", b"file", "image", b"image", "video", b"video"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["image", b"image"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["archive", b"archive", "file", b"file", "image", b"image", "video", b"video"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_file: _TypeAlias = _typing.Literal["image", "video", "archive"]  # noqa: Y015
+    _WhichOneofArgType_file: _TypeAlias = _typing.Literal["file", b"file"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_file) -> _WhichOneofReturnType_file | None: ...
+
+Global___FileHeader: _TypeAlias = FileHeader  # noqa: Y015
+
+@_typing.final
+class Archive(_message.Message):
+    """Archive is a ZIP file of all images of an account. It is made while it is sent, so its size is not known before."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILE_NAME_FIELD_NUMBER: _builtins.int
+    CONTENT_TYPE_FIELD_NUMBER: _builtins.int
+    IMAGES_FIELD_NUMBER: _builtins.int
+    file_name: _builtins.str
+    content_type: _builtins.str
+    images: _builtins.int
+    """How many images there are in it."""
+    def __init__(
+        self,
+        *,
+        file_name: _builtins.str = ...,
+        content_type: _builtins.str = ...,
+        images: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content_type", b"content_type", "file_name", b"file_name", "images", b"images"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___FileHeader: _TypeAlias = FileHeader  # noqa: Y015
+Global___Archive: _TypeAlias = Archive  # noqa: Y015
 
 @_typing.final
 class ListFeedRequest(_message.Message):

@@ -60,6 +60,11 @@ class JobServiceStub:
                 request_serializer=scheduler_dot_v1_dot_job__pb2.CancelJobRequest.SerializeToString,
                 response_deserializer=scheduler_dot_v1_dot_job__pb2.Job.FromString,
                 _registered_method=True)
+        self.DeleteJob = channel.unary_unary(
+                '/scheduler.v1.JobService/DeleteJob',
+                request_serializer=scheduler_dot_v1_dot_job__pb2.DeleteJobRequest.SerializeToString,
+                response_deserializer=scheduler_dot_v1_dot_job__pb2.DeleteJobResponse.FromString,
+                _registered_method=True)
         self.WatchJob = channel.unary_stream(
                 '/scheduler.v1.JobService/WatchJob',
                 request_serializer=scheduler_dot_v1_dot_job__pb2.WatchJobRequest.SerializeToString,
@@ -127,6 +132,14 @@ class JobServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DeleteJob(self, request, context):
+        """DeleteJob deletes a finished job: its pictures, its text and everything that leads to them. Its id stays in
+        the account's bills. Deleting a deleted job again is no error.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WatchJob(self, request, context):
         """WatchJob streams what happens to one job until it ends. State events have sequence numbers and can be
         resumed from; of progress only the newest is sent.
@@ -136,15 +149,15 @@ class JobServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DownloadImages(self, request, context):
-        """DownloadImages streams one image, or all images of one job: a header before each file, then its bytes. Pictures
-        that the feed shows can be had by everybody.
+        """DownloadImages streams one image or video, all images of one job, or all images of an account as one ZIP
+        archive: a header before each file, then its bytes. Pictures that the feed shows can be had by everybody.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListFeed(self, request, context):
-        """ListFeed returns finished public jobs of all accounts, newest first.
+        """ListFeed returns finished public upscales of all accounts, newest first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -193,6 +206,11 @@ def add_JobServiceServicer_to_server(servicer, server):
                     servicer.CancelJob,
                     request_deserializer=scheduler_dot_v1_dot_job__pb2.CancelJobRequest.FromString,
                     response_serializer=scheduler_dot_v1_dot_job__pb2.Job.SerializeToString,
+            ),
+            'DeleteJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteJob,
+                    request_deserializer=scheduler_dot_v1_dot_job__pb2.DeleteJobRequest.FromString,
+                    response_serializer=scheduler_dot_v1_dot_job__pb2.DeleteJobResponse.SerializeToString,
             ),
             'WatchJob': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchJob,
@@ -356,6 +374,33 @@ class JobService:
             '/scheduler.v1.JobService/CancelJob',
             scheduler_dot_v1_dot_job__pb2.CancelJobRequest.SerializeToString,
             scheduler_dot_v1_dot_job__pb2.Job.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/scheduler.v1.JobService/DeleteJob',
+            scheduler_dot_v1_dot_job__pb2.DeleteJobRequest.SerializeToString,
+            scheduler_dot_v1_dot_job__pb2.DeleteJobResponse.FromString,
             options,
             channel_credentials,
             insecure,

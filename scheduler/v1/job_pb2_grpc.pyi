@@ -50,16 +50,20 @@ class JobServiceStub:
     """UpdateJob moves a waiting job to the other tier, on the terms that a job submitted there now would have."""
     CancelJob: _grpc.UnaryUnaryMultiCallable[_job_pb2.CancelJobRequest, _job_pb2.Job]
     """CancelJob cancels a waiting job at once, and a running one at its next denoising step."""
+    DeleteJob: _grpc.UnaryUnaryMultiCallable[_job_pb2.DeleteJobRequest, _job_pb2.DeleteJobResponse]
+    """DeleteJob deletes a finished job: its pictures, its text and everything that leads to them. Its id stays in
+    the account's bills. Deleting a deleted job again is no error.
+    """
     WatchJob: _grpc.UnaryStreamMultiCallable[_job_pb2.WatchJobRequest, _job_pb2.WatchJobResponse]
     """WatchJob streams what happens to one job until it ends. State events have sequence numbers and can be
     resumed from; of progress only the newest is sent.
     """
     DownloadImages: _grpc.UnaryStreamMultiCallable[_job_pb2.DownloadImagesRequest, _job_pb2.DownloadImagesResponse]
-    """DownloadImages streams one image, or all images of one job: a header before each file, then its bytes. Pictures
-    that the feed shows can be had by everybody.
+    """DownloadImages streams one image or video, all images of one job, or all images of an account as one ZIP
+    archive: a header before each file, then its bytes. Pictures that the feed shows can be had by everybody.
     """
     ListFeed: _grpc.UnaryUnaryMultiCallable[_job_pb2.ListFeedRequest, _job_pb2.ListFeedResponse]
-    """ListFeed returns finished public jobs of all accounts, newest first."""
+    """ListFeed returns finished public upscales of all accounts, newest first."""
     ExplainJob: _grpc.UnaryUnaryMultiCallable[_job_pb2.ExplainJobRequest, _job_pb2.Explanation]
     """ExplainJob says why a live job is where it is: what holds it, what it is compared by, what has to end
     first, and when it will start.
@@ -86,16 +90,20 @@ class JobServiceAsyncStub(JobServiceStub):
     """UpdateJob moves a waiting job to the other tier, on the terms that a job submitted there now would have."""
     CancelJob: _aio.UnaryUnaryMultiCallable[_job_pb2.CancelJobRequest, _job_pb2.Job]  # type: ignore[assignment]
     """CancelJob cancels a waiting job at once, and a running one at its next denoising step."""
+    DeleteJob: _aio.UnaryUnaryMultiCallable[_job_pb2.DeleteJobRequest, _job_pb2.DeleteJobResponse]  # type: ignore[assignment]
+    """DeleteJob deletes a finished job: its pictures, its text and everything that leads to them. Its id stays in
+    the account's bills. Deleting a deleted job again is no error.
+    """
     WatchJob: _aio.UnaryStreamMultiCallable[_job_pb2.WatchJobRequest, _job_pb2.WatchJobResponse]  # type: ignore[assignment]
     """WatchJob streams what happens to one job until it ends. State events have sequence numbers and can be
     resumed from; of progress only the newest is sent.
     """
     DownloadImages: _aio.UnaryStreamMultiCallable[_job_pb2.DownloadImagesRequest, _job_pb2.DownloadImagesResponse]  # type: ignore[assignment]
-    """DownloadImages streams one image, or all images of one job: a header before each file, then its bytes. Pictures
-    that the feed shows can be had by everybody.
+    """DownloadImages streams one image or video, all images of one job, or all images of an account as one ZIP
+    archive: a header before each file, then its bytes. Pictures that the feed shows can be had by everybody.
     """
     ListFeed: _aio.UnaryUnaryMultiCallable[_job_pb2.ListFeedRequest, _job_pb2.ListFeedResponse]  # type: ignore[assignment]
-    """ListFeed returns finished public jobs of all accounts, newest first."""
+    """ListFeed returns finished public upscales of all accounts, newest first."""
     ExplainJob: _aio.UnaryUnaryMultiCallable[_job_pb2.ExplainJobRequest, _job_pb2.Explanation]  # type: ignore[assignment]
     """ExplainJob says why a live job is where it is: what holds it, what it is compared by, what has to end
     first, and when it will start.
@@ -151,6 +159,16 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
         """CancelJob cancels a waiting job at once, and a running one at its next denoising step."""
 
     @_abc_1.abstractmethod
+    def DeleteJob(
+        self,
+        request: _job_pb2.DeleteJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_job_pb2.DeleteJobResponse, _abc.Awaitable[_job_pb2.DeleteJobResponse]]:
+        """DeleteJob deletes a finished job: its pictures, its text and everything that leads to them. Its id stays in
+        the account's bills. Deleting a deleted job again is no error.
+        """
+
+    @_abc_1.abstractmethod
     def WatchJob(
         self,
         request: _job_pb2.WatchJobRequest,
@@ -166,8 +184,8 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _job_pb2.DownloadImagesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_job_pb2.DownloadImagesResponse], _abc.AsyncIterator[_job_pb2.DownloadImagesResponse]]:
-        """DownloadImages streams one image, or all images of one job: a header before each file, then its bytes. Pictures
-        that the feed shows can be had by everybody.
+        """DownloadImages streams one image or video, all images of one job, or all images of an account as one ZIP
+        archive: a header before each file, then its bytes. Pictures that the feed shows can be had by everybody.
         """
 
     @_abc_1.abstractmethod
@@ -176,7 +194,7 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _job_pb2.ListFeedRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_job_pb2.ListFeedResponse, _abc.Awaitable[_job_pb2.ListFeedResponse]]:
-        """ListFeed returns finished public jobs of all accounts, newest first."""
+        """ListFeed returns finished public upscales of all accounts, newest first."""
 
     @_abc_1.abstractmethod
     def ExplainJob(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import uuid
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpu_worker.contract import RenderKind, StageTimes
+from gpu_worker.contract import PicturePart, RenderKind, StageTimes, TextPart
 from gpu_worker.models import UnknownModel
 from scheduler.estimator import Estimator, Shape, observation, shape_of
 from scheduler.frontdoor import translate
@@ -119,6 +120,42 @@ def test_a_variations_step_is_one_of_those_that_it_did() -> None:
         speed_permille=1_000,
     )
     assert (taught.shape.steps, taught.step_us) == (8, 100_000)
+
+
+def test_a_job_that_stops_early_is_expected_to_take_its_share_of_the_steps() -> None:
+    stopped, strayed = (
+        replace(a_spec(), stop_percent=40),
+        replace(a_spec(strength_permille=400), stop_percent=50),
+    )
+    assert [shape_of(spec).steps for spec in (stopped, strayed)] == [8, 4]
+    assert shape_of(replace(a_spec(steps=1), stop_percent=10)).steps == 1
+    assert Estimator(MODELS).predict(shape_of(stopped)).cost_ms == 24_000
+
+
+def test_each_part_of_a_prompt_asks_the_denoiser_once_more_in_each_step() -> None:
+    text, picture = TextPart(text="a", share_ppm=1), PicturePart(path="p", share_ppm=1)
+    steps = [
+        shape_of(replace(a_spec(), parts=parts, pictures=pictures)).steps
+        for parts, pictures in (((), ()), ((text,), ()), ((text,), (picture,)), ((text, text), (picture,)))
+    ]
+    assert steps == [20, 20, 30, 40]
+
+
+def test_upscale_begins_at_its_own_figure_and_costs_as_much_more_as_it_is_larger() -> None:
+    estimator = Estimator(MODELS)
+    at_default = a_shape(1728, 1728, kind=RenderKind.UPSCALE_DETAILED)
+    half = a_shape(1728, 864, kind=RenderKind.UPSCALE_DETAILED)
+    assert estimator.predict(at_default).cost_ms == 60_000
+    assert estimator.predict(half).cost_ms == 30_000
+    learned = Estimator(MODELS, rows_of([seen(at_default, step_ms=0, rest_ms=8_000)] * 60))
+    assert learned.predict(half).cost_ms == 4_000
+
+
+def test_what_an_upscale_draws_is_not_mistaken_for_the_steps_of_a_grid() -> None:
+    spec = replace(a_spec(strength_permille=0), kind=RenderKind.UPSCALE_LIGHT)
+    assert shape_of(spec).steps == 20
+    taught = observation(spec, StageTimes(encode_ms=10, upscale_ms=900), device=GPU, speed_permille=1_000)
+    assert (taught.step_us, taught.rest_us) == (0, 910_000)
 
 
 def test_one_job_that_took_a_hundred_times_as_long_moves_a_settled_estimate_by_a_sixteenth() -> None:

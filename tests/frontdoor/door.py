@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import io
 import json
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import asyncpg
@@ -18,11 +20,12 @@ import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
+from PIL import Image
 
 from billing import accounts as ledger_accounts
 from billing import admin, ledger
 from billing.v1 import admin_pb2_grpc, billing_pb2_grpc
-from gpu_worker.contract import ImageFile, Progress, RenderSpec
+from gpu_worker.contract import ImageFile, Progress, RenderSpec, VideoFile
 from scheduler.answers import Explained, Outlook, QueuesView, WhatIf, WorkerView
 from scheduler.metrics import FrontDoorMetrics
 from scheduler.policy.ids import Tier
@@ -48,6 +51,20 @@ memory_bytes_per_pixel = 4_000
 imagine_ms = 4_000
 variation_ms = 2_500
 variation_strength_permille = 500
+variation_strong_permille = 900
+upscale_ms = 6_000
+
+[models.seeing]
+source = "builtin:stand-in"
+ip_adapter = "builtin:stand-in"
+steps = 20
+guidance_milli = 5000
+default_width = 512
+default_height = 512
+memory_bytes = 50_000_000
+memory_bytes_per_pixel = 4_000
+imagine_ms = 4_000
+variation_ms = 2_500
 """
 WORKER = "node-a/gpu-0"
 
@@ -212,11 +229,11 @@ class Caller:
 
     async def create(self, prompt: str = "a fox", **fields: Any) -> job_pb2.Job:
         request_id = fields.pop("request_id", None) or str(uuid.uuid4())
-        model = fields.pop("model", "")
+        imagine = job_pb2.Imagine(
+            prompt=prompt, model=fields.pop("model", ""), pictures=fields.pop("pictures", ())
+        )
         return await self.jobs.CreateJob(
-            job_pb2.CreateJobRequest(
-                request_id=request_id, imagine=job_pb2.Imagine(prompt=prompt, model=model), **fields
-            )
+            job_pb2.CreateJobRequest(request_id=request_id, imagine=imagine, **fields)
         )
 
     async def update(self, **fields: Any) -> account_pb2.Account:
@@ -230,18 +247,23 @@ class Caller:
 
     async def vary(self, source_image: str, **fields: Any) -> job_pb2.Job:
         request_id = fields.pop("request_id", None) or str(uuid.uuid4())
+        variation = job_pb2.Variation(source_image=source_image, strong=fields.pop("strong", False))
         return await self.jobs.CreateJob(
-            job_pb2.CreateJobRequest(
-                request_id=request_id, variation=job_pb2.Variation(source_image=source_image), **fields
-            )
+            job_pb2.CreateJobRequest(request_id=request_id, variation=variation, **fields)
+        )
+
+    async def upscale(self, source_image: str, **fields: Any) -> job_pb2.Job:
+        request_id = fields.pop("request_id", None) or str(uuid.uuid4())
+        upscale = job_pb2.Upscale(source_image=source_image, algorithm=fields.pop("algorithm", 0))
+        return await self.jobs.CreateJob(
+            job_pb2.CreateJobRequest(request_id=request_id, upscale=upscale, **fields)
         )
 
     async def reroll(self, source_job: str, **fields: Any) -> job_pb2.Job:
         request_id = fields.pop("request_id", None) or str(uuid.uuid4())
+        reroll = job_pb2.Reroll(source_job=source_job, exact=fields.pop("exact", False))
         return await self.jobs.CreateJob(
-            job_pb2.CreateJobRequest(
-                request_id=request_id, reroll=job_pb2.Reroll(source_job=source_job), **fields
-            )
+            job_pb2.CreateJobRequest(request_id=request_id, reroll=reroll, **fields)
         )
 
     async def get(self, name: str) -> job_pb2.Job:
@@ -265,16 +287,22 @@ class Caller:
             job_pb2.CancelJobRequest(name=name, request_id=request_id or str(uuid.uuid4()))
         )
 
+    async def delete(self, name: str, request_id: str | None = None) -> None:
+        await self.jobs.DeleteJob(
+            job_pb2.DeleteJobRequest(name=name, request_id=request_id or str(uuid.uuid4()))
+        )
+
     def watch(self, name: str, **fields: Any) -> Any:
         return self.jobs.WatchJob(job_pb2.WatchJobRequest(name=name, **fields))
 
-    async def download(self, name: str) -> list[tuple[job_pb2.Image, bytes]]:
-        files: list[tuple[job_pb2.Image, bytes]] = []
+    async def download(self, name: str) -> list[tuple[Any, bytes]]:
+        files: list[tuple[Any, bytes]] = []
         async for part in self.jobs.DownloadImages(job_pb2.DownloadImagesRequest(name=name)):
             if part.WhichOneof("part") == "header":
-                files.append((part.header.image, b""))
+                kind = part.header.WhichOneof("file")
+                assert kind is not None
+                files.append((getattr(part.header, kind), b""))
             else:
-                assert len(part.chunk) <= 64 * 1024
                 image, so_far = files[-1]
                 files[-1] = (image, so_far + part.chunk)
         return files
@@ -347,7 +375,10 @@ class Door:
         return attempt_id
 
     async def succeed(
-        self, job_id: str, pictures: Sequence[bytes] = (b"one", b"two", b"three", b"four")
+        self,
+        job_id: str,
+        pictures: Sequence[bytes] = (b"one", b"two", b"three", b"four"),
+        videos: Mapping[str, bytes] = MappingProxyType({}),
     ) -> None:
         """Let a job end with these pictures in the artifact store, as settlement does."""
         images = []
@@ -368,7 +399,23 @@ class Door:
                     seed=index,
                 )
             )
-        await self._end(job_id, "succeeded", images=images)
+        films = []
+        for content_type, content in videos.items():
+            name = f"{job_id}_a_fox.{content_type.rpartition('/')[2]}"
+            (self.artifacts / f"jobs/{job_id}/{name}").write_bytes(content)
+            films.append(
+                VideoFile(
+                    path=f"jobs/{job_id}/{name}",
+                    file_name=name,
+                    content_type=content_type,
+                    size_bytes=len(content),
+                    sha256=hashlib.sha256(content).hexdigest(),
+                    width=512,
+                    height=512,
+                    frames=20,
+                )
+            )
+        await self._end(job_id, "succeeded", images=images, videos=films)
 
     async def fail(self, job_id: str) -> None:
         """Let a job end without pictures."""
@@ -388,7 +435,9 @@ class Door:
             )
             await self._event(connection, job_id, "queued", "Its worker was lost.")
 
-    async def _end(self, job_id: str, state: str, images: Sequence[ImageFile] = ()) -> None:
+    async def _end(
+        self, job_id: str, state: str, images: Sequence[ImageFile] = (), videos: Sequence[VideoFile] = ()
+    ) -> None:
         failed = state == "failed"
         async with self.pool.transaction() as connection:
             await connection.execute(
@@ -398,8 +447,9 @@ class Door:
             )
             await connection.execute(
                 """UPDATE scheduler.job
-                   SET state = $2, ended_at = now(), images = $3, latents_path = $4, receipt = $5,
-                       failure_reason = $6, failure_sentence = $7 WHERE job_id = $1""",
+                   SET state = $2, ended_at = now(), images = $3, receipt = $5,
+                       latents_path = CASE WHEN spec ->> 'kind' IN ('imagine', 'variation') THEN $4 END,
+                       failure_reason = $6, failure_sentence = $7, videos = $8 WHERE job_id = $1""",
                 uuid.UUID(job_id),
                 state,
                 None if failed else json.dumps(jobs.images_to_json(images)),
@@ -407,6 +457,7 @@ class Door:
                 json.dumps(jobs.receipt_to_json(A_RECEIPT)),
                 "ENGINE_ERROR" if failed else None,
                 "The engine failed." if failed else None,
+                json.dumps(jobs.videos_to_json(videos)) if videos else None,
             )
             await self._event(connection, job_id, state, "It ended.")
 
@@ -459,8 +510,16 @@ A_RECEIPT = JobReceipt(
     encode_ms=100,
     denoise_ms=3_000,
     decode_ms=900,
+    upscale_ms=0,
     reproduction={"model": "small"},
 )
+
+
+def a_png(red: int = 0) -> bytes:
+    """Return a small picture of one colour."""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (red, 0, 0)).save(file, "PNG")
+    return file.getvalue()
 
 
 class Clock:

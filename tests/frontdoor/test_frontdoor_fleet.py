@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import grpc
@@ -115,14 +115,14 @@ async def test_a_drained_worker_is_a_row_with_its_reason_until_it_is_resumed(
 ) -> None:
     answer = await operator.fleet.DrainWorker(drain())
     assert (answer.state, answer.drain_reason) == (fleet_pb2.WORKER_STATE_DRAINING, "new fan")
-    assert (await wishes(door)).draining == {WORKER}
+    assert (await wishes(door)).draining.keys() == {WORKER}
     door.scheduler.workers = []
     (gone,) = await workers(operator)
     assert (gone.state, gone.draining) == (fleet_pb2.WORKER_STATE_ABSENT, True)
 
     answer = await operator.fleet.ResumeWorker(resume())
     assert not answer.draining
-    assert (await wishes(door)).draining == frozenset()
+    assert (await wishes(door)).draining == {}
     assert await workers(operator) == []
     assert door.scheduler.told_fleet == 2
     (drained,), (resumed,) = await audit(door, "DrainWorker"), await audit(door, "ResumeWorker")
@@ -130,6 +130,27 @@ async def test_a_drained_worker_is_a_row_with_its_reason_until_it_is_resumed(
     assert (drained[2]["draining"], drained[3]["draining"]) == (False, True)
     assert resumed[:2] == (NAME, "fan is new")
     assert resumed[2]["drain_reason"] == "new fan"
+
+
+async def test_a_drained_worker_hands_over_what_it_has_not_finished_in_time(
+    door: Door, operator: Caller
+) -> None:
+    async def hand_over_ms(**fields: Any) -> int:
+        answer = await operator.fleet.DrainWorker(drain(**fields))
+        at = (await wishes(door)).draining[WORKER]
+        assert answer.hand_over_time.ToDatetime(tzinfo=UTC) == at
+        return int((at - await door.sql("SELECT now()")) / timedelta(milliseconds=1))
+
+    assert 50_000 < await hand_over_ms() <= 60_000, "as the service is set up"
+    assert await hand_over_ms(within_ms=0) <= 0
+    assert 290_000 < await hand_over_ms(within_ms=300_000) <= 300_000
+    (worker,) = await workers(operator)
+    assert worker.HasField("hand_over_time")
+    assert not (await operator.fleet.ResumeWorker(resume())).HasField("hand_over_time")
+    for within_ms in (-1, 100_000_000):
+        refused = await refusal(operator.fleet.DrainWorker(drain(within_ms=within_ms)))
+        assert refused.code == grpc.StatusCode.INVALID_ARGUMENT
+        assert "within_ms" in str(refused)
 
 
 async def test_a_repeated_drain_does_not_drain_again(door: Door, operator: Caller) -> None:
@@ -169,7 +190,7 @@ async def test_a_worker_that_nobody_knows(door: Door, operator: Caller) -> None:
     refused = await refusal(operator.fleet.DrainWorker(drain(name="workers/node-z/gpu-9")))
     assert (refused.code, refused.reason) == (grpc.StatusCode.NOT_FOUND, "UNKNOWN_WORKER")
     assert refused.metadata == {"worker": "node-z/gpu-9"}
-    assert (await wishes(door)).draining == frozenset()
+    assert (await wishes(door)).draining == {}
 
 
 async def test_while_the_scheduler_is_away(door: Door, operator: Caller) -> None:

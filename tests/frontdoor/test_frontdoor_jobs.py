@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import uuid
 from collections.abc import Sequence
 from typing import Any
@@ -339,25 +338,6 @@ async def test_jobs_are_listed_by_state(door: Door) -> None:
     assert [job.uid for job in page.jobs] == [two.uid]
 
 
-async def test_the_feed_shows_finished_public_jobs_of_all_without_money(door: Door) -> None:
-    ann, ben = await door.caller("ann", plan="pro"), await door.caller("ben")
-    older, newer = await ann.create(), await ben.create()
-    private, waiting = await ann.create("a fox --private"), await ben.create()
-    for job in (older, newer, private):
-        await door.succeed(job.uid)
-    first = await ben.jobs.ListFeed(job_pb2.ListFeedRequest(page_size=1))
-    second = await ben.jobs.ListFeed(job_pb2.ListFeedRequest(page_size=1, page_token=first.next_page_token))
-    shown = [*first.jobs, *second.jobs]
-    assert [job.uid for job in shown] == [newer.uid, older.uid]
-    assert not second.next_page_token
-    for job in shown:
-        assert len(job.images) == 4
-        assert not job.HasField("price")
-        assert not job.HasField("receipt")
-        assert job.charge_mode == job_pb2.CHARGE_MODE_UNSPECIFIED
-    assert waiting.uid not in {job.uid for job in shown}
-
-
 async def test_a_finished_job_has_pictures_and_a_receipt(door: Door) -> None:
     ann = await door.caller("ann")
     job = await ann.create()
@@ -368,35 +348,6 @@ async def test_a_finished_job_has_pictures_and_a_receipt(door: Door) -> None:
     assert (done.receipt.gpu_ms, done.receipt.attempts) == (4_000, 1)
     assert done.receipt.reproduction_json == '{"model": "small"}'
     assert not done.HasField("queue_status")
-
-
-async def test_pictures_come_in_pieces_with_their_checksum_first(door: Door) -> None:
-    ann = await door.caller("ann")
-    job = await ann.create()
-    pictures = [bytes([index]) * (150_000 + index) for index in range(4)]
-    await door.succeed(job.uid, pictures)
-    files = await ann.download(job.name)
-    assert [content for _, content in files] == pictures
-    for image, content in files:
-        assert image.size_bytes == len(content)
-        assert image.sha256 == hashlib.sha256(content).hexdigest()
-    ((image, content),) = await ann.download(f"{job.name}/images/3")
-    assert (image.name, content) == (f"{job.name}/images/3", pictures[2])
-    sent = door.metrics.registry.get_sample_value("darkroom_artifact_sent_bytes_total")
-    assert sent == sum(map(len, pictures)) + len(pictures[2])
-
-
-async def test_anybody_can_look_at_the_pictures_of_the_feed_and_at_nothing_else_of_the_job(
-    door: Door,
-) -> None:
-    ann, ben = await door.caller("ann", plan="pro"), await door.caller("ben")
-    public, private = await ann.create("a fox"), await ann.create("a fox --private")
-    for job in (public, private):
-        await door.succeed(job.uid)
-    (shown,) = (await ben.jobs.ListFeed(job_pb2.ListFeedRequest())).jobs
-    assert len(await ben.download(shown.name)) == 4
-    assert (await refusal(ben.get(shown.name))).reason == "NOT_FOUND_OR_NOT_YOURS"
-    assert (await refusal(ben.download(private.name))).reason == "NOT_FOUND_OR_NOT_YOURS"
 
 
 async def test_moderators_see_the_jobs_of_others_and_cannot_cancel_them(door: Door) -> None:

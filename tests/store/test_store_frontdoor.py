@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import uuid
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import asyncpg
@@ -12,7 +14,15 @@ import pytest
 
 from billing import accounts as ledger_accounts
 from billing.prices import ChargeMode, PricingSnapshot
-from gpu_worker.contract import ImageFile, RenderKind, RenderSpec, SourceImage
+from gpu_worker.contract import (
+    ImageFile,
+    PicturePart,
+    RenderKind,
+    RenderSpec,
+    SourceImage,
+    TextPart,
+    VideoFile,
+)
 from scheduler.policy.ids import Tier
 from scheduler.refusals import Overloaded
 from scheduler.store import accounts, jobs
@@ -168,6 +178,17 @@ def test_pictures_and_receipts_survive_their_columns() -> None:
         seed=4,
     )
     assert jobs.images_from_json(jobs.images_to_json([image])) == (image,)
+    video = VideoFile(
+        path="p",
+        file_name="f",
+        content_type="video/mp4",
+        size_bytes=3,
+        sha256="s",
+        width=1,
+        height=2,
+        frames=4,
+    )
+    assert jobs.videos_from_json(jobs.videos_to_json([video])) == (video,)
     receipt = JobReceipt(
         gpu_ms=1,
         billed_gpu_ms=2,
@@ -181,9 +202,29 @@ def test_pictures_and_receipts_survive_their_columns() -> None:
         encode_ms=8,
         denoise_ms=9,
         decode_ms=10,
+        upscale_ms=11,
         reproduction={"a": [1]},
     )
-    assert jobs.receipt_from_json(jobs.receipt_to_json(receipt)) == receipt
+    document = jobs.receipt_to_json(receipt)
+    assert jobs.receipt_from_json(document) == receipt
+    del document["upscale_ms"]  # as a release before upscales wrote it
+    assert jobs.receipt_from_json(document) == replace(receipt, upscale_ms=0)
+
+
+def test_specs_survive_their_column_also_those_of_an_older_release() -> None:
+    spec = replace(
+        SPEC,
+        parts=(TextPart(text="a fox", share_ppm=400_000), TextPart(text="rain", share_ppm=-100_000)),
+        pictures=(PicturePart(path="pictures/x.png", share_ppm=500_000),),
+        stop_percent=80,
+        video=True,
+    )
+    document = json.loads(json.dumps(jobs.spec_to_json(spec)))
+    assert jobs.spec_from_json(document) == spec
+    for name in ("parts", "pictures", "stop_percent", "video"):
+        del document[name]
+    del document["source"]["picture_path"]
+    assert jobs.spec_from_json(document) == SPEC
 
 
 async def test_live_jobs_are_counted_by_what_they_are(connection: asyncpg.Connection) -> None:
