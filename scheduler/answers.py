@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gpu_worker.contract import RenderKind
 from scheduler.policy.explain import Explanation
 from scheduler.policy.ids import Tier
 from scheduler.policy.limits import Limits
@@ -107,10 +108,12 @@ class WhatIf:
     tier: Tier
     job_id: str | None
     """None: it would be submitted now."""
+    kind: RenderKind
     model: str
     width: int
     height: int
     steps: int
+    """Of the estimator: what its denoising steps take, in plain ones."""
     predicted_ms: int
     plan: PlanTerms | None
     """None: the account's own."""

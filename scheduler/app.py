@@ -100,6 +100,7 @@ async def running(
         await _unless_failed(_until(link.scheduler_ready, "no scheduler took the lead"), background)
         if settings.ray.address is None:
             # On a cluster workers come and go; here a service without its workers has not started.
+            stack.push_async_callback(link.close_down)
             joined = _until(lambda: _joined(link, settings.ray.local_gpus), "not all GPU workers started")
             await _unless_failed(joined, background)
         yield Service(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Sequence
 
+from gpu_worker.contract import RenderKind
 from gpu_worker.models import Models, UnknownModel
 from scheduler.clock import LeaderClock, to_ms
 from scheduler.policy.events import (
@@ -136,7 +137,7 @@ class Arrivals:
             predicted_ms=row.predicted_ms,
             step_ms=max(1, row.predicted_ms // row.steps),
             model=row.model,
-            memory_bytes=memory_wanted(self._models, row.model, row.width, row.height),
+            memory_bytes=memory_wanted(self._models, row.kind, row.model, row.width, row.height),
         )
 
     async def _standings(self, account_ids: Iterable[str]) -> list[live.AccountStanding]:
@@ -161,10 +162,10 @@ class Arrivals:
         return [UsageReset(at_ms=now_ms, account_id=standing.account_id) for standing in expired]
 
 
-def memory_wanted(models: Models, model: str, width: int, height: int) -> int:
-    """Return the free memory of a worker that a job of this model and size needs, in coarse steps."""
+def memory_wanted(models: Models, kind: RenderKind, model: str, width: int, height: int) -> int:
+    """Return the free memory of a worker that a job of this kind, model and size needs, in coarse steps."""
     try:
-        needed = models.get(model).memory_needed(width, height)
+        needed = models.memory_needed(kind, model, width, height)
     except UnknownModel:
         # It was offered when the job was accepted. The job waits and says that no worker can run it.
         needed = _MORE_THAN_ANY_GPU

@@ -55,8 +55,13 @@ class Desk:
         elif takes_jobs is False:
             self.tell(WorkerDraining(at_ms=now_ms, worker_id=WorkerId(worker_id)))
 
-    def give(self, running: Running, spec: RenderSpec, checkpoint: Checkpoint | None) -> None:
-        """Give an attempt that is a row to its worker, whose GPU it has from now on."""
+    def give(
+        self, running: Running, spec: RenderSpec, checkpoint: Checkpoint | None, *, after_loss: bool = False
+    ) -> None:
+        """Give an attempt that is a row to its worker, whose GPU it has from now on.
+
+        `after_loss`: an attempt before it was lost, with what it had done since its newest checkpoint.
+        """
         self.running.put(replace(running, given_ms=self.clock.now_ms()))
         self.look_at(running.worker_id)
         # Also what the board thinks is parked already: the worker lets it go on by itself in between.
@@ -73,5 +78,6 @@ class Desk:
                 file_stem=file_stem(spec.prompt),
                 parks=parked[-1].attempt_id if parked else None,
                 checkpoint=checkpoint,
+                after_loss=after_loss,
             ),
         )

@@ -65,6 +65,9 @@ class Fleet(Protocol):
     def stop(self, worker_id: str, attempt_id: str, token: str) -> None:
         """Ask a worker to end an attempt at its next step, or at once if it is parked."""
 
+    def hand_over(self, worker_id: str, attempt_id: str) -> None:
+        """Ask a worker to cut an attempt at its next step and end it there, for another to go on with."""
+
     def resume(self, worker_id: str, attempt_id: str) -> None:
         """Ask a worker to go on with a parked attempt; it may have done so by itself."""
 

@@ -39,6 +39,11 @@ class FleetChanged:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClosingDown:
+    """The workers are about to end: nothing is to start, and what runs is to be handed over."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class AttemptSettled:
     """The end of an attempt is committed, or turned out to be nobody's."""
 
@@ -47,7 +52,7 @@ class AttemptSettled:
     outcome: Settled | Unknown
 
 
-Item = JobsChanged | AccountsChanged | FleetChanged | FleetFact | AttemptSettled
+Item = JobsChanged | AccountsChanged | FleetChanged | ClosingDown | FleetFact | AttemptSettled
 
 
 class Inbox:

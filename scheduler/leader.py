@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 from billing import plans as billing_plans
 from gpu_worker.models import Models
@@ -13,7 +13,7 @@ from scheduler.arrivals import Arrivals
 from scheduler.clock import LeaderClock
 from scheduler.fleet import Fleet
 from scheduler.forecasts import Forecasts, ListenedBoard
-from scheduler.inbox import AccountsChanged, FleetChanged, Inbox, JobsChanged
+from scheduler.inbox import AccountsChanged, ClosingDown, FleetChanged, Inbox, JobsChanged
 from scheduler.loop import Loop
 from scheduler.metrics import SchedulerMetrics
 from scheduler.oracle import Oracle
@@ -29,6 +29,8 @@ from scheduler.updates import QueueStatus, Updates
 # Two lanes keep a commit in flight on each of two connections;
 # more only help with more accounts than one disk serves.
 _SETTLEMENT_LANES = 2
+# Between two looks at whether anything runs, where nothing happens meanwhile.
+_LOOK_AGAIN_S = 0.2
 
 
 class Leader:
@@ -79,6 +81,19 @@ class Leader:
     def fleet_changed(self) -> None:
         """Notice what operators drained, resumed or paused."""
         self._inbox.put(FleetChanged())
+
+    async def close_down(self, within_s: float) -> bool:
+        """Start nothing any more, and hand over what runs; returns whether all of it was within that time.
+
+        For before the workers are ended: what they would lose goes on from where it is, when they are back.
+        """
+        self._inbox.put(ClosingDown())
+        with suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                seen = 0
+                while self._loop.running:
+                    seen = (await self.updates.after(seen, _LOOK_AGAIN_S)).newest
+        return self._loop.running == 0
 
     def queue_statuses(self, job_ids: Sequence[str]) -> Mapping[str, QueueStatus]:
         """Return why these jobs wait, and when they will start."""

@@ -17,7 +17,7 @@ from scheduler.arrivals import Arrivals
 from scheduler.clock import LeaderClock, from_ms
 from scheduler.desk import Desk
 from scheduler.fleet import Fleet
-from scheduler.inbox import AccountsChanged, FleetChanged, Inbox, Item, JobsChanged
+from scheduler.inbox import AccountsChanged, ClosingDown, FleetChanged, Inbox, Item, JobsChanged
 from scheduler.metrics import SchedulerMetrics, WorkerState
 from scheduler.moves import Moves
 from scheduler.policy.board import Board
@@ -156,6 +156,8 @@ class Loop:
                 accounts.update(item.account_ids)
             case FleetChanged():
                 self._fleet_changed = True
+            case ClosingDown():
+                self._roll_call.close_down()
             case _:
                 self._roll_call.take(item)
 
@@ -183,6 +185,11 @@ class Loop:
             self._take(item, set(), set())
         for one in list(self._desk.running):
             self._roll_call.adopt(one, specs[one.attempt_id])
+
+    @property
+    def running(self) -> int:
+        """How many attempts run, parked ones included."""
+        return len(self._desk.running)
 
     @property
     def workers(self) -> int:

@@ -24,7 +24,7 @@ from google.protobuf.descriptor import FileDescriptor, MethodDescriptor
 from prometheus_client import CollectorRegistry, Counter, Gauge, GCCollector, Histogram, ProcessCollector
 
 from billing.v1 import admin_pb2, billing_pb2
-from gpu_worker.contract import Blame, GpuTime, Outcome, StageTimes, WorkerReport
+from gpu_worker.contract import AttemptResult, Blame, Checkpoint, GpuTime, Outcome, StageTimes, WorkerReport
 from scheduler.policy.ids import Tier
 from scheduler.v1 import account_pb2, job_pb2
 
@@ -44,6 +44,8 @@ _QUEUE_WAIT_S = (0.25, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 
 _RUN_S = (0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600)
 _STAGE_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 120)
 _CYCLE_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
+_CHECKPOINT_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+_FEW_STEPS = (0, 1, 2, 3, 5)
 _POOL_WAIT_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 
 PEAK_WINDOW_MS = 60_000
@@ -112,6 +114,7 @@ class Stage(StrEnum):
     ENCODE = "encode"
     DENOISE = "denoise"
     DECODE = "decode"
+    UPSCALE = "upscale"
 
 
 class RequeueReason(StrEnum):
@@ -360,7 +363,11 @@ class SchedulerMetrics:
     resumes: Counter
     """where"""
     migrations: Counter
+    park_wait_steps: Histogram
     runs_parked: Gauge
+    steps_redone: Counter
+    checkpoint_seconds: Histogram
+    checkpoint_bytes: Counter
     gpu_workers: Gauge
     """state"""
     gpu_time_seconds: Counter
@@ -444,7 +451,20 @@ class SchedulerMetrics:
             parks=_counter(registry, "parks", "Relax runs parked for a fast job."),
             resumes=_counter(registry, "resumes", "Parked runs that went on, by where.", "where"),
             migrations=_counter(registry, "migrations", "Parked runs that moved to another worker."),
+            park_wait_steps=_histogram(
+                registry, "park_wait_steps", "Steps from being asked to park to being parked.", _FEW_STEPS
+            ),
             runs_parked=_gauge(registry, "runs_parked", "Runs that are parked."),
+            steps_redone=_counter(
+                registry, "steps_redone", "Steps done again since the first were lost with a GPU, at most."
+            ),
+            checkpoint_seconds=_histogram(
+                registry,
+                "checkpoint_seconds",
+                "Making and storing a checkpoint, beside its run.",
+                _CHECKPOINT_S,
+            ),
+            checkpoint_bytes=_counter(registry, "checkpoint_bytes", "Content of stored checkpoints."),
             gpu_workers=_gauge(registry, "gpu_workers", "Workers by state.", "state"),
             gpu_time_seconds=_counter(
                 registry,
@@ -529,6 +549,17 @@ class SchedulerMetrics:
         if where is ResumedWhere.OTHER_GPU:
             self.migrations.inc()
 
+    def checkpoint_stored(self, checkpoint: Checkpoint) -> None:
+        """Count a checkpoint that a worker told of."""
+        self.checkpoint_bytes.inc(checkpoint.size_bytes)
+        self.checkpoint_seconds.observe(checkpoint.stored_in_ms / 1000)
+
+    def run_ended(self, result: AttemptResult) -> None:
+        """Count what being parked and going on elsewhere came to, however the attempt ended."""
+        self.steps_redone.inc(result.steps_redone)
+        for steps in result.park_waits:
+            self.park_wait_steps.observe(steps)
+
     def job_started(self, *, tier: Tier, waited_ms: int) -> None:
         """Observe how long a job waited for its first start, without the time its own caps held it."""
         self.job_queue_wait_seconds.labels(tier).observe(waited_ms / 1000)
@@ -541,6 +572,7 @@ class SchedulerMetrics:
             (Stage.ENCODE, times.encode_ms),
             (Stage.DENOISE, times.denoise_ms),
             (Stage.DECODE, times.decode_ms),
+            (Stage.UPSCALE, times.upscale_ms),
         ):
             if took_ms:
                 self.job_stage_seconds.labels(stage, model).observe(took_ms / 1000)

@@ -108,6 +108,10 @@ class Moves:
 
     def _planned(self, start: Start) -> dispatch.PlannedAttempt:
         decision = {"reason": start.reason, "warm": start.warm, **asdict(start.keys)}
+        if start.parks is not None:
+            decision["parks"] = start.parks
+        if start.resume_from is not None:
+            decision["resumes_at_step"] = start.resume_from.step
         return dispatch.PlannedAttempt(
             attempt_id=str(uuid.uuid4()),
             token=str(uuid.uuid4()),
@@ -117,7 +121,7 @@ class Moves:
             worker_id=start.worker_id,
             incarnation=self._incarnation(start.worker_id),
             charge=start.charge,
-            decision=decision if start.parks is None else {**decision, "parks": start.parks},
+            decision=decision,
             sentence=start.reason,
             parks=start.parks,
             sheltered=start.sheltered,
@@ -176,7 +180,12 @@ class Moves:
             tier=plan.tier.value,
             parks=start.parks,
         )
-        self._desk.give(running, spec, started.checkpoint if start.resume_from is not None else None)
+        self._desk.give(
+            running,
+            spec,
+            started.checkpoint if start.resume_from is not None else None,
+            after_loss=started.losses > 0,
+        )
         self._publish(running, started.event_seq)
 
     def _park(self, attempt_id: AttemptId, event_seqs: Mapping[JobId, int], now_ms: int) -> None:

@@ -186,7 +186,7 @@ class Oracle:
             predicted_ms=asked.predicted_ms,
             step_ms=max(1, asked.predicted_ms // max(1, asked.steps)),
             model=asked.model,
-            memory_bytes=memory_wanted(self._models, asked.model, asked.width, asked.height),
+            memory_bytes=memory_wanted(self._models, asked.kind, asked.model, asked.width, asked.height),
         )
 
     async def _with_account(self, account_id: AccountId, now_ms: int) -> Change:

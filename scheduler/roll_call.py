@@ -12,6 +12,7 @@ from dataclasses import replace
 import structlog
 
 from gpu_worker.contract import AttemptResult, Blame, Outcome, RenderSpec, RunInHand, WorkerReport
+from scheduler.clock import to_ms
 from scheduler.desk import Desk
 from scheduler.fleet import RenderRefused, WorkerFound, WorkerGone, WorkerHeard
 from scheduler.inbox import AttemptSettled, Item
@@ -105,6 +106,20 @@ class RollCall:
         self._paused = wishes.paused
         for worker_id in sorted(self._desk.workers.wanted(wishes.draining, wishes.set_aside)):
             self._desk.look_at(worker_id)
+        for worker_id, at in wishes.draining.items():
+            if to_ms(at) <= now_ms:
+                # Said again with each look at the wishes until they have ended: to ask twice changes nothing.
+                for running in self._desk.running.on(worker_id):
+                    self._desk.fleet.hand_over(worker_id, running.attempt_id)
+
+    def close_down(self) -> None:
+        """Let nothing start any more, and have everything that runs handed over."""
+        _log.info("closing down", attempts=len(self._desk.running))
+        self._desk.workers.close_all()
+        for worker_id in self._desk.workers.ids():
+            self._desk.look_at(worker_id)
+        for running in self._desk.running:
+            self._desk.fleet.hand_over(running.worker_id, running.attempt_id)
 
     async def save_checkpoints(self, items: Iterable[Item]) -> None:
         """Write the checkpoints that workers report.
@@ -115,7 +130,7 @@ class RollCall:
         for item in items:
             if not isinstance(item, WorkerFound | WorkerHeard):
                 continue
-            for run in _in_hand(item.report):
+            for run in _with_checkpoints(item.report):
                 running = self._desk.running.get(run.attempt_id)
                 if (
                     running is not None
@@ -138,6 +153,7 @@ class RollCall:
             running = self._desk.running.get(attempt_id)
             if attempt_id in stored and running is not None:
                 self._desk.running.put(replace(running, checkpoint=one.checkpoint))
+                self._desk.metrics.checkpoint_stored(one.checkpoint)
                 self._desk.tell(
                     CheckpointSaved(
                         at_ms=now_ms,
@@ -164,6 +180,7 @@ class RollCall:
                     speed_permille=report.speed_permille,
                     warm_models=frozenset(report.warm_models),
                     device=report.device,
+                    models=None if report.models is None else frozenset(report.models),
                 ),
             )
         )
@@ -287,12 +304,15 @@ class RollCall:
             gpu_ms=settled.gpu_ms,
             billed_ms=settled.billed_ms,
             absorbed_ms=settled.absorbed_ms,
+            steps_redone=0 if result is None else result.steps_redone,
             worker=running.worker_id,
         )
 
     def _show_end(
         self, running: Running, settled: Settled, result: AttemptResult | None, now_ms: int
     ) -> None:
+        if result is not None:
+            self._desk.metrics.run_ended(result)
         if result is not None and settled.verdict is not Verdict.LOST:
             self._desk.metrics.attempt_ended(
                 tier=running.tier,
@@ -302,8 +322,7 @@ class RollCall:
                 times=result.times,
             )
         if settled.job_state == "queued":
-            out_of_memory = result is not None and result.failure_reason == "OUT_OF_MEMORY"
-            self._desk.metrics.job_requeued(RequeueReason.OOM if out_of_memory else RequeueReason.WORKER_LOST)
+            self._desk.metrics.job_requeued(_requeue_reason(result))
         else:
             failed = settled.job_state == "failed"
             self._desk.metrics.job_ended(
@@ -322,6 +341,22 @@ def _in_hand(report: WorkerReport) -> Iterator[RunInHand]:
     if report.active is not None:
         yield report.active
     yield from report.parked
+
+
+def _requeue_reason(result: AttemptResult | None) -> RequeueReason:
+    if result is not None and result.outcome is Outcome.HANDED_OVER:
+        return RequeueReason.DRAIN
+    if result is not None and result.failure_reason == "OUT_OF_MEMORY":
+        return RequeueReason.OOM
+    return RequeueReason.WORKER_LOST
+
+
+def _with_checkpoints(report: WorkerReport) -> Iterator[RunInHand | AttemptResult]:
+    """Return what a worker may have stored a checkpoint of, whose job is to go on from it."""
+    yield from _in_hand(report)
+    for result in report.unacknowledged:
+        if result.outcome is Outcome.HANDED_OVER:
+            yield result
 
 
 def _has(report: WorkerReport, attempt_id: str) -> bool:

@@ -76,6 +76,19 @@ class FrontDoor(_Section):
         return self
 
 
+class Pictures(_Section):
+    """Pictures that are given with a prompt, as files or URLs. Workers never fetch any."""
+
+    http_allowed: bool = False
+    """Also fetch http:// URLs. Whoever is on the way can put another picture in its place."""
+    fetch_ms: int = Field(default=10_000, ge=100, le=60_000)
+    """For one URL in all: names, redirects, and the last byte. A person waits for the answer meanwhile."""
+    bytes_max: int = Field(default=10 * 1024 * 1024, ge=64 * 1024)
+    """Of one file. A camera's picture of 24 megapixels fits, as JPEG."""
+    pixels_max: int = Field(default=25_000_000, ge=1_000_000, le=80_000_000)
+    """Of one picture; a camera's has 24 million. Decoding takes up to 17 bytes each, of two at once."""
+
+
 class Ops(_Section):
     """/metrics, /healthz and /readyz."""
 
@@ -93,6 +106,10 @@ class Worker(_Section):
     threads: int = Field(default=1, ge=1)
     """CPU threads of each worker."""
     heartbeat_ms: int = Field(default=3_000, ge=100)
+    checkpoint_every_steps: int = Field(default=5, ge=1)
+    """How many steps of a picture are done again, at most, when a GPU dies."""
+    most_parked: int = Field(default=3, ge=1)
+    """Runs that may wait on one GPU for a newer one to end; of more, the oldest wait as checkpoints."""
 
 
 class Scheduling(_Section):
@@ -100,6 +117,8 @@ class Scheduling(_Section):
 
     sweep_ms: int = Field(default=1_000, ge=50)
     """How often rows that nobody told the scheduler of are looked for."""
+    drain_within_ms: int = Field(default=60_000, ge=0, le=24 * 3_600_000)
+    """How long a worker that drains has to finish what it has; what is left then goes on elsewhere."""
 
 
 class Settings(BaseSettings):
@@ -124,6 +143,7 @@ class Settings(BaseSettings):
     database: Database = Database()
     ray: RayCluster = RayCluster()
     frontdoor: FrontDoor = FrontDoor()
+    pictures: Pictures = Pictures()
     ops: Ops = Ops()
     worker: Worker = Worker()
     scheduling: Scheduling = Scheduling()

@@ -36,16 +36,22 @@ _log = structlog.get_logger()
 _MOST_IN_ONE = 200
 _LONGEST_SENTENCE = 500
 
+_HANDED_OVER = "Its GPU worker saved it in the middle and gave it up."
+
 
 def end_of(result: AttemptResult, *, device: str, speed_permille: int) -> AttemptEnd:
     """Return what the result of a worker of this device type and speed claims.
 
-    A failure that is the platform's counts as a loss and is tried again.
+    A failure that is the platform's counts as a loss and is tried again. One that was handed over is tried
+    again too, and counts as a loss of nobody's.
     """
+    handed_over = result.outcome is Outcome.HANDED_OVER
     if result.outcome is Outcome.SUCCEEDED:
         verdict = Verdict.SUCCEEDED
     elif result.outcome is Outcome.CANCELLED:
         verdict = Verdict.CANCELLED
+    elif handed_over:
+        verdict = Verdict.LOST
     else:
         verdict = Verdict.LOST if result.blame is Blame.PLATFORM else Verdict.FAILED
     return AttemptEnd(
@@ -55,16 +61,20 @@ def end_of(result: AttemptResult, *, device: str, speed_permille: int) -> Attemp
         gpu_ms=result.times.gpu_ms,
         redone_ms=result.redone_ms,
         kept=result.kept,
+        counts=not handed_over,
         # An artifact store or a hub that is away, or a picture too large, says nothing about this GPU.
         worker_at_fault=result.failure_reason == "ENGINE_ERROR" and result.blame is Blame.PLATFORM,
         times=result.times,
         device=device,
         speed_permille=speed_permille,
         images=result.images,
+        videos=result.videos,
         latents_path=result.latents_path,
         reproduction=_storable(result.receipt),
         failure_reason=result.failure_reason,
-        sentence=_storable(result.failure_sentence or "")[:_LONGEST_SENTENCE],
+        sentence=_HANDED_OVER
+        if handed_over
+        else _storable(result.failure_sentence or "")[:_LONGEST_SENTENCE],
     )
 
 
@@ -93,7 +103,7 @@ def end_of_lost(attempt_id: str, token: str, sentence: str, *, executed: bool) -
         token=token,
         verdict=Verdict.LOST,
         gpu_ms=None if executed else 0,
-        executed=executed,
+        counts=executed,
         worker_at_fault=executed,
         sentence=sentence,
     )

@@ -33,6 +33,7 @@ class Workers:
         self._closed: dict[str, None] = {}
         self._draining: frozenset[str] = frozenset()
         self._set_aside: dict[str, datetime] = {}
+        self._all_closed = False
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -75,15 +76,19 @@ class Workers:
         self._slots.pop(worker_id, None)
         self._closed.pop(worker_id, None)
 
+    def close_all(self) -> None:
+        """Give nothing to anybody from now on."""
+        self._all_closed = True
+
     def set_aside(self, worker_id: str, until: datetime) -> None:
         """Give a worker nothing until then: it lost too many jobs in a row."""
         self._set_aside[worker_id] = until
 
-    def wanted(self, draining: frozenset[str], set_aside: Mapping[str, datetime]) -> set[str]:
+    def wanted(self, draining: Mapping[str, datetime], set_aside: Mapping[str, datetime]) -> set[str]:
         """Note what the rows say of all slots; returns those of which they said something else before."""
-        changed = set(self._draining ^ draining)
+        changed = set(self._draining ^ draining.keys())
         changed.update(worker_id for worker_id, _ in self._set_aside.items() ^ set_aside.items())
-        self._draining, self._set_aside = draining, dict(set_aside)
+        self._draining, self._set_aside = frozenset(draining), dict(set_aside)
         return changed
 
     def looked_at(self, worker_id: str, *, busy: bool, now_ms: int) -> bool | None:
@@ -97,7 +102,8 @@ class Workers:
             slot.idle_since_ms = now_ms
         aside_until = self._set_aside.get(worker_id)
         takes_jobs = (
-            slot.report.healthy
+            not self._all_closed
+            and slot.report.healthy
             and not slot.at_odds
             and worker_id not in self._draining
             and (aside_until is None or to_ms(aside_until) <= now_ms)

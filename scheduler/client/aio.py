@@ -17,7 +17,7 @@ import random
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
@@ -41,23 +41,27 @@ from billing.v1.admin_pb2 import (
 from billing.v1.admin_pb2_grpc import AdminServiceStub
 from billing.v1.billing_pb2 import Balance, GetBalanceRequest
 from billing.v1.billing_pb2_grpc import BillingServiceStub
-from scheduler.client.download import PartFile
+from scheduler.client.download import PartFile, announced_name
 from scheduler.client.errors import (
     CannotSave,
     DarkroomError,
     JobCancelled,
     JobFailed,
+    NotFoundOrNotYours,
     ServiceFailed,
     raised_for,
 )
 from scheduler.client.names import (
+    OWN_ACCOUNT,
     account_name,
     image_name,
     job_name,
     last_part,
+    named,
     plan_name,
     worker_name,
 )
+from scheduler.client.uploads import contents
 from scheduler.v1 import job_pb2
 from scheduler.v1.account_pb2 import Account, GetAccountRequest, UpdateAccountRequest
 from scheduler.v1.account_pb2_grpc import AccountServiceStub
@@ -78,6 +82,7 @@ from scheduler.v1.fleet_pb2_grpc import FleetServiceStub
 from scheduler.v1.job_pb2 import (
     CancelJobRequest,
     CreateJobRequest,
+    DeleteJobRequest,
     DownloadImagesRequest,
     Estimate,
     EstimateJobRequest,
@@ -93,7 +98,10 @@ from scheduler.v1.job_pb2 import (
     Reroll,
     Tier,
     UpdateJobRequest,
+    Upscale,
+    UpscaleAlgorithm,
     Variation,
+    Video,
     Visibility,
     WatchJobRequest,
     WatchJobResponse,
@@ -214,14 +222,17 @@ class DarkroomClient:
         self,
         prompt: str,
         *,
+        pictures: Sequence[Path | bytes] = (),
         model: str = "",
         tier: Tier.ValueType = job_pb2.TIER_UNSPECIFIED,
         visibility: Visibility.ValueType = job_pb2.VISIBILITY_UNSPECIFIED,
     ) -> JobHandle:
-        """Submit a grid of four pictures made from text; it is durable when this returns."""
-        request = CreateJobRequest(
-            imagine=Imagine(prompt=prompt, model=model), tier=tier, visibility=visibility
-        )
+        """Submit a grid of four pictures made from text; it is durable when this returns.
+
+        `pictures` are files, or their bytes, to draw after, beside those that the prompt names by URL. Raises
+        PictureNotSendable, before anything is sent, if they could not be taken.
+        """
+        request = await _imagined(prompt, pictures, model=model, tier=tier, visibility=visibility)
         return await self._create(request)
 
     async def vary(
@@ -229,36 +240,74 @@ class DarkroomClient:
         job: str,
         image: int,
         *,
+        strong: bool = False,
         tier: Tier.ValueType = job_pb2.TIER_UNSPECIFIED,
         visibility: Visibility.ValueType = job_pb2.VISIBILITY_UNSPECIFIED,
     ) -> JobHandle:
-        """Submit a new grid close to picture `image`, 1 to 4, of a finished job."""
-        variation = Variation(source_image=image_name(job, image))
+        """Submit a new grid close to picture `image`, 1 to 4, of a finished job; `strong`: less close."""
+        variation = Variation(source_image=image_name(job, image), strong=strong)
         return await self._create(CreateJobRequest(variation=variation, tier=tier, visibility=visibility))
 
+    async def upscale(
+        self,
+        job: str,
+        image: int,
+        *,
+        algorithm: UpscaleAlgorithm.ValueType = job_pb2.UPSCALE_ALGORITHM_UNSPECIFIED,
+        tier: Tier.ValueType = job_pb2.TIER_UNSPECIFIED,
+        visibility: Visibility.ValueType = job_pb2.VISIBILITY_UNSPECIFIED,
+    ) -> JobHandle:
+        """Submit picture `image`, 1 to 4, of a finished job to be enlarged.
+
+        Without an algorithm it is light where the prompt of the source says --uplight, else detailed.
+        """
+        upscale = Upscale(source_image=image_name(job, image), algorithm=algorithm)
+        return await self._create(CreateJobRequest(upscale=upscale, tier=tier, visibility=visibility))
+
     async def reroll(
+        self,
+        job: str,
+        *,
+        exact: bool = False,
+        tier: Tier.ValueType = job_pb2.TIER_UNSPECIFIED,
+        visibility: Visibility.ValueType = job_pb2.VISIBILITY_UNSPECIFIED,
+    ) -> JobHandle:
+        """Submit the same job again with a new seed, unless its prompt fixes one.
+
+        `exact` keeps the seed: the same bits should come out, which `verify.compare` tells.
+        """
+        reroll = Reroll(source_job=job_name(job), exact=exact)
+        return await self._create(CreateJobRequest(reroll=reroll, tier=tier, visibility=visibility))
+
+    async def redo(
         self,
         job: str,
         *,
         tier: Tier.ValueType = job_pb2.TIER_UNSPECIFIED,
         visibility: Visibility.ValueType = job_pb2.VISIBILITY_UNSPECIFIED,
     ) -> JobHandle:
-        """Submit the same job again with a new seed, unless its prompt fixes one."""
-        reroll = Reroll(source_job=job_name(job))
-        return await self._create(CreateJobRequest(reroll=reroll, tier=tier, visibility=visibility))
+        """Submit an upscale again with the other algorithm, light or detailed; reroll any other job."""
+        source = await self.get(job)
+        if source.kind != job_pb2.JOB_KIND_UPSCALE:
+            return await self.reroll(job, tier=tier, visibility=visibility)
+        light = source.upscale_algorithm == job_pb2.UPSCALE_ALGORITHM_LIGHT
+        other = job_pb2.UPSCALE_ALGORITHM_DETAILED if light else job_pb2.UPSCALE_ALGORITHM_LIGHT
+        return await self.upscale(
+            source.source_job, source.source_image, algorithm=other, tier=tier, visibility=visibility
+        )
 
     async def validate(
         self,
         prompt: str,
         *,
+        pictures: Sequence[Path | bytes] = (),
         model: str = "",
         tier: Tier.ValueType = job_pb2.TIER_UNSPECIFIED,
         visibility: Visibility.ValueType = job_pb2.VISIBILITY_UNSPECIFIED,
     ) -> Job:
         """Return what `imagine` would get, with price and place in the queue, without submitting it."""
-        request = CreateJobRequest(
-            imagine=Imagine(prompt=prompt, model=model), tier=tier, visibility=visibility, validate_only=True
-        )
+        request = await _imagined(prompt, pictures, model=model, tier=tier, visibility=visibility)
+        request.validate_only = True
         request.request_id = _new_request_id()
         return await self._call(self._jobs.CreateJob, request, _CREATE_DEADLINE_S)
 
@@ -289,7 +338,7 @@ class DarkroomClient:
                 return
 
     async def feed(self, *, page_size: int = 50) -> AsyncIterator[Job]:
-        """Yield finished public jobs of all accounts, newest first, asking for pages as they are needed."""
+        """Yield finished public upscales of all accounts, newest first, asking for pages as needed."""
         token = ""
         while True:
             page = await self._call(
@@ -305,6 +354,11 @@ class DarkroomClient:
         """Cancel a waiting job at once, a running one at its next step; return it as it is now."""
         request = CancelJobRequest(name=job_name(job), request_id=_new_request_id())
         return await self._call(self._jobs.CancelJob, request)
+
+    async def delete(self, job: str) -> None:
+        """Delete a finished job, its pictures and its text. One that is deleted already is no error."""
+        request = DeleteJobRequest(name=job_name(job), request_id=_new_request_id())
+        await self._call(self._jobs.DeleteJob, request)
 
     async def move(self, job: str, tier: Tier.ValueType) -> Job:
         """Move a waiting job to `tier`, at the price of a job submitted there now; return it."""
@@ -323,6 +377,7 @@ class DarkroomClient:
         self,
         prompt: str,
         *,
+        pictures: Sequence[Path | bytes] = (),
         model: str = "",
         tier: Tier.ValueType = job_pb2.TIER_UNSPECIFIED,
         visibility: Visibility.ValueType = job_pb2.VISIBILITY_UNSPECIFIED,
@@ -332,9 +387,7 @@ class DarkroomClient:
 
         `plan` names one with which the same is to be said. Nothing is submitted.
         """
-        create = CreateJobRequest(
-            imagine=Imagine(prompt=prompt, model=model), tier=tier, visibility=visibility
-        )
+        create = await _imagined(prompt, pictures, model=model, tier=tier, visibility=visibility)
         return await self._estimate(EstimateJobRequest(create=create), plan)
 
     async def estimate_job(self, job: str, *, plan: str = "") -> Estimate:
@@ -384,19 +437,55 @@ class DarkroomClient:
             await self._wait_before(repeats, broken)
 
     async def download(self, name: str, folder: Path, *, image: int | None = None) -> list[Path]:
-        """Save all pictures of a job, or picture `image` of it, in `folder`; return their paths.
+        """Save all pictures and videos of a job, or one of them, in `folder`; return their paths.
 
-        A file has its name only once it is complete and its SHA-256 is right; one that was there is replaced.
-        Raises DownloadDamaged if what arrived is not what was announced, CannotSave if the folder is no good.
+        It is one where `name` means a picture or a video, or `image`, 1 to 4, says which picture. A file has
+        its name only once it is complete and its SHA-256 is right; one that was there is replaced. Raises
+        DownloadDamaged if what arrived is not what was announced, CannotSave if the folder is no good.
         """
-        request = DownloadImagesRequest(name=job_name(name) if image is None else image_name(name, image))
+        meant = named(name)
+        if image is not None:
+            return list((await self._download(image_name(name, image), folder)).values())
+        saved = await self._download(meant.name, folder)
+        if meant.name == meant.job:
+            saved |= await self._download_videos(await self._videos_of(meant.job), folder)
+        return list(saved.values())
+
+    async def download_all(self, folder: Path, *, file_name: str | None = None) -> Path:
+        """Save all pictures of the account as one ZIP archive in `folder`, and return its path.
+
+        It is called as the service calls it, or `file_name`. It is made while it is sent: one that breaks
+        off begins again. Raises DownloadDamaged and CannotSave as `download` does.
+        """
+        saved = await self._download(OWN_ACCOUNT, folder, file_name)
+        if len(saved) != 1:
+            raise ServiceFailed(f"{self.address} sent {len(saved)} files instead of one archive")
+        return next(iter(saved.values()))
+
+    async def _videos_of(self, job: str) -> Sequence[Video]:
+        try:
+            return (await self.get(job)).videos
+        except NotFoundOrNotYours:
+            # Its pictures could be had all the same: they are in the feed, where there are only upscales,
+            # which have no videos.
+            return ()
+
+    async def _download_videos(self, videos: Sequence[Video], folder: Path) -> dict[str, Path]:
+        saved: dict[str, Path] = {}
+        for video in videos:
+            saved |= await self._download(video.name, folder)
+        return saved
+
+    async def _download(self, name: str, folder: Path, file_name: str | None = None) -> dict[str, Path]:
+        """Save what `name` stands for; return the paths, by resource name."""
+        request = DownloadImagesRequest(name=name)
         saved: dict[str, Path] = {}
         repeats = 0
         while True:
             before = len(saved)
             try:
                 await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
-                await self._download_rest(request, folder, saved)
+                await self._download_rest(request, folder, file_name, saved)
             except OSError as failure:
                 raise CannotSave(f"{folder}: {failure.strerror}.") from failure
             except grpc.aio.AioRpcError as failure:
@@ -406,10 +495,10 @@ class DarkroomClient:
                     raise error from failure
                 await self._wait_before(repeats, error)
             else:
-                return list(saved.values())
+                return saved
 
     async def _download_rest(
-        self, request: DownloadImagesRequest, folder: Path, saved: dict[str, Path]
+        self, request: DownloadImagesRequest, folder: Path, file_name: str | None, saved: dict[str, Path]
     ) -> None:
         """Read one stream; add each file that is complete to `saved`, by its resource name."""
         call = self._jobs.DownloadImages(request, metadata=self._metadata)
@@ -419,17 +508,17 @@ class DarkroomClient:
             async for answer in call:
                 if answer.WhichOneof("part") == "header":
                     if part is not None:
-                        saved[part.image.name] = await part.finish()
+                        saved[part.name] = await part.finish()
                         part = None
-                    skipping = answer.header.image.name in saved
+                    skipping = announced_name(answer.header) in saved
                     if not skipping:
-                        part = await PartFile.open(folder, answer.header.image)
+                        part = await PartFile.open(answer.header, folder, file_name)
                 elif part is not None:
                     await part.write(answer.chunk)
                 elif not skipping:
-                    raise ServiceFailed(f"{self.address} sent bytes of a picture before saying which")
+                    raise ServiceFailed(f"{self.address} sent bytes of a file before saying which")
             if part is not None:
-                saved[part.image.name] = await part.finish()
+                saved[part.name] = await part.finish()
                 part = None
         finally:
             call.cancel()
@@ -475,9 +564,14 @@ class DarkroomClient:
         """Return every worker: what it is, what it does, and what it has in hand."""
         return list((await self._call(self._fleet.ListWorkers, ListWorkersRequest())).workers)
 
-    async def drain_worker(self, worker: str, *, reason: str) -> Worker:
-        """Let a worker finish what it has and give it nothing new."""
+    async def drain_worker(self, worker: str, *, reason: str, within: timedelta | None = None) -> Worker:
+        """Let a worker finish what it has and give it nothing new.
+
+        What it has not finished `within` that time goes on elsewhere; None: as the service is set up.
+        """
         request = DrainWorkerRequest(name=worker_name(worker), request_id=_new_request_id(), reason=reason)
+        if within is not None:
+            request.within_ms = within // timedelta(milliseconds=1)
         return await self._call(self._fleet.DrainWorker, request)
 
     async def resume_worker(self, worker: str, *, reason: str) -> Worker:
@@ -620,7 +714,7 @@ class JobHandle:
         return await self._client.explain(self.job.name)
 
     async def save(self, folder: Path) -> list[Path]:
-        """Save its pictures in `folder`; return their paths in order."""
+        """Save its pictures and videos in `folder`; return their paths in order, pictures first."""
         return await self._client.download(self.job.name, folder)
 
 
@@ -632,6 +726,18 @@ def succeeded(job: Job) -> Job:
     if job.state == job_pb2.JOB_STATE_CANCELLED:
         raise JobCancelled(f"Job {job.uid} was cancelled.", job)
     return job
+
+
+async def _imagined(
+    prompt: str,
+    pictures: Sequence[Path | bytes],
+    *,
+    model: str,
+    tier: Tier.ValueType,
+    visibility: Visibility.ValueType,
+) -> CreateJobRequest:
+    imagine = Imagine(prompt=prompt, model=model, pictures=await contents(pictures))
+    return CreateJobRequest(imagine=imagine, tier=tier, visibility=visibility)
 
 
 def _new_request_id() -> str:

@@ -1,7 +1,8 @@
 """The commands of `darkroom`.
 
 Exit status: 0 done; 1 the service refused; 2 the command was not understood; 3 the service cannot be
-reached, is overloaded or failed; 4 the job ended without pictures; 130 interrupted.
+reached, is overloaded or failed; 4 the job ended without pictures; 5 a job that was verified came out
+different; 130 interrupted.
 
 The commands that run a service live in the server's packages, which a client need not have installed; here
 they are only named, and handed over with their arguments as they came.
@@ -9,25 +10,44 @@ they are only named, and handed over with their arguments as they came.
 
 from __future__ import annotations
 
-import asyncio
 import importlib
 import importlib.metadata
 import sys
-from collections.abc import Awaitable, Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from scheduler.client.aio import DarkroomClient, JobHandle, succeeded
+from scheduler.client.aio import DarkroomClient, succeeded
 from scheduler.client.commands_admin import admin
+from scheduler.client.commands_making import (
+    DEFAULT_FOLDER,
+    Fast,
+    Out,
+    Private,
+    Show,
+    Uploads,
+    add_to,
+    follow,
+    printer_for,
+    tier_of,
+    visibility_of,
+)
 from scheduler.client.config import NAMES, config_path, masked, store_setting
-from scheduler.client.errors import ExitCode
-from scheduler.client.names import is_job
+from scheduler.client.errors import ExitCode, NotEnded
+from scheduler.client.names import Named, is_job, last_part
 from scheduler.client.printing import Printer
-from scheduler.client.running import JobArgument, Json, config_of, expected_trouble, job_argument, run
-from scheduler.client.terminal import JobView, can_show_pictures, live
+from scheduler.client.running import (
+    JobArgument,
+    Json,
+    config_of,
+    expected_trouble,
+    job_argument,
+    named_argument,
+    run,
+)
+from scheduler.client.terminal import kind_word, state_word
 from scheduler.v1 import job_pb2
 from scheduler.v1.job_pb2 import Job, JobState, Tier, Visibility
 
@@ -36,29 +56,17 @@ app = typer.Typer(
     help="Make pictures on a shared cluster of GPUs.",
     epilog=(
         "Exit status: 0 done, 1 refused, 2 not understood, 3 service unreachable or overloaded, "
-        "4 the job ended without pictures, 130 interrupted."
+        "4 the job ended without pictures, 5 verified and different, 130 interrupted."
     ),
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,  # they would print local variables, the key among them
 )
+add_to(app)
 app.add_typer(admin, name="admin")
 config_app = typer.Typer(help="Where the service is and which key to use.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 
-DEFAULT_FOLDER = Path("darkroom-images")
-
-Fast = Annotated[
-    bool | None, typer.Option("--fast/--relax", help="Tier of this job; otherwise the account's mode.")
-]
-Private = Annotated[bool | None, typer.Option("--private/--public", help="Who may see the pictures.")]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures.")]
-NoWait = Annotated[bool, typer.Option("--no-wait", help="Return once the job is accepted.")]
-Show = Annotated[
-    bool | None,
-    typer.Option("--pictures/--no-pictures", help="Show pictures here; otherwise only on a terminal."),
-]
-Image = Annotated[int, typer.Argument(min=1, max=4, help="Which of its pictures, 1 to 4.")]
 MovedJob = Annotated[
     str | None,
     typer.Argument(metavar="[JOB]", parser=job_argument, help="Only this job, which must be waiting."),
@@ -103,132 +111,29 @@ def _connection(
     }
 
 
-# Making pictures
-
-
-@app.command(context_settings={"ignore_unknown_options": True})
-def imagine(
-    context: typer.Context,
-    # Several words, and parameters such as --seed that are not the command's own, are the prompt, so that it
-    # need not be quoted. A misspelt option is then the service's to refuse, and it names the nearest one.
-    prompt: Annotated[list[str], typer.Argument(help="Text, then parameters such as --seed 7 --ar 3:2.")],
-    model: Annotated[str, typer.Option(help="Model; otherwise the service's default.")] = "",
-    fast: Fast = None,
-    private: Private = None,
-    out: Out = DEFAULT_FOLDER,
-    no_wait: NoWait = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what it would cost and where it would wait.")
-    ] = False,
-    pictures: Show = None,
-    as_json: Json = False,
-) -> None:
-    """Make a grid of four pictures from text."""
-    text = " ".join(prompt)
-    tier, visibility = _tier(fast), _visibility(private)
-    if dry_run:
-        printer = Printer(as_json=as_json)
-
-        async def validate(client: DarkroomClient) -> None:
-            printer.job(await client.validate(text, model=model, tier=tier, visibility=visibility))
-
-        run(context, printer, validate)
-        return
-
-    async def submit(client: DarkroomClient) -> JobHandle:
-        return await client.imagine(text, model=model, tier=tier, visibility=visibility)
-
-    _make(context, submit, out=out, no_wait=no_wait, pictures=pictures, as_json=as_json)
-
-
-@app.command()
-def vary(
-    context: typer.Context,
-    job: JobArgument,
-    image: Image,
-    fast: Fast = None,
-    private: Private = None,
-    out: Out = DEFAULT_FOLDER,
-    no_wait: NoWait = False,
-    pictures: Show = None,
-    as_json: Json = False,
-) -> None:
-    """Make a new grid close to one picture of a finished job."""
-
-    async def submit(client: DarkroomClient) -> JobHandle:
-        return await client.vary(job, image, tier=_tier(fast), visibility=_visibility(private))
-
-    _make(context, submit, out=out, no_wait=no_wait, pictures=pictures, as_json=as_json)
-
-
-@app.command()
-def reroll(
-    context: typer.Context,
-    job: JobArgument,
-    fast: Fast = None,
-    private: Private = None,
-    out: Out = DEFAULT_FOLDER,
-    no_wait: NoWait = False,
-    pictures: Show = None,
-    as_json: Json = False,
-) -> None:
-    """Make the same job again with a new seed."""
-
-    async def submit(client: DarkroomClient) -> JobHandle:
-        return await client.reroll(job, tier=_tier(fast), visibility=_visibility(private))
-
-    _make(context, submit, out=out, no_wait=no_wait, pictures=pictures, as_json=as_json)
-
-
-def _make(
-    context: typer.Context,
-    submit: Callable[[DarkroomClient], Awaitable[JobHandle]],
-    *,
-    out: Path,
-    no_wait: bool,
-    pictures: bool | None,
-    as_json: bool,
-) -> None:
-    """Submit a job and, unless told otherwise, wait for its pictures and save them."""
-    printer = _printer(as_json, pictures)
-
-    async def work(client: DarkroomClient) -> None:
-        handle = await submit(client)
-        for warning in handle.job.warnings:
-            printer.note(warning)
-        if no_wait:
-            printer.submitted(handle.job)
-            return
-        await _follow(printer, handle)
-        printer.finished(succeeded(handle.job), await handle.save(out))
-
-    run(context, printer, work)
-
-
-async def _follow(printer: Printer, handle: JobHandle) -> None:
-    """Show a job on a live line until it has ended."""
-    view = JobView(handle.job)
-    previews = printer.pictures and can_show_pictures(printer.err)
-    try:
-        with live(printer.err, view):
-            async for update in handle.watch(previews=previews):
-                view.apply(update)
-    except asyncio.CancelledError:
-        see, end = f"darkroom watch {handle.id}", f"darkroom cancel {handle.id}"
-        printer.note(f"The job goes on. See it with `{see}`, end it with `{end}`.")
-        raise
-
-
 # Looking at jobs
 
 
 @app.command()
-def show(context: typer.Context, job: JobArgument, as_json: Json = False) -> None:
+def show(
+    context: typer.Context,
+    job: JobArgument,
+    receipt: Annotated[
+        bool, typer.Option("--receipt", help="What it cost, and all that makes the same bits again.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Print everything about one job."""
     printer = Printer(as_json=as_json)
 
     async def work(client: DarkroomClient) -> None:
-        printer.job(await client.get(job))
+        found = await client.get(job)
+        if not receipt:
+            printer.job(found)
+        elif found.HasField("receipt"):
+            printer.receipt(found)
+        else:
+            raise NotEnded(f"Job {found.uid} is {state_word(found.state)}.")
 
     run(context, printer, work)
 
@@ -257,7 +162,7 @@ def jobs(
 
 @app.command()
 def feed(context: typer.Context, limit: Limit = 20, as_json: Json = False) -> None:
-    """List finished public jobs of all accounts, newest first."""
+    """List finished public upscales of all accounts, newest first."""
     printer = Printer(as_json=as_json)
 
     async def work(client: DarkroomClient) -> None:
@@ -274,12 +179,14 @@ def feed(context: typer.Context, limit: Limit = 20, as_json: Json = False) -> No
 @app.command()
 def watch(context: typer.Context, job: JobArgument, pictures: Show = None, as_json: Json = False) -> None:
     """Show what happens to a job until it has ended."""
-    printer = _printer(as_json, pictures)
+    printer = printer_for(as_json=as_json, pictures=pictures)
 
     async def work(client: DarkroomClient) -> None:
         handle = await client.handle(job)
+        if not as_json:
+            printer.note(f"{kind_word(handle.job)}: {handle.job.prompt}")
         if printer.out.is_terminal and not as_json:
-            await _follow(printer, handle)
+            await follow(printer, handle)
         else:
             async for update in handle.watch():
                 printer.update(update)
@@ -302,6 +209,44 @@ def cancel(context: typer.Context, job: JobArgument, as_json: Json = False) -> N
 
 
 @app.command()
+def delete(
+    context: typer.Context,
+    job: JobArgument,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Delete a finished job for good: its pictures, its prompt and all that leads to them."""
+    printer = Printer(as_json=as_json)
+    if not yes:
+        found: list[Job] = []
+
+        async def look(client: DarkroomClient) -> None:
+            found.append(await client.get(job))
+
+        run(context, printer, look)
+        # Asked while nothing runs: an event loop would hold Ctrl-C back until there is an answer.
+        with expected_trouble(printer):
+            agreed = printer.agreed(_question(found[0]))
+        if not agreed:
+            printer.note("Nothing was deleted.")
+            raise typer.Exit(ExitCode.REFUSED)
+
+    async def work(client: DarkroomClient) -> None:
+        await client.delete(job)
+        if as_json:
+            printer.document({"deleted": last_part(job)})
+        else:
+            printer.line(f"{last_part(job)} deleted")
+
+    run(context, printer, work)
+
+
+def _question(job: Job) -> str:
+    pictures = "1 picture" if len(job.images) == 1 else f"{len(job.images)} pictures"
+    return f"Delete {kind_word(job)} {job.uid} ({job.prompt}) and its {pictures} for good?"
+
+
+@app.command()
 def explain(context: typer.Context, job: JobArgument, as_json: Json = False) -> None:
     """Say why a job is where it is, what has to end first, and when it will start."""
     printer = Printer(as_json=as_json)
@@ -318,6 +263,7 @@ def estimate(
     what: Annotated[
         list[str], typer.Argument(metavar="PROMPT|JOB", help="A prompt as for imagine, or a waiting job.")
     ],
+    image: Uploads = None,
     model: Annotated[str, typer.Option(help="Model; otherwise the service's default.")] = "",
     fast: Fast = None,
     private: Private = None,
@@ -327,15 +273,20 @@ def estimate(
     """Say what a job would cost, when it would start and whom it would delay, in each tier."""
     printer = Printer(as_json=as_json)
     text = " ".join(what)
-    tier, visibility = _tier(fast), _visibility(private)
 
     async def work(client: DarkroomClient) -> None:
         if is_job(text):
-            printer.estimate(await client.estimate_job(text, plan=plan))
+            told = await client.estimate_job(text, plan=plan)
         else:
-            printer.estimate(
-                await client.estimate(text, model=model, tier=tier, visibility=visibility, plan=plan)
+            told = await client.estimate(
+                text,
+                pictures=image or [],
+                model=model,
+                tier=tier_of(fast),
+                visibility=visibility_of(private),
+                plan=plan,
             )
+        printer.estimate(told)
 
     run(context, printer, work)
 
@@ -343,16 +294,39 @@ def estimate(
 @app.command()
 def download(
     context: typer.Context,
-    job: JobArgument,
+    job: Annotated[
+        Named | None,
+        typer.Argument(
+            metavar="[JOB]",
+            parser=named_argument,
+            help="Job, picture or video: id, resource name or file name; JOB/2, JOB/mp4.",
+        ),
+    ] = None,
     image: Annotated[int | None, typer.Argument(min=1, max=4, help="Only this picture.")] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="All pictures of the account, as one ZIP archive.")
+    ] = False,
+    to: Annotated[
+        Path | None,
+        typer.Option("--to", metavar="FILE.zip", dir_okay=False, help="Where to save that archive."),
+    ] = None,
     out: Out = DEFAULT_FOLDER,
     as_json: Json = False,
 ) -> None:
-    """Save the pictures of a job."""
+    """Save the pictures and videos of a job, one of them, or all pictures of the account."""
+    if everything == (job is not None):
+        raise typer.BadParameter("give a job, or --all for the pictures of all jobs")
+    if to is not None and not everything:
+        raise typer.BadParameter("--to is where the archive of --all goes; --out names a folder")
     printer = Printer(as_json=as_json)
 
     async def work(client: DarkroomClient) -> None:
-        files = await client.download(job, out, image=image)
+        if job is not None:
+            files = await client.download(job.name, out, image=image)
+        elif to is not None:
+            files = [await client.download_all(to.parent, file_name=to.name)]
+        else:
+            files = [await client.download_all(out)]
         if as_json:
             printer.document({"files": [str(file) for file in files]})
         else:
@@ -527,21 +501,3 @@ _server_command("demo", "Start everything, make four jobs of two accounts, show 
 _server_command("migrate", "Bring a database to this release.")
 _server_command("simulate", "Compare scheduling policies on a recorded or made-up workload.")
 _server_command("stop", "End the scheduler and the workers on a Ray cluster.")
-
-
-def _printer(as_json: bool, pictures: bool | None) -> Printer:
-    printer = Printer(as_json=as_json)
-    printer.pictures = can_show_pictures(printer.out) if pictures is None else pictures
-    return printer
-
-
-def _tier(fast: bool | None) -> Tier.ValueType:
-    if fast is None:
-        return job_pb2.TIER_UNSPECIFIED
-    return job_pb2.TIER_FAST if fast else job_pb2.TIER_RELAX
-
-
-def _visibility(private: bool | None) -> Visibility.ValueType:
-    if private is None:
-        return job_pb2.VISIBILITY_UNSPECIFIED
-    return job_pb2.VISIBILITY_PRIVATE if private else job_pb2.VISIBILITY_PUBLIC

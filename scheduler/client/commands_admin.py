@@ -36,7 +36,12 @@ admin.add_typer(accounts, name="accounts")
 admin.add_typer(keys, name="keys")
 admin.add_typer(plans, name="plans")
 
-_SPANS = {"m": timedelta(minutes=1), "h": timedelta(hours=1), "d": timedelta(days=1)}
+_SPANS = {
+    "s": timedelta(seconds=1),
+    "m": timedelta(minutes=1),
+    "h": timedelta(hours=1),
+    "d": timedelta(days=1),
+}
 
 Reason = Annotated[str, typer.Option(help="Why; kept with the audit event.")]
 
@@ -60,7 +65,7 @@ def _span(text: str | timedelta) -> timedelta:
     """Return a span of time that was typed. Raises typer.BadParameter."""
     if isinstance(text, timedelta):
         return text
-    match = re.fullmatch(r"(\d+)([mhd])", text.strip())
+    match = re.fullmatch(r"(\d+)([smhd])", text.strip())
     if match is None or int(match[1]) == 0:
         raise typer.BadParameter(f"{text!r} is no span of time: type 90m, 24h or 7d")
     return int(match[1]) * _SPANS[match[2]]
@@ -238,12 +243,25 @@ def queues(context: typer.Context, as_json: Json = False) -> None:
 
 
 @admin.command()
-def drain(context: typer.Context, worker: Worker, reason: Reason, as_json: Json = False) -> None:
-    """Let a worker finish what it has and give it nothing new."""
+def drain(
+    context: typer.Context,
+    worker: Worker,
+    reason: Reason,
+    within: Annotated[
+        timedelta | None,
+        typer.Option(
+            parser=_span,
+            metavar="SPAN",
+            help="What it has not finished then goes on elsewhere: 60s, 5m. The service has a default.",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Let a worker finish what it has, or hand it over after a while, and give it nothing new."""
     printer = Printer(as_json=as_json)
 
     async def work(client: DarkroomClient) -> None:
-        _print_worker(printer, await client.drain_worker(worker, reason=reason))
+        _print_worker(printer, await client.drain_worker(worker, reason=reason, within=within))
 
     run(context, printer, work)
 

@@ -32,6 +32,8 @@ class ExitCode(IntEnum):
     """The service cannot be reached, is overloaded, or failed while answering."""
     JOB_FAILED = 4
     """The job ended without pictures."""
+    DIFFERENT = 5
+    """A job was made again to verify it, and the pictures are not the same bits."""
     INTERRUPTED = 130
 
 
@@ -129,7 +131,7 @@ class FastOnly(Refusal):
     """What was asked for is offered in fast mode only."""
 
     reason = "FAST_ONLY"
-    advice = "Add --fast."
+    advice = "Add --fast, or take what relax has too: for an upscale --light or --detailed."
 
 
 class SourceNotReady(Refusal):
@@ -140,10 +142,13 @@ class SourceNotReady(Refusal):
 
 
 class PictureUnreadable(Refusal):
-    """An image address could not be fetched, or what it gave is not a picture."""
+    """A picture to draw after could not be had from its address, or what came is not a picture."""
 
     reason = "PICTURE_UNREADABLE"
-    advice = "Give a direct link to a .png, .jpg or .webp file that anybody may read."
+    advice = (
+        "Give a direct link to a .png, .jpg or .webp file that anybody may read, not to a page that shows "
+        "it; or send the file itself: --image FILE."
+    )
 
 
 class RoleRequired(Refusal):
@@ -193,6 +198,13 @@ class JobFinished(Refusal):
 
     reason = "JOB_FINISHED"
     advice = "`darkroom show JOB` says how it ended."
+
+
+class JobNotFinished(Refusal):
+    """Only a job that has ended can be deleted."""
+
+    reason = "JOB_NOT_FINISHED"
+    advice = "Cancel it first: `darkroom cancel JOB`; or wait: `darkroom watch JOB`."
 
 
 class JobStarted(Refusal):
@@ -333,6 +345,21 @@ class CannotSave(DarkroomError):
 
     reason = "CANNOT_SAVE"
     advice = "Make room, or name another folder: `darkroom download JOB --out FOLDER`."
+
+
+class PictureNotSendable(DarkroomError):
+    """A picture to draw after cannot be sent as it is; nothing was submitted."""
+
+    reason = "PICTURE_NOT_SENDABLE"
+    advice = "Give PNG, JPEG or WebP files. A copy of 1024 pixels a side is as good: more is not looked at."
+    exit_code = ExitCode.USAGE
+
+
+class NotEnded(DarkroomError):
+    """There is a receipt once a job has ended, and something to verify once it has succeeded."""
+
+    reason = "NOT_ENDED"
+    advice = "`darkroom watch JOB` waits for it; `darkroom show JOB` says how it ended."
 
 
 class ConfigUnreadable(DarkroomError):

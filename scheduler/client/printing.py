@@ -8,6 +8,7 @@ a pipe gets plain lines with tabs.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from datetime import UTC
 from pathlib import Path
@@ -26,6 +27,7 @@ from scheduler.client.errors import DarkroomError
 from scheduler.client.names import last_part, worker_id
 from scheduler.client.terminal import (
     about,
+    charged,
     contact_sheet,
     duration,
     expected_start,
@@ -38,6 +40,7 @@ from scheduler.client.terminal import (
     tier_word,
     waits,
 )
+from scheduler.client.verify import Comparison, facts_of, record_of
 from scheduler.v1 import fleet_pb2, job_pb2
 from scheduler.v1.account_pb2 import Account
 from scheduler.v1.fleet_pb2 import (
@@ -70,6 +73,11 @@ class Printer:
         """Say something that is not the answer."""
         for line in text.splitlines():
             self.err.print(Text(plain(line)), soft_wrap=True)
+
+    def agreed(self, question: str) -> bool:
+        """Ask on stderr, and return whether the answer on stdin is yes; its end is no."""
+        self.err.print(Text(f"{plain(question)} [y/N]"), end=" ", soft_wrap=True)
+        return sys.stdin.readline().strip().lower() in ("y", "yes")
 
     def document(self, value: Message | dict[str, Any]) -> None:
         """Print one JSON document on a line."""
@@ -126,12 +134,14 @@ class Printer:
                 self.note(sentence)
 
     def finished(self, job: Job, files: Sequence[Path]) -> None:
-        """Print a job that has its pictures: the pictures themselves, their files, the receipt."""
+        """Print a job that has its pictures: the pictures themselves, all files, the receipt."""
         if self.as_json:
             self.document({"job": to_json(job), "files": [str(file) for file in files]})
             return
-        if self.pictures and files:
-            print_picture(self.out, contact_sheet(files))
+        videos = {video.file_name for video in job.videos}
+        pictures = [file for file in files if file.name not in videos]
+        if self.pictures and pictures:
+            print_picture(self.out, contact_sheet(pictures))
         for file in files:
             self.line(str(file))
         self.line(receipt_sentence(job))
@@ -147,7 +157,7 @@ class Printer:
                 ("job", job.uid),
                 ("state", _state(job) + (", to be cancelled" if job.cancel_requested else "")),
                 ("waits because", waits(queued) if queued is not None else ""),
-                ("kind", kind_word(job.kind)),
+                ("kind", kind_word(job)),
                 ("from", _source(job)),
                 ("prompt", job.prompt),
                 ("model", job.model),
@@ -162,8 +172,107 @@ class Printer:
                 ("failure", f"{job.failure.reason}: {job.failure.sentence}" if job.failure.reason else ""),
                 ("receipt", receipt_sentence(job) if job.state in ENDED and job.HasField("receipt") else ""),
                 *((f"picture {last_part(image.name)}", image.file_name) for image in job.images),
+                *((f"video {last_part(video.name)}", video.file_name) for video in job.videos),
             ]
         )
+
+    def receipt(self, job: Job) -> None:
+        """Print what an ended job did cost, and all that is needed to make the same bits again."""
+        receipt = job.receipt
+        if self.as_json:
+            of_job = {name: to_json(job)[name] for name in ("name", "images", "videos", "receipt")}
+            self.document(of_job | {"record": record_of(receipt)})
+            return
+        stages = [
+            f"{name} {duration(ms)}"
+            for name, ms in (
+                ("encode", receipt.encode_ms),
+                ("denoise", receipt.denoise_ms),
+                ("decode", receipt.decode_ms),
+                ("upscale", receipt.upscale_ms),
+            )
+            if ms
+        ]
+        self.facts(
+            [
+                ("job", job.uid),
+                ("kind", kind_word(job)),
+                ("worker", worker_id(receipt.worker)),
+                ("attempts", str(receipt.attempts)),
+                ("waited", duration(receipt.waited_ms)),
+                ("GPU time", ": ".join(filter(None, (duration(receipt.gpu_ms), ", ".join(stages))))),
+                ("charge", charged(job)),
+                ("fast time before", duration(receipt.balance_before_ms)),
+                ("fast time after", duration(receipt.balance_after_ms)),
+                *(
+                    (
+                        f"picture {last_part(image.name)}",
+                        f"{image.width}×{image.height}, seed {image.seed}, SHA-256 {image.sha256}",
+                    )
+                    for image in job.images
+                ),
+                *(
+                    (
+                        f"video {last_part(video.name)}",
+                        f"{video.width}×{video.height}, {video.frames} frames, SHA-256 {video.sha256}",
+                    )
+                    for video in job.videos
+                ),
+                *((f"record {what}", value) for what, value in facts_of(receipt).items()),
+            ]
+        )
+
+    def comparison(self, first: Job, second: Job, found: Comparison) -> None:
+        """Print whether a job that was made again has the same pictures, and what is different in how."""
+        if self.as_json:
+            self.document(
+                {
+                    "job": first.uid,
+                    "again": second.uid,
+                    "equal": found.equal,
+                    "pictures": [
+                        {
+                            "number": pair.number,
+                            "equal": pair.equal,
+                            "sha256": pair.first_sha256,
+                            "sha256Again": pair.second_sha256,
+                        }
+                        for pair in found.pictures
+                    ],
+                    "differences": [
+                        {"what": each.what, "first": each.first, "again": each.second}
+                        for each in found.differences
+                    ],
+                }
+            )
+            return
+        rows = [
+            [f"picture {pair.number}", "equal", pair.first_sha256, ""]
+            if pair.equal
+            else [
+                f"picture {pair.number}",
+                "different",
+                pair.first_sha256 or "missing",
+                pair.second_sha256 or "missing",
+            ]
+            for pair in found.pictures
+        ]
+        rows += [
+            [each.what, "different", each.first or "missing", each.second or "missing"]
+            for each in found.differences
+        ]
+        self.table(["what", "", "first", "again"], rows)
+        if found.equal:
+            self.note(f"Job {second.uid} has the same pictures, bit for bit.")
+        elif found.differences:
+            self.note(
+                "The pictures are not the same bits. What was different in how they were made is above."
+            )
+        else:
+            self.note(
+                "The pictures are not the same bits, although their records agree on everything. "
+                f"Report it, with jobs {first.uid} and {second.uid}."
+            )
 
     def jobs(self, jobs: Sequence[Job]) -> None:
         """Print jobs, one a line."""
@@ -174,6 +283,7 @@ class Printer:
             [
                 job.uid,
                 _state(job),
+                kind_word(job),
                 tier_word(job.tier),
                 when(job, "create_time"),
                 expected_start(job.queue_status),
@@ -181,7 +291,7 @@ class Printer:
             ]
             for job in jobs
         ]
-        self.table(["job", "state", "tier", "submitted", "starts", "prompt"], rows)
+        self.table(["job", "state", "kind", "tier", "submitted", "starts", "prompt"], rows)
 
     def update(self, update: WatchJobResponse) -> None:
         """Print one thing that happened to a job, as a line of its own."""

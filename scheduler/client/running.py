@@ -16,22 +16,32 @@ import typer
 from scheduler.client.aio import DarkroomClient
 from scheduler.client.config import ClientConfig, config_path, read_config
 from scheduler.client.errors import DarkroomError, ExitCode
-from scheduler.client.names import job_name
+from scheduler.client.names import Named, named
 from scheduler.client.printing import Printer
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON: one document, or one a line for streams.")]
 
 
-def job_argument(text: str) -> str:
-    """Return the resource name of a job that was typed. Raises typer.BadParameter."""
+def named_argument(text: str | Named) -> Named:
+    """Return what was typed for a job or one of its pictures or videos. Raises typer.BadParameter."""
+    if isinstance(text, Named):
+        return text
     try:
-        return job_name(text)
+        return named(text)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
 
 
+def job_argument(text: str) -> str:
+    """Return the resource name of a job that was typed. Raises typer.BadParameter."""
+    return named_argument(text).job
+
+
 JobArgument = Annotated[
-    str, typer.Argument(metavar="JOB", parser=job_argument, help="Job id or resource name.")
+    str,
+    typer.Argument(
+        metavar="JOB", parser=job_argument, help="Job id, resource name, or name of a file saved of it."
+    ),
 ]
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -29,6 +29,7 @@ from scheduler.v1.job_pb2 import (
     JobState,
     Receipt,
     Tier,
+    UpscaleAlgorithm,
     Visibility,
     WatchJobResponse,
 )
@@ -116,44 +117,76 @@ class DarkroomClient:
         self,
         prompt: str,
         *,
+        pictures: Sequence[Path | bytes] = (),
         model: str = "",
         tier: Tier.ValueType = job_pb2.TIER_UNSPECIFIED,
         visibility: Visibility.ValueType = job_pb2.VISIBILITY_UNSPECIFIED,
     ) -> JobHandle:
         """Submit a grid of four pictures made from text; it is durable when this returns."""
-        return self._handle(self._client.imagine(prompt, model=model, tier=tier, visibility=visibility))
+        return self._handle(
+            self._client.imagine(prompt, pictures=pictures, model=model, tier=tier, visibility=visibility)
+        )
 
     def vary(
         self,
         job: str,
         image: int,
         *,
+        strong: bool = False,
         tier: Tier.ValueType = job_pb2.TIER_UNSPECIFIED,
         visibility: Visibility.ValueType = job_pb2.VISIBILITY_UNSPECIFIED,
     ) -> JobHandle:
-        """Submit a new grid close to picture `image`, 1 to 4, of a finished job."""
-        return self._handle(self._client.vary(job, image, tier=tier, visibility=visibility))
+        """Submit a new grid close to picture `image`, 1 to 4, of a finished job; `strong`: less close."""
+        return self._handle(self._client.vary(job, image, strong=strong, tier=tier, visibility=visibility))
+
+    def upscale(
+        self,
+        job: str,
+        image: int,
+        *,
+        algorithm: UpscaleAlgorithm.ValueType = job_pb2.UPSCALE_ALGORITHM_UNSPECIFIED,
+        tier: Tier.ValueType = job_pb2.TIER_UNSPECIFIED,
+        visibility: Visibility.ValueType = job_pb2.VISIBILITY_UNSPECIFIED,
+    ) -> JobHandle:
+        """Submit picture `image`, 1 to 4, of a finished job to be enlarged."""
+        return self._handle(
+            self._client.upscale(job, image, algorithm=algorithm, tier=tier, visibility=visibility)
+        )
 
     def reroll(
+        self,
+        job: str,
+        *,
+        exact: bool = False,
+        tier: Tier.ValueType = job_pb2.TIER_UNSPECIFIED,
+        visibility: Visibility.ValueType = job_pb2.VISIBILITY_UNSPECIFIED,
+    ) -> JobHandle:
+        """Submit the same job again with a new seed, unless its prompt fixes one; `exact` keeps the seed."""
+        return self._handle(self._client.reroll(job, exact=exact, tier=tier, visibility=visibility))
+
+    def redo(
         self,
         job: str,
         *,
         tier: Tier.ValueType = job_pb2.TIER_UNSPECIFIED,
         visibility: Visibility.ValueType = job_pb2.VISIBILITY_UNSPECIFIED,
     ) -> JobHandle:
-        """Submit the same job again with a new seed, unless its prompt fixes one."""
-        return self._handle(self._client.reroll(job, tier=tier, visibility=visibility))
+        """Submit an upscale again with the other algorithm, light or detailed; reroll any other job."""
+        return self._handle(self._client.redo(job, tier=tier, visibility=visibility))
 
     def validate(
         self,
         prompt: str,
         *,
+        pictures: Sequence[Path | bytes] = (),
         model: str = "",
         tier: Tier.ValueType = job_pb2.TIER_UNSPECIFIED,
         visibility: Visibility.ValueType = job_pb2.VISIBILITY_UNSPECIFIED,
     ) -> Job:
         """Return what `imagine` would get, without submitting anything."""
-        return self._loop.run(self._client.validate(prompt, model=model, tier=tier, visibility=visibility))
+        return self._loop.run(
+            self._client.validate(prompt, pictures=pictures, model=model, tier=tier, visibility=visibility)
+        )
 
     def get(self, job: str) -> Job:
         """Return one job."""
@@ -168,12 +201,16 @@ class DarkroomClient:
         return self._loop.iterate(self._client.jobs(states=states, page_size=page_size))
 
     def feed(self, *, page_size: int = 50) -> Iterator[Job]:
-        """Yield finished public jobs of all accounts, newest first."""
+        """Yield finished public upscales of all accounts, newest first."""
         return self._loop.iterate(self._client.feed(page_size=page_size))
 
     def cancel(self, job: str) -> Job:
         """Cancel a waiting job at once, a running one at its next step; return it as it is now."""
         return self._loop.run(self._client.cancel(job))
+
+    def delete(self, job: str) -> None:
+        """Delete a finished job, its pictures and its text."""
+        self._loop.run(self._client.delete(job))
 
     def move(self, job: str, tier: Tier.ValueType) -> Job:
         """Move a waiting job to `tier`; return it."""
@@ -187,6 +224,7 @@ class DarkroomClient:
         self,
         prompt: str,
         *,
+        pictures: Sequence[Path | bytes] = (),
         model: str = "",
         tier: Tier.ValueType = job_pb2.TIER_UNSPECIFIED,
         visibility: Visibility.ValueType = job_pb2.VISIBILITY_UNSPECIFIED,
@@ -194,7 +232,9 @@ class DarkroomClient:
     ) -> Estimate:
         """Return what `imagine` would cost, when it would start and whom it would delay, in each tier."""
         return self._loop.run(
-            self._client.estimate(prompt, model=model, tier=tier, visibility=visibility, plan=plan)
+            self._client.estimate(
+                prompt, pictures=pictures, model=model, tier=tier, visibility=visibility, plan=plan
+            )
         )
 
     def estimate_job(self, job: str, *, plan: str = "") -> Estimate:
@@ -209,8 +249,12 @@ class DarkroomClient:
         return self._loop.iterate(stream)
 
     def download(self, name: str, folder: Path, *, image: int | None = None) -> list[Path]:
-        """Save all pictures of a job, or picture `image` of it, in `folder`; return their paths."""
+        """Save all pictures and videos of a job, or one of them, in `folder`; return their paths."""
         return self._loop.run(self._client.download(name, folder, image=image))
+
+    def download_all(self, folder: Path, *, file_name: str | None = None) -> Path:
+        """Save all pictures of the account as one ZIP archive in `folder`; return its path."""
+        return self._loop.run(self._client.download_all(folder, file_name=file_name))
 
     def account(self) -> Account:
         """Return the key's own account."""
@@ -242,9 +286,9 @@ class DarkroomClient:
         """Return every worker."""
         return self._loop.run(self._client.workers())
 
-    def drain_worker(self, worker: str, *, reason: str) -> Worker:
-        """Let a worker finish what it has and give it nothing new."""
-        return self._loop.run(self._client.drain_worker(worker, reason=reason))
+    def drain_worker(self, worker: str, *, reason: str, within: timedelta | None = None) -> Worker:
+        """Let a worker finish what it has, or hand it over after a while, and give it nothing new."""
+        return self._loop.run(self._client.drain_worker(worker, reason=reason, within=within))
 
     def resume_worker(self, worker: str, *, reason: str) -> Worker:
         """Give a worker jobs again that drains or was set aside."""
@@ -337,5 +381,5 @@ class JobHandle:
         return self._loop.run(self._handle.explain())
 
     def save(self, folder: Path) -> list[Path]:
-        """Save its pictures in `folder`; return their paths in order."""
+        """Save its pictures and videos in `folder`; return their paths in order, pictures first."""
         return self._loop.run(self._handle.save(folder))

@@ -40,6 +40,7 @@ from scheduler.v1.job_pb2 import (
     Progress,
     QueueStatus,
     Tier,
+    UpscaleAlgorithm,
     WatchJobResponse,
 )
 
@@ -110,9 +111,13 @@ def tier_word(tier: Tier.ValueType) -> str:
     return Tier.Name(tier).removeprefix("TIER_").lower()
 
 
-def kind_word(kind: JobKind.ValueType) -> str:
-    """Return `imagine`, `variation` or `reroll`."""
-    return JobKind.Name(kind).removeprefix("JOB_KIND_").lower()
+def kind_word(job: Job) -> str:
+    """Return `imagine`, `variation`, `reroll`, or `upscale` with its algorithm: `upscale (light)`."""
+    word = JobKind.Name(job.kind).removeprefix("JOB_KIND_").lower()
+    if not job.upscale_algorithm:
+        return word
+    algorithm = UpscaleAlgorithm.Name(job.upscale_algorithm).removeprefix("UPSCALE_ALGORITHM_").lower()
+    return f"{word} ({algorithm})"
 
 
 def charged(job: Job) -> str:

@@ -29,6 +29,7 @@ from gpu_worker.contract import (
 )
 from scheduler.fleet import FleetFact, RenderRefused, WorkerFound, WorkerGone, WorkerHeard
 
+_CHECKPOINT_BYTES = 1_000
 _MEMORY_BYTES = 64 * 1024**3
 
 
@@ -57,6 +58,8 @@ class _Stub:
     stack: list[_Run] = field(default_factory=list)
     """The active run is the last, the others are parked."""
     results: dict[str, AttemptResult] = field(default_factory=dict)
+    sentence: str = ""
+    """Why it is not healthy; empty if it is."""
 
 
 class LocalFleet:
@@ -129,6 +132,11 @@ class LocalFleet:
         if any(run.request.attempt_id == attempt_id for run in self._stubs[worker_id].stack):
             self.finish(worker_id, attempt_id=attempt_id, outcome=Outcome.CANCELLED)
 
+    def hand_over(self, worker_id: str, attempt_id: str) -> None:
+        """See Fleet.hand_over."""
+        if any(run.request.attempt_id == attempt_id for run in self._stubs[worker_id].stack):
+            self.finish(worker_id, attempt_id=attempt_id, outcome=Outcome.HANDED_OVER)
+
     def resume(self, worker_id: str, attempt_id: str) -> None:
         """See Fleet.resume. It did so by itself."""
 
@@ -159,6 +167,8 @@ class LocalFleet:
         blame: Blame = Blame.NONE,
         reason: str = "ENGINE_ERROR",
         sentence: str = "The stub was told to fail.",
+        steps_redone: int = 0,
+        park_waits: tuple[int, ...] = (),
     ) -> AttemptResult:
         """End a run that a worker has in hand (None: the active one), and tell.
 
@@ -170,16 +180,20 @@ class LocalFleet:
         run = self._drop(stub, attempt_id or stub.stack[-1].request.attempt_id)
         request = run.request
         kept = StageTimes() if request.checkpoint is None else request.checkpoint.kept
-        failed = outcome is Outcome.FAILED
+        failed, handed_over = outcome is Outcome.FAILED, outcome is Outcome.HANDED_OVER
+        whole_ms = self._gpu_ms if gpu_ms is None else gpu_ms
         result = AttemptResult(
             job_id=request.job_id,
             attempt_id=request.attempt_id,
             token=request.token,
             incarnation=stub.incarnation,
             outcome=outcome,
-            times=StageTimes(denoise_ms=max(0, (self._gpu_ms if gpu_ms is None else gpu_ms) - kept.gpu_ms)),
+            times=StageTimes(denoise_ms=run.done_ms if handed_over else max(0, whole_ms - kept.gpu_ms)),
             kept=kept,
             images=_no_pictures(request) if outcome is Outcome.SUCCEEDED else (),
+            steps_redone=steps_redone,
+            park_waits=park_waits,
+            checkpoint=self._checkpoint(run) if handed_over else None,
             blame=blame,
             failure_reason=reason if failed else None,
             failure_sentence=sentence if failed else None,
@@ -198,6 +212,7 @@ class LocalFleet:
         stub.incarnation = str(uuid.uuid4())
         stub.results.clear()
         stub.warm_models = ()
+        stub.sentence = ""
         self._tell(WorkerGone(worker_id=worker_id, incarnation=before, sentence="The stub was killed."))
         self._tell(WorkerFound(report=self._report(stub)))
 
@@ -213,6 +228,14 @@ class LocalFleet:
         """Undo that a worker got its active run, as if the call had been lost."""
         stub = self._stubs[worker_id]
         self._drop(stub, stub.stack[-1].request.attempt_id)
+
+    def fall_ill(self, worker_id: str, sentence: str) -> None:
+        """Let a worker find that its GPU is broken: it hands over what it has in hand, and says so."""
+        stub = self._stubs[worker_id]
+        stub.sentence = sentence
+        for run in tuple(stub.stack):
+            self.hand_over(worker_id, run.request.attempt_id)
+        self._tell(WorkerHeard(report=self._report(stub)))
 
     def fall_silent(self, worker_id: str) -> None:
         """Let a worker be taken for lost while it goes on with what it has in hand."""
@@ -275,6 +298,7 @@ class LocalFleet:
             steps=request.spec.steps,
             kept=kept,
             device=self._device,
+            size_bytes=_CHECKPOINT_BYTES,
         )
 
     def _report(self, stub: _Stub) -> WorkerReport:
@@ -302,6 +326,8 @@ class LocalFleet:
             parked=tuple(in_hand[:-1]),
             unacknowledged=tuple(stub.results.values()),
             gpu_time=GpuTime(),
+            healthy=not stub.sentence,
+            sentence=stub.sentence,
         )
 
 

@@ -137,6 +137,10 @@ class RayFleet:
         """See Fleet.stop."""
         self._call(self._ask(worker_id, "stop", self._epoch, attempt_id, token), f"stop {attempt_id}")
 
+    def hand_over(self, worker_id: str, attempt_id: str) -> None:
+        """See Fleet.hand_over."""
+        self._call(self._ask(worker_id, "hand_over", self._epoch, attempt_id), f"hand over {attempt_id}")
+
     def resume(self, worker_id: str, attempt_id: str) -> None:
         """See Fleet.resume."""
         self._call(self._ask(worker_id, "resume", self._epoch, attempt_id), f"resume {attempt_id}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from ray.exceptions import RayError
 from gpu_worker.contract import Progress
 from scheduler.answers import Explained, Outlook, QueuesView, WhatIf, WorkerView
 from scheduler.cluster.ray_fleet import actor_name
-from scheduler.cluster.scheduler_actor import StillStarting
+from scheduler.cluster.scheduler_actor import CLOSE_DOWN_S, StillStarting
 from scheduler.refusals import Overloaded
 from scheduler.updates import JobUpdate, QueueStatus
 
@@ -190,6 +190,12 @@ class RayLink:
         except _AWAY:
             return 0
         return joined
+
+    async def close_down(self) -> None:
+        """Have everything that runs handed over, before the workers end. Gives up after a while."""
+        with suppress(*_AWAY):
+            actor = await self._scheduler()
+            await _within(CLOSE_DOWN_S + _ANSWER_S, actor.close_down.remote(CLOSE_DOWN_S))
 
     async def scheduler_metrics(self) -> str:
         """Return the scheduler's metrics as text. Raises TimeoutError while it is away."""

@@ -7,16 +7,17 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.util
 import structlog
+from ray.exceptions import RayError
 
 from scheduler.cluster.ray_fleet import actor_name
-from scheduler.cluster.scheduler_actor import SchedulerActor
+from scheduler.cluster.scheduler_actor import CLOSE_DOWN_S, SchedulerActor
 from scheduler.settings import RayCluster, Settings
 
 LOCAL_NODE = "local"
@@ -25,6 +26,8 @@ LOCAL_NODE = "local"
 _FOLDERS = Path("/tmp")  # noqa: S108 - each is made by mkdtemp, which leaves nothing to guess
 # Not the `dr-ray-` of releases that held no lock: theirs look free while they are in use.
 _PREFIX = "dr-local-"
+
+_ANSWER_S = 2.0
 
 # How often a local Ray is started before it is given up.
 _STARTS = 3
@@ -152,7 +155,7 @@ def ensure_scheduler(settings: Settings, dsn: str) -> None:
 def stop_actors(namespace: str) -> list[str]:
     """End the scheduler and the workers of this release; returns their names.
 
-    Rows keep everything that waits.
+    What runs is handed over first, and rows keep everything that waits.
     """
     ours = (actor_name("scheduler"), actor_name("worker"))
     names = [
@@ -162,6 +165,10 @@ def stop_actors(namespace: str) -> list[str]:
     ]
     # The scheduler's name sorts first: one that lives starts another worker for each that dies.
     for name in sorted(names):
+        if name.startswith(ours[0]):
+            with suppress(RayError):  # one that does not lead, or does not answer, hands nothing over
+                closing = ray.get_actor(name, namespace=namespace).close_down.remote(CLOSE_DOWN_S)
+                ray.get(closing, timeout=CLOSE_DOWN_S + _ANSWER_S)
         ray.kill(ray.get_actor(name, namespace=namespace), no_restart=True)
     return sorted(names)
 

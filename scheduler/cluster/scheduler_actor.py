@@ -25,6 +25,9 @@ from scheduler.settings import RELEASE, Settings
 from scheduler.store.leadership import Deposed
 from scheduler.updates import JobUpdate, QueueStatus, UpdateBatch
 
+CLOSE_DOWN_S = 10.0
+"""For steps to end and checkpoints to be stored, before workers are ended."""
+
 _log = structlog.get_logger()
 
 
@@ -55,6 +58,10 @@ class SchedulerActor:
     async def fleet_changed(self) -> None:
         """Notice what operators drained, resumed or paused."""
         self._ready().fleet_changed()
+
+    async def close_down(self, within_s: float) -> bool:
+        """Hand over what runs and start nothing more; returns whether all was within that time."""
+        return await self._ready().close_down(within_s)
 
     async def updates_after(self, number: int, wait_s: float) -> UpdateBatch:
         """Long poll for what changed about jobs."""
@@ -142,4 +149,6 @@ def worker_settings(settings: Settings) -> WorkerSettings:
         device=settings.worker.device,
         threads=settings.worker.threads,
         timed_step_ms=settings.worker.timed_step_ms,
+        checkpoint_every_steps=settings.worker.checkpoint_every_steps,
+        most_parked=settings.worker.most_parked,
     )

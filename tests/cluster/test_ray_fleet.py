@@ -171,6 +171,7 @@ async def test_call_lost_on_the_way_is_made_again(tmp_path: Path) -> None:
     for act in (
         lambda fleet: fleet.render(_WORKER, a_request()),
         lambda fleet: fleet.stop(_WORKER, "attempt", "token"),
+        lambda fleet: fleet.hand_over(_WORKER, "attempt"),
         lambda fleet: fleet.resume(_WORKER, "attempt"),
         lambda fleet: fleet.forget(_WORKER, "attempt", kept=True),
     ):

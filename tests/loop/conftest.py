@@ -93,6 +93,7 @@ class Stage:
                 source_job_id=None,
                 source_image=None,
                 warnings=(),
+                uploads=0,
             ),
             parameters=Parameters(),
             at=datetime.now(UTC),

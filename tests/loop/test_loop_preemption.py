@@ -27,6 +27,7 @@ from tests.loop.conftest import PREDICTED_MS, Stage
 
 WORKER = "here/gpu-0"
 PICTURE_MS = 1_000
+A_DAY = timedelta(days=1)
 IMPATIENT = Parameters(park_patience_ms=0)
 
 
@@ -449,7 +450,7 @@ async def test_time_drawn_in_relax_is_not_charged_after_a_move_to_fast(stage: St
 async def test_drain_and_pause_outlive_the_scheduler(stage: Stage) -> None:
     fleet = LocalFleet(workers=1, take_ms=0, gpu_ms=PICTURE_MS)
     await stage.open_account("ada")
-    await operations.drain_worker(stage.connection, WORKER, "a test")
+    await operations.drain_worker(stage.connection, WORKER, "a test", within=A_DAY)
     await operations.pause_tier(stage.connection, Tier.FAST, "a test")
     fast, relax = await stage.submit("ada", Tier.FAST), await stage.submit("ada")
 
@@ -471,7 +472,7 @@ async def test_draining_worker_finishes_what_it_has_and_takes_nothing_new(stage:
     async with stage.leading(fleet) as leader:
         first = await stage.submit("ada")
         await stage.until(leader, lambda: fleet.busy)
-        await operations.drain_worker(stage.connection, WORKER, "a test")
+        await operations.drain_worker(stage.connection, WORKER, "a test", within=A_DAY)
         await stage.until(leader, lambda: WORKER in leader._loop._desk.workers.closed())
         second = await stage.submit("ada")
         fleet.finish(WORKER)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import pytest
 from structlog.testing import capture_logs
 
+from gpu_worker.contract import RenderKind
 from gpu_worker.models import read_models
 from scheduler.answers import PlanTerms, WhatIf
 from scheduler.clock import LeaderClock
@@ -250,6 +251,7 @@ def a_what_if(
         account_id=account_id,
         tier=tier,
         job_id=job_id,
+        kind=RenderKind.IMAGINE,
         model=default.name,
         width=default.default_width,
         height=default.default_height,

@@ -30,7 +30,7 @@ PLANS = ("basic", "standard", "pro")
 MODELS = ("stand-in", "sdxl")
 
 # The two texts of a cell with three plans and two models stay far below the 2,000 series of the catalogue.
-_SERIES_BUDGET = 1_000
+_SERIES_BUDGET = 1_100
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_known_label_sets_start_at_zero_and_the_series_stay_within_the_budget(
         scheduler.queue_seen(tier=tier, queued=1, running=1, oldest_ms=1, now_ms=1)
         scheduler.attempt_started(tier=tier, warm=True)
         scheduler.job_started(tier=tier, waited_ms=5)
-        times = StageTimes(encode_ms=1, denoise_ms=1, decode_ms=1)
+        times = StageTimes(encode_ms=1, denoise_ms=1, decode_ms=1, upscale_ms=1)
         scheduler.attempt_ended(tier=tier, model="sdxl", run_ms=3, load_ms=1, times=times)
         scheduler.job_ended(tier=tier, outcome=Outcome.SUCCEEDED)
         scheduler.job_ended(tier=tier, outcome=Outcome.FAILED, blame=Blame.PLATFORM)

@@ -1,0 +1,98 @@
+"""What an attempt delivered, in the row of its job."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import replace
+
+from gpu_worker.contract import AttemptResult, Outcome, StageTimes, VideoFile
+from scheduler.policy.decisions import Charge
+from scheduler.policy.ids import AccountId, JobId, Tier
+from scheduler.policy.parameters import Parameters
+from scheduler.settlement import end_of
+from scheduler.store import dispatch, endings, jobs, leadership
+from scheduler.store.jobs import JobState
+from tests.loop.conftest import PREDICTED_MS, Stage
+
+VIDEO = VideoFile(
+    path="p",
+    file_name="f",
+    content_type="video/mp4",
+    size_bytes=3,
+    sha256="s",
+    width=512,
+    height=512,
+    frames=20,
+)
+
+
+async def test_videos_and_the_time_an_upscale_took_are_kept_with_the_job(stage: Stage) -> None:
+    await stage.open_account("ada")
+    epoch, now_ms, planned = await _started(stage)
+    result = AttemptResult(
+        attempt_id=planned.attempt_id,
+        incarnation="first",
+        job_id=planned.job_id,
+        token=planned.token,
+        outcome=Outcome.SUCCEEDED,
+        times=StageTimes(encode_ms=10, denoise_ms=100, upscale_ms=2_000),
+        videos=(VIDEO, replace(VIDEO, content_type="image/webp")),
+    )
+    (settled,) = await endings.settle_attempts(
+        stage.connection,
+        epoch=epoch,
+        ends=[end_of(result, device="gpu-a", speed_permille=1_000)],
+        parameters=Parameters(),
+        now_ms=now_ms,
+    )
+    assert isinstance(settled, endings.Settled)
+    assert (settled.gpu_ms, settled.billed_ms) == (2_110, 2_110)
+    job = await jobs.read_job(stage.connection, planned.job_id)
+    assert job is not None
+    assert job.state is JobState.SUCCEEDED
+    assert (job.videos, job.latents_path) == (result.videos, None)
+    assert job.receipt is not None
+    assert (job.receipt.upscale_ms, job.receipt.denoise_ms) == (2_000, 100)
+    learned = await stage.connection.fetchrow(
+        "SELECT step_us * steps AS steps_us, rest_us FROM scheduler.estimate"
+    )
+    assert tuple(learned) == (100_000, 2_010_000)
+
+
+async def _started(stage: Stage) -> tuple[int, int, dispatch.PlannedAttempt]:
+    job_id = await stage.submit("ada", Tier.FAST)
+    lead = await leadership.take_lead(stage.connection, "test")
+    await stage.connection.execute("UPDATE scheduler.cell SET decay_origin_ms = $1", lead.now_ms)
+    planned = dispatch.PlannedAttempt(
+        attempt_id=str(uuid.uuid4()),
+        token=str(uuid.uuid4()),
+        job_id=JobId(job_id),
+        account_id=AccountId("ada"),
+        tier=Tier.FAST,
+        worker_id="here/gpu-0",
+        incarnation="first",
+        charge=Charge(
+            predicted_ms=PREDICTED_MS,
+            weight_milli=1000,
+            charged_at_ms=lead.now_ms,
+            start_tag=0,
+            finish_tag=PREDICTED_MS * 1000,
+            next_tag=None,
+            usage_added=1.0,
+            virtual_time=0,
+            aged=False,
+        ),
+        decision={},
+        sentence="",
+    )
+    await dispatch.start_attempts(
+        stage.connection,
+        epoch=lead.epoch,
+        planned=[planned],
+        tags=[],
+        running=[],
+        parameters=Parameters(),
+        now_ms=lead.now_ms,
+        again=False,
+    )
+    return lead.epoch, lead.now_ms, planned
