@@ -217,6 +217,18 @@ def a_file(index: int, content: bytes, chunk_bytes: int = 64 * 1024, **fields: A
     return [header, *chunks]
 
 
+def a_video(kind: str, content: bytes) -> job_pb2.Video:
+    """The video of ada's job as the service announces it, `mp4` or `webp`."""
+    return job_pb2.Video(
+        name=f"{JOB}/videos/{kind}",
+        file_name=f"{UID}_a-lighthouse.{kind}",
+        content_type="video/mp4" if kind == "mp4" else "image/webp",
+        size_bytes=len(content),
+        sha256=hashlib.sha256(content).hexdigest(),
+        frames=12,
+    )
+
+
 def a_png(colour: tuple[int, int, int], size: tuple[int, int] = (64, 64)) -> bytes:
     """The bytes of a picture of one colour."""
     data = io.BytesIO()

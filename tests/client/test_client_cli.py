@@ -69,6 +69,7 @@ def says_a_whole_job(service: ScriptedService) -> None:
     service.says("CreateJob", a_job(warnings=["Words past 60 have no effect."]))
     service.says("WatchJob", [an_event(1, job_pb2.JOB_STATE_QUEUED), DONE])
     service.says("DownloadImages", [*a_file(1, PICTURE), *a_file(2, PICTURE)])
+    service.says("GetJob", a_job())
 
 
 def test_imagine_saves_the_pictures_and_prints_their_files_and_the_receipt(
@@ -429,6 +430,7 @@ def test_a_terminal_gets_a_live_line_and_pictures_whether_or_not_it_can_be_asked
         [an_event(1, job_pb2.JOB_STATE_RUNNING), WatchJobResponse(progress=progress), DONE],
     )
     service.says("DownloadImages", a_file(1, PICTURE))
+    service.says("GetJob", a_job())
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         command("imagine", "a lighthouse"),

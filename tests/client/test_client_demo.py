@@ -45,6 +45,7 @@ class DemoService:
         service.says("CreateJob", *[self.create] * 4)
         service.says("WatchJob", *[self.watch] * 4)
         service.says("DownloadImages", *[self.download] * 4)
+        service.says("GetJob", *[lambda request: self.jobs[request.name]] * 4)
 
     def account(self, request: CreateAccountRequest) -> AdminAccount:
         return AdminAccount(name=f"accounts/{request.account_id}", plan=request.plan)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import zipfile
 from pathlib import Path
 
 import grpc
@@ -10,8 +12,17 @@ import pytest
 
 from scheduler.client.aio import DarkroomClient
 from scheduler.client.errors import CannotSave, DownloadDamaged, ServiceFailed, SourceNotReady
-from scheduler.v1.job_pb2 import DownloadImagesResponse
-from tests.client.scripted_service import BUSY, JOB, UID, Refuse, ScriptedService, a_file
+from scheduler.v1.job_pb2 import Archive, DownloadImagesResponse, FileHeader
+from tests.client.scripted_service import (
+    BUSY,
+    JOB,
+    UID,
+    Refuse,
+    ScriptedService,
+    a_file,
+    a_job,
+    a_video,
+)
 
 CONTENT = bytes(range(256)) * 12_000  # 3 MB, more than one block
 
@@ -24,6 +35,7 @@ async def test_pictures_arrive_whole_under_their_names(
     service: ScriptedService, client: DarkroomClient, tmp_path: Path
 ) -> None:
     service.says("DownloadImages", [*a_file(1, CONTENT), *a_file(2, b"small")])
+    service.says("GetJob", a_job())
     paths = await client.download(UID, tmp_path / "new" / "folder")
     assert [path.name for path in paths] == [f"{UID}_a-lighthouse_1.png", f"{UID}_a-lighthouse_2.png"]
     assert [path.read_bytes() for path in paths] == [CONTENT, b"small"]
@@ -47,6 +59,7 @@ async def test_a_broken_download_starts_its_unfinished_file_again(
         [*a_file(1, b"first"), *half, BUSY],
         [*a_file(1, b"first"), *a_file(2, CONTENT), *a_file(3, b"third")],
     )
+    service.says("GetJob", a_job())
     paths = await client.download(UID, tmp_path)
     assert [path.read_bytes() for path in paths] == [b"first", CONTENT, b"third"]
     assert len(names_in(tmp_path)) == 3
@@ -102,3 +115,134 @@ async def test_a_folder_that_cannot_be_written_is_said(
     in_the_way.write_bytes(b"")
     with pytest.raises(CannotSave, match="file"):
         await client.download(UID, in_the_way)
+
+
+# Videos
+
+
+def a_video_file(kind: str, content: bytes) -> list[DownloadImagesResponse]:
+    header = DownloadImagesResponse(header=FileHeader(video=a_video(kind, content)))
+    return [header, DownloadImagesResponse(chunk=content)]
+
+
+async def test_videos_of_a_job_are_saved_beside_its_pictures(
+    service: ScriptedService, client: DarkroomClient, tmp_path: Path
+) -> None:
+    service.says("GetJob", a_job(videos=[a_video("mp4", b"moving"), a_video("webp", b"moving too")]))
+    service.says(
+        "DownloadImages",
+        a_file(1, b"picture"),
+        a_video_file("mp4", b"moving"),
+        a_video_file("webp", b"moving too"),
+    )
+    paths = await client.download(UID, tmp_path)
+    assert [path.name for path in paths] == [
+        f"{UID}_a-lighthouse{end}" for end in ("_1.png", ".mp4", ".webp")
+    ]
+    assert [path.read_bytes() for path in paths] == [b"picture", b"moving", b"moving too"]
+    names = [request.name for request in service.asked("DownloadImages")]
+    assert names == [f"accounts/-/jobs/{UID}", f"{JOB}/videos/mp4", f"{JOB}/videos/webp"]
+
+
+async def test_a_damaged_video_is_not_saved(
+    service: ScriptedService, client: DarkroomClient, tmp_path: Path
+) -> None:
+    header, _ = a_video_file("mp4", b"moving")
+    service.says("DownloadImages", [header, DownloadImagesResponse(chunk=b"mowing")])
+    with pytest.raises(DownloadDamaged):
+        await client.download(f"{JOB}/videos/mp4", tmp_path)
+    assert names_in(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        (f"{JOB}/images/2", f"{JOB}/images/2"),
+        (f"{UID}/2", f"accounts/-/jobs/{UID}/images/2"),
+        (f"pictures/{UID}_a-lighthouse_2.png", f"accounts/-/jobs/{UID}/images/2"),
+    ],
+)
+async def test_a_name_of_one_picture_gets_that_picture(
+    service: ScriptedService, client: DarkroomClient, tmp_path: Path, name: str, asked: str
+) -> None:
+    service.says("DownloadImages", a_file(2, b"picture"))
+    assert len(await client.download(name, tmp_path)) == 1
+    assert service.asked("DownloadImages")[0].name == asked
+
+
+async def test_a_picture_of_the_feed_can_be_had_although_its_job_is_not_ours_to_see(
+    service: ScriptedService, client: DarkroomClient, tmp_path: Path
+) -> None:
+    service.says("DownloadImages", a_file(1, b"picture"))
+    refuse = Refuse(code=grpc.StatusCode.PERMISSION_DENIED, reason="NOT_FOUND_OR_NOT_YOURS")
+    service.says("GetJob", refuse)
+    (path,) = await client.download("accounts/ben/jobs/" + UID, tmp_path)
+    assert path.read_bytes() == b"picture"
+
+
+# Everything at once
+
+
+def an_archive(pictures: dict[str, bytes], file_name: str = "ada.zip") -> list[DownloadImagesResponse]:
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as archive:
+        for name, content in pictures.items():
+            archive.writestr(name, content)
+    content = data.getvalue()
+    announced = Archive(file_name=file_name, content_type="application/zip", images=len(pictures))
+    return [
+        DownloadImagesResponse(header=FileHeader(archive=announced)),
+        *(DownloadImagesResponse(chunk=content[at : at + 50]) for at in range(0, len(content), 50)),
+    ]
+
+
+PICTURES = {f"{UID}_a-lighthouse_{n}.png": bytes([n]) * 100 for n in (1, 2)}
+
+
+async def test_an_account_comes_as_one_archive_under_the_services_name_or_ones_own(
+    service: ScriptedService, client: DarkroomClient, tmp_path: Path
+) -> None:
+    service.says("DownloadImages", an_archive(PICTURES), an_archive(PICTURES))
+    theirs = await client.download_all(tmp_path)
+    ours = await client.download_all(tmp_path / "new", file_name="mine.zip")
+    assert (theirs, ours) == (tmp_path / "ada.zip", tmp_path / "new" / "mine.zip")
+    with zipfile.ZipFile(ours) as archive:
+        assert {name: archive.read(name) for name in archive.namelist()} == PICTURES
+    assert {request.name for request in service.asked("DownloadImages")} == {"accounts/-"}
+
+
+async def test_an_archive_that_breaks_off_begins_again(
+    service: ScriptedService, client: DarkroomClient, tmp_path: Path
+) -> None:
+    whole = an_archive(PICTURES)
+    service.says("DownloadImages", [*whole[:3], BUSY], whole)
+    assert zipfile.is_zipfile(await client.download_all(tmp_path))
+    assert names_in(tmp_path) == ["ada.zip"]
+
+
+async def test_an_archive_that_lacks_its_end_is_not_saved_and_the_old_one_stays(
+    service: ScriptedService, client: DarkroomClient, tmp_path: Path
+) -> None:
+    (tmp_path / "ada.zip").write_bytes(b"as it was")
+    service.says("DownloadImages", an_archive(PICTURES)[:-1])
+    with pytest.raises(DownloadDamaged, match="ZIP"):
+        await client.download_all(tmp_path)
+    assert (tmp_path / "ada.zip").read_bytes() == b"as it was"
+    assert names_in(tmp_path) == ["ada.zip"]
+
+
+async def test_the_name_of_an_archive_cannot_lead_out_of_the_folder(
+    service: ScriptedService, client: DarkroomClient, tmp_path: Path
+) -> None:
+    service.says("DownloadImages", an_archive(PICTURES, "../escaped.zip"))
+    with pytest.raises(ServiceFailed, match="not a file name"):
+        await client.download_all(tmp_path / "inside")
+    assert names_in(tmp_path / "inside") == []
+
+
+async def test_a_file_of_an_unknown_kind_is_the_services_mistake(
+    service: ScriptedService, client: DarkroomClient, tmp_path: Path
+) -> None:
+    service.says("DownloadImages", [DownloadImagesResponse(header=FileHeader())])
+    with pytest.raises(ServiceFailed, match="without saying what it is"):
+        await client.download(UID, tmp_path)

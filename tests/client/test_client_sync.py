@@ -30,6 +30,7 @@ def test_a_job_is_submitted_watched_and_saved(service: ScriptedService, tmp_path
         "WatchJob", [an_event(1, job_pb2.JOB_STATE_QUEUED), an_event(2, job_pb2.JOB_STATE_SUCCEEDED)]
     )
     service.says("DownloadImages", a_file(1, b"picture"))
+    service.says("GetJob", a_job())
     service.says("GetAccount", Account(name="accounts/ada"))
     service.says("ListJobs", ListJobsResponse(jobs=[a_job()]))
     with sync.DarkroomClient(service.address, "dk_ada_secret") as client:

@@ -184,7 +184,7 @@ def test_jobs_and_show_say_when_a_job_will_start_and_that_one_is_parked(
     running = a_job(state=job_pb2.JOB_STATE_RUNNING, queue_status=parked)
     service.says("ListJobs", ListJobsResponse(jobs=[a_job(queue_status=STARTS), running, a_job()]))
     rows = lines(darkroom(environment, "jobs"))
-    assert [(row[1], row[4]) for row in rows] == [
+    assert [(row[1], row[5]) for row in rows] == [
         ("queued", "in about 20 s (9 of 10 within 7 min)"),
         ("parked", ""),
         ("queued", ""),
@@ -296,6 +296,18 @@ def test_queues_are_shown_by_tier_with_how_the_gpus_are_shared(
         ["kept for relax", "1"],
     ]
     assert json.loads(darkroom(environment, "admin", "queues", "--json").stdout)["wantedGpus"] == 12
+
+
+@pytest.mark.parametrize(
+    ("typed", "asked_ms"), [((), None), (("--within", "60s"), 60_000), (("--within", "5m"), 300_000)]
+)
+def test_a_drain_may_say_how_long_it_waits(
+    service: ScriptedService, environment: dict[str, str], typed: tuple[str, ...], asked_ms: int | None
+) -> None:
+    service.says("DrainWorker", Worker(name="workers/node-a/gpu-0", state=fleet_pb2.WORKER_STATE_DRAINING))
+    darkroom(environment, "admin", "drain", "node-a/gpu-0", *WHY, *typed)
+    (request,) = service.asked("DrainWorker")
+    assert (request.within_ms if request.HasField("within_ms") else None) == asked_ms
 
 
 def test_operators_drain_and_pause_with_a_reason_and_take_it_back(

@@ -302,7 +302,7 @@ def a_fast_job(owner: Api) -> job_pb2.Job:
 
 
 def from_a_finished_job(owner: Api, source: job_pb2.Job) -> list[job_pb2.Job]:
-    """Vary a picture, privately, and roll the job again."""
+    """Vary a picture, privately, roll the job again, and enlarge a picture, publicly and privately."""
     variation = owner.jobs.CreateJob(
         job_pb2.CreateJobRequest(
             request_id=new_id(),
@@ -326,6 +326,28 @@ def from_a_finished_job(owner: Api, source: job_pb2.Job) -> list[job_pb2.Job]:
         assert (job.width, job.height, job.prompt) == (source.width, source.height, source.prompt)
     assert made[1].seed != source.seed
     print("CreateJob: a variation and a reroll")
+    return made
+
+
+def enlarged(owner: Api, source: job_pb2.Job) -> list[job_pb2.Job]:
+    """Enlarge a picture, for all to see and for oneself; the largest size is for those who pay."""
+    request = job_pb2.CreateJobRequest(
+        upscale=job_pb2.Upscale(
+            source_image=source.images[0].name, algorithm=job_pb2.UPSCALE_ALGORITHM_LIGHT
+        ),
+        tier=job_pb2.TIER_RELAX,
+    )
+    made = []
+    for visibility in (job_pb2.VISIBILITY_PUBLIC, job_pb2.VISIBILITY_PRIVATE):
+        request.request_id, request.visibility = new_id(), visibility
+        made.append(owner.ended(owner.jobs.CreateJob(request, **owner.call)))
+    for job in made:
+        assert (job.state, job.kind) == (job_pb2.JOB_STATE_SUCCEEDED, job_pb2.JOB_KIND_UPSCALE)
+        assert [(image.width, image.height) for image in job.images] == [(512, 768)]
+        assert job.receipt.upscale_ms > 0
+    request.request_id, request.upscale.algorithm = new_id(), job_pb2.UPSCALE_ALGORITHM_MAX
+    refused(owner, owner.jobs.CreateJob, request, StatusCode.FAILED_PRECONDITION, "FAST_ONLY")
+    print("CreateJob: upscales")
     return made
 
 
@@ -357,8 +379,9 @@ def lists(owner: Api, stranger: Api, jobs: list[job_pb2.Job]) -> None:
         page = stranger.jobs.ListFeed(request, **stranger.call)
         shown += page.jobs
         request.page_token = page.next_page_token
-    public = {job.name for job in jobs if job.visibility == job_pb2.VISIBILITY_PUBLIC}
-    assert len(public) == len(jobs) - 1
+    upscales = [job for job in jobs if job.kind == job_pb2.JOB_KIND_UPSCALE]
+    public = {job.name for job in upscales if job.visibility == job_pb2.VISIBILITY_PUBLIC}
+    assert len(public) == len(upscales) - 1
     assert {job.name for job in shown} & {job.name for job in jobs} == public
     assert not any(job.HasField("price") or job.HasField("receipt") for job in shown)
     ends_ns = [job.end_time.ToNanoseconds() for job in shown]
@@ -370,6 +393,23 @@ def lists(owner: Api, stranger: Api, jobs: list[job_pb2.Job]) -> None:
             request, call = job_pb2.DownloadImagesRequest(name=job.name), stranger.jobs.DownloadImages
             refused(stranger, call, request, StatusCode.PERMISSION_DENIED, "NOT_FOUND_OR_NOT_YOURS")
     print("ListJobs, ListFeed: page by page, newest first; strangers see what is public, and only that")
+
+
+def deleting(owner: Api, stranger: Api, job: job_pb2.Job) -> None:
+    """A job that has ended goes for good, also from the public record; what it cost stays."""
+    before = owner.balance()
+    request = job_pb2.DeleteJobRequest(name=job.name, request_id=new_id())
+    refused(
+        stranger, stranger.jobs.DeleteJob, request, StatusCode.PERMISSION_DENIED, "NOT_FOUND_OR_NOT_YOURS"
+    )
+    for _ in range(2):
+        owner.jobs.DeleteJob(request, **owner.call)
+    get = job_pb2.GetJobRequest(name=job.name)
+    refused(owner, owner.jobs.GetJob, get, StatusCode.PERMISSION_DENIED, "NOT_FOUND_OR_NOT_YOURS")
+    shown = stranger.jobs.ListFeed(job_pb2.ListFeedRequest(page_size=100), **stranger.call).jobs
+    assert job.name not in {each.name for each in shown}
+    assert owner.balance() == before
+    print("DeleteJob: gone for everybody, sent twice and done once")
 
 
 def cancelling(owner: Api) -> None:
@@ -482,9 +522,11 @@ def main() -> None:
         relax = a_relax_job(owner)
         fast = a_fast_job(owner)
         derived = from_a_finished_job(owner, relax)
+        upscales = enlarged(owner, relax)
         downloads(owner, relax)
         stranger = an_account(channel, admin, plan)
-        lists(owner, stranger, [relax, fast, *derived])
+        lists(owner, stranger, [relax, fast, *derived, *upscales])
+        deleting(owner, stranger, upscales[0])
         cancelling(owner)
         the_fleet(admin, owner)
         the_account_itself(owner, plan)

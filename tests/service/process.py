@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -44,6 +45,13 @@ class ServiceProcess:
     def wait_for_worker(self, worker_id: str) -> None:
         """Return once this worker has joined."""
         self._wait_for(rf'"worker": "{worker_id}".*"event": "worker joined"')
+
+    def last_said(self, event: str, job_id: str) -> dict[str, Any]:
+        """Return the newest log line of that event that is about this job."""
+        said: dict[str, Any] = json.loads(
+            self._all(rf'\{{.*"job": "{job_id}".*"event": "{event}".*\}}')[-1].group()
+        )
+        return said
 
     def kill_worker(self, worker_id: str) -> None:
         """SIGKILL the process of a slot's worker."""

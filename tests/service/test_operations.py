@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import timedelta
 
+import asyncpg
 import pytest
 
 from billing.v1 import admin_pb2
@@ -105,3 +107,31 @@ async def test_whoever_watches_a_waiting_job_is_told_when_it_will_start(
                 if update.queue_status.HasField("start_p50_ms"):
                     assert update.queue_status.start_p50_ms <= update.queue_status.start_p90_ms
                     break
+
+
+async def test_what_a_drained_worker_does_not_finish_in_time_goes_on_elsewhere_where_it_was(
+    running: ServiceProcess, people: People
+) -> None:
+    async with await an_operator(people, running, "odin") as operator, await people.account("zoe") as zoe:
+        handle = await zoe.imagine("a lighthouse", tier=job_pb2.TIER_FAST)
+        await until_step(handle, 3)
+        (busy,) = [worker for worker in await operator.workers() if worker.HasField("active")]
+        try:
+            drained = await operator.drain_worker(busy.name, reason=WHY, within=timedelta(0))
+            assert drained.HasField("hand_over_time")
+            job = await result_of(handle)
+        finally:
+            await operator.resume_worker(busy.name, reason=WHY)
+    assert job.receipt.attempts == 2
+    assert job.receipt.worker != busy.name.removeprefix("workers/")
+    assert running.last_said("attempt ended", handle.id)["steps_redone"] == 0
+    # 20 steps of 100 ms, each of them once.
+    assert 2_000 <= job.receipt.gpu_ms < 2_400
+    connection = await asyncpg.connect(running.dsn)
+    try:
+        losses = "SELECT losses FROM scheduler.job WHERE job_id = $1"
+        assert await connection.fetchval(losses, handle.id) == 0
+        absorbed = "SELECT sum(absorbed_ms) FROM billing.settlement WHERE job_id = $1"
+        assert await connection.fetchval(absorbed, handle.id) < 100, "less than a step was done twice"
+    finally:
+        await connection.close()

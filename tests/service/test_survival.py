@@ -6,6 +6,7 @@ Real processes under a real Ray, killed with SIGKILL.
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 
 import asyncpg
@@ -23,8 +24,19 @@ async def attempts_of(dsn: str, job_id: str) -> list[asyncpg.Record]:
     connection = await asyncpg.connect(dsn)
     try:
         return await connection.fetch(
-            "SELECT worker_id, state FROM scheduler.attempt WHERE job_id = $1 ORDER BY number", job_id
+            "SELECT * FROM scheduler.attempt WHERE job_id = $1 ORDER BY number", job_id
         )
+    finally:
+        await connection.close()
+
+
+async def losses_of(dsn: str, job_id: str) -> tuple[int, int]:
+    """Return what counts against a job, and against all workers."""
+    connection = await asyncpg.connect(dsn)
+    try:
+        of_job = await connection.fetchval("SELECT losses FROM scheduler.job WHERE job_id = $1", job_id)
+        of_slots = "SELECT coalesce(sum(losses_in_row), 0)::integer FROM scheduler.worker_slot"
+        return of_job, await connection.fetchval(of_slots)
     finally:
         await connection.close()
 
@@ -82,12 +94,19 @@ async def test_waiting_jobs_continue_when_the_whole_service_was_killed(data_dir:
         await assert_ledger_closes(second.dsn)
 
 
-async def test_service_that_was_stopped_in_good_order_continues_too(data_dir: Path) -> None:
+async def test_service_that_was_stopped_in_good_order_continues_where_it_was(data_dir: Path) -> None:
     with service(data_dir, gpus=1, timed_step_ms=100) as first:
         people = People(first.address, first.admin_key)
         key = await people.key("ada")
         async with DarkroomClient(first.address, key) as ada:
             handles = [await ada.imagine(f"a fox {number}", tier=job_pb2.TIER_RELAX) for number in range(3)]
-    with service(data_dir, gpus=1, timed_step_ms=0) as second:
+            await until_step(handles[0], 3)
+    with service(data_dir, gpus=1, timed_step_ms=100) as second:
         async with DarkroomClient(second.address, key) as ada:
             await asyncio.gather(*[result_of(await ada.handle(handle.id)) for handle in handles])
+        stopped, resumed = await attempts_of(second.dsn, handles[0].id)
+        assert (stopped["state"], resumed["state"]) == ("lost", "succeeded")
+        assert json.loads(resumed["decision"])["resumes_at_step"] >= 3
+        assert resumed["kept_ms"] >= 300, "each of those steps took 100 ms"
+        assert await losses_of(second.dsn, handles[0].id) == (0, 0), "it is nobody's fault to be stopped"
+        await assert_ledger_closes(second.dsn)

@@ -1,0 +1,299 @@
+"""Jobs and the prompt language, promise by promise: what people type, against a service that draws."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tests.service.people import People
+from tests.service.process import ServiceProcess, service
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+
+_DARKROOM = str(Path(sys.executable).with_name("darkroom"))
+_SMALL = "--w 64 --h 64"
+
+
+@dataclass(frozen=True)
+class Person:
+    """Somebody at a shell, with a key and a folder."""
+
+    address: str
+    key: str
+    folder: Path
+
+    def types(self, *arguments: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
+        """Run a command and return it, having seen its exit status."""
+        environment = {**os.environ, "DARKROOM_ADDRESS": self.address, "DARKROOM_KEY": self.key}
+        done = subprocess.run(
+            [_DARKROOM, *arguments],
+            cwd=self.folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
+        )
+        assert done.returncode == expect, f"{arguments}\n{done.stdout}\n{done.stderr}"
+        assert "Traceback" not in done.stderr
+        return done
+
+    def made(self, *arguments: str) -> dict[str, Any]:
+        """Run a command that makes something, and return the finished job."""
+        made: dict[str, Any] = json.loads(self.types(*arguments, "--json").stdout)
+        assert all((self.folder / file).stat().st_size > 0 for file in made["files"])
+        job: dict[str, Any] = made["job"]
+        assert job["state"] == "JOB_STATE_SUCCEEDED"
+        return job
+
+    def drew(self, prompt: str, *options: str) -> dict[str, Any]:
+        return self.made("imagine", *options, *prompt.split(), *_SMALL.split())
+
+    def refusal(self, *arguments: str) -> dict[str, Any]:
+        """Run a command that the service refuses, and return what it said."""
+        said = json.loads(self.types(*arguments, "--json", expect=1).stderr.splitlines()[-1])
+        refused: dict[str, Any] = said["error"]
+        return refused
+
+
+def bits(job: dict[str, Any]) -> list[str]:
+    return [image["sha256"] for image in job["images"]]
+
+
+@pytest.fixture(scope="module")
+def drawing() -> Iterator[ServiceProcess]:
+    with (
+        tempfile.TemporaryDirectory(prefix="dr-", ignore_cleanup_errors=True) as folder,
+        service(Path(folder), gpus=2, engine="diffusers") as running,
+    ):
+        yield running
+
+
+@pytest.fixture(scope="module")
+def ann(drawing: ServiceProcess, tmp_path_factory: pytest.TempPathFactory) -> Person:
+    return a_person(drawing, "ann", tmp_path_factory.mktemp("ann"))
+
+
+@pytest.fixture(scope="module")
+def ben(drawing: ServiceProcess, tmp_path_factory: pytest.TempPathFactory) -> Person:
+    return a_person(drawing, "ben", tmp_path_factory.mktemp("ben"))
+
+
+def a_person(drawing: ServiceProcess, name: str, folder: Path) -> Person:
+    key = asyncio.run(People(drawing.address, drawing.admin_key).key(name, plan="pro"))
+    return Person(address=drawing.address, key=key, folder=folder)
+
+
+@pytest.fixture(scope="module")
+def grid(ann: Person) -> dict[str, Any]:
+    """A finished public grid of ann's."""
+    return ann.drew("a lighthouse in fog --seed 5 --public")
+
+
+@pytest.fixture(scope="module")
+def picture(ann: Person) -> str:
+    """A file to draw after."""
+    file = ann.folder / "after.png"
+    Image.linear_gradient("L").convert("RGB").resize((96, 64)).save(file)
+    return str(file)
+
+
+# -- the prompt language -----------------------------------------------------------------------------------
+
+
+def test_a_seed_fixes_the_grid_and_case_does_not_matter(ann: Person, grid: dict[str, Any]) -> None:
+    assert len(set(bits(grid))) == 4, "each of the four has its own noise"
+    assert bits(ann.drew("a lighthouse in fog --SEED 5 --Public")) == bits(grid)
+    assert bits(ann.drew("a lighthouse in fog --seed 6")) != bits(grid)
+
+
+def test_weights_and_no_change_what_is_drawn(ann: Person) -> None:
+    plain = ann.drew("hot dog food --seed 5")
+    weighed = ann.drew("hot dog::2 food::-1 --seed 5")
+    assert bits(weighed) != bits(plain)
+    assert bits(ann.drew("hot dog::4 food::-2 --seed 5")) == bits(weighed), "it is the shares that count"
+    without = ann.drew("a lighthouse --no trees --seed 5")
+    assert bits(without) == bits(ann.drew("a lighthouse:: trees::-0.5 --seed 5"))
+
+
+def test_a_size_or_a_shape(ann: Person) -> None:
+    job = ann.made("imagine", "a", "boat", "--w", "64", "--h", "128", "--seed", "1")
+    assert (job["width"], job["height"]) == (64, 128)
+    dry = json.loads(ann.types("imagine", "a", "boat", "--ar", "3:2", "--dry-run", "--json").stdout)
+    assert dry["width"] / dry["height"] == pytest.approx(1.5, rel=0.2)
+    assert dry["width"] % 64 == dry["height"] % 64 == 0
+
+
+def test_a_picture_to_draw_after_and_its_weight(ann: Person, picture: str) -> None:
+    plain = ann.drew("a boat --seed 5")
+    after = ann.drew("a boat --seed 5", "--image", picture)
+    more = ann.drew("a boat --seed 5 --iw 1", "--image", picture)
+    away = ann.drew("a boat --seed 5 --iw -0.5", "--image", picture)
+    assert len({tuple(bits(job)) for job in (plain, after, more, away)}) == 4
+    assert bits(ann.drew("a boat --seed 5 --iw 1", "--image", picture)) == bits(more)
+
+
+def test_an_address_that_is_no_picture_to_be_had_is_refused_with_what_to_do(ann: Person) -> None:
+    refused = ann.refusal("imagine", "https://127.0.0.1/inside.png", "a", "boat")
+    assert refused["reason"] == "PICTURE_UNREADABLE"
+    assert refused["violations"]
+
+
+def test_stop_shows_it_as_it_is_then(ann: Person, grid: dict[str, Any]) -> None:
+    stopped = ann.drew("a lighthouse in fog --seed 5 --stop 50")
+    assert bits(stopped) != bits(grid)
+    assert int(stopped["receipt"]["gpuMs"]) < int(grid["receipt"]["gpuMs"])
+
+
+def test_a_video_of_how_it_came_to_be(ann: Person) -> None:
+    job = ann.drew("a lighthouse in fog --seed 5 --video")
+    assert {video["contentType"] for video in job["videos"]} == {"video/mp4", "image/webp"}
+    (webp,) = (ann.folder / "darkroom-images").glob(f"{job['uid']}*.webp")
+    with Image.open(webp) as film:
+        assert film.n_frames > 5
+    ann.types("download", f"{job['uid']}/mp4", "--out", "films")
+    (mp4,) = (ann.folder / "films").glob("*.mp4")
+    assert mp4.read_bytes()[4:8] == b"ftyp"
+
+
+def test_everything_wrong_with_a_prompt_is_said_at_once(ann: Person) -> None:
+    refused = ann.refusal("imagine", "a", "boat", "--w", "65", "--sed", "3", "--iw", "x")
+    assert refused["reason"] == "INVALID_PARAMETER"
+    said = {each["field"]: each["sentence"] for each in refused["violations"]}
+    assert set(said) == {"--w", "--sed", "--iw"}
+    assert "--seed" in said["--sed"]
+
+
+# -- jobs --------------------------------------------------------------------------------------------------
+
+
+def test_a_variation_is_near_its_source_and_a_strong_one_farther(ann: Person, grid: dict[str, Any]) -> None:
+    near = ann.made("vary", grid["uid"], "2")
+    far = ann.made("vary", f"{grid['uid']}/2", "--strong")
+    assert near["sourceJob"] == far["sourceJob"] == grid["name"]
+    source = pixels(ann, grid, 2)
+    numbers = (1, 2, 3, 4)
+    near_by, farther = (
+        min(distance(source, pixels(ann, job, number)) for number in numbers) for job in (near, far)
+    )
+    others = min(distance(source, pixels(ann, grid, number)) for number in (1, 3, 4))
+    assert near_by < farther
+    assert near_by < others
+
+
+def test_light_and_detailed_upscales_and_redo(ann: Person, grid: dict[str, Any]) -> None:
+    detailed = ann.made("upscale", grid["uid"], "3")
+    light = ann.made("redo", detailed["uid"])
+    assert detailed["upscaleAlgorithm"] == "UPSCALE_ALGORITHM_DETAILED"
+    assert light["upscaleAlgorithm"] == "UPSCALE_ALGORITHM_LIGHT"
+    for job in (detailed, light):
+        (image,) = job["images"]
+        assert (image["width"], image["height"]) == (256, 256)
+    small = pixels(ann, grid, 3)
+    added = [distance(small, pixels(ann, job, 1).resize(small.size)) for job in (light, detailed)]
+    assert added[0] < added[1], "light adds less"
+
+
+def test_uplight_makes_upscales_light(ann: Person) -> None:
+    job = ann.drew("a boat --uplight")
+    assert ann.made("upscale", job["uid"], "1")["upscaleAlgorithm"] == "UPSCALE_ALGORITHM_LIGHT"
+
+
+def test_a_max_upscale_is_fast_only_and_of_small_grids_and_within_three_megapixels(
+    ann: Person, grid: dict[str, Any]
+) -> None:
+    assert ann.refusal("upscale", grid["uid"], "1", "--max", "--relax")["reason"] == "FAST_ONLY"
+    made = json.loads(ann.types("upscale", grid["uid"], "1", "--max", "--no-wait", "--json").stdout)["job"]
+    assert 2_900_000 < made["width"] * made["height"] <= 3_000_000
+    ann.types("cancel", made["uid"])
+
+
+@pytest.mark.long
+def test_a_max_upscale(ann: Person, grid: dict[str, Any]) -> None:
+    (image,) = ann.made("upscale", grid["uid"], "1", "--max")["images"]
+    assert 2_900_000 < image["width"] * image["height"] <= 3_000_000
+
+
+def test_a_reroll_has_a_new_seed_unless_the_prompt_fixes_one(ann: Person, grid: dict[str, Any]) -> None:
+    assert bits(ann.made("reroll", grid["uid"])) == bits(grid)
+    free = ann.drew("a boat")
+    again = ann.made("redo", free["uid"])
+    assert again["seed"] != free["seed"]
+    assert bits(again) != bits(free)
+
+
+def test_the_same_bits_come_out_again(ann: Person, grid: dict[str, Any]) -> None:
+    said = json.loads(ann.types("verify", grid["uid"], "--json").stdout)
+    assert said["equal"]
+    assert [pair["equal"] for pair in said["pictures"]] == [True] * 4
+    receipt = json.loads(ann.types("show", grid["uid"], "--receipt", "--json").stdout)
+    assert receipt["record"]["weights_sha256"]
+    assert receipt["record"]["torch"]
+
+
+def test_only_its_author_sees_a_job_and_can_go_on_from_it(
+    ann: Person, ben: Person, grid: dict[str, Any]
+) -> None:
+    assert ann.types("show", grid["uid"]).stdout
+    for command in (("show", grid["uid"]), ("vary", grid["uid"], "1"), ("upscale", grid["uid"], "1")):
+        assert ben.refusal(*command)["reason"] == "NOT_FOUND_OR_NOT_YOURS"
+
+
+def test_the_feed_shows_upscales_of_others_and_no_private_ones(
+    ann: Person, ben: Person, grid: dict[str, Any]
+) -> None:
+    shown = ann.made("upscale", grid["uid"], "4", "--light", "--public")
+    hidden = ann.made("upscale", grid["uid"], "4", "--light", "--private")
+    feed = {job["uid"] for job in json.loads(ben.types("feed", "--json").stdout)["jobs"]}
+    assert shown["uid"] in feed
+    assert hidden["uid"] not in feed
+    assert grid["uid"] not in feed, "it shows upscales"
+    ben.types("download", shown["uid"])
+    assert ben.refusal("download", hidden["uid"])["reason"] == "NOT_FOUND_OR_NOT_YOURS"
+
+
+def test_downloads_of_one_of_a_job_and_of_all(ann: Person, grid: dict[str, Any]) -> None:
+    ann.types("download", grid["uid"], "2", "--out", "one")
+    ann.types("download", grid["uid"], "--out", "four")
+    assert [len(list((ann.folder / folder).iterdir())) for folder in ("one", "four")] == [1, 4]
+    ann.types("download", "--all", "--to", "all.zip")
+    with zipfile.ZipFile(ann.folder / "all.zip") as archive:
+        assert archive.testzip() is None
+        assert {image["fileName"] for image in grid["images"]} <= set(archive.namelist())
+        first = archive.read(grid["images"][0]["fileName"])
+    with Image.open(io.BytesIO(first)) as image:
+        assert image.size == (64, 64)
+
+
+def test_a_deleted_job_is_gone_and_what_was_made_of_it_stays(ann: Person) -> None:
+    job = ann.drew("a boat")
+    variation = ann.made("vary", job["uid"], "1")
+    ann.types("delete", job["uid"], "--yes")
+    assert ann.refusal("show", job["uid"])["reason"] == "NOT_FOUND_OR_NOT_YOURS"
+    assert job["uid"] not in ann.types("jobs").stdout
+    ann.types("download", variation["uid"], "--out", "kept")
+
+
+def pixels(person: Person, job: dict[str, Any], number: int) -> Image.Image:
+    name = job["images"][number - 1]["fileName"]
+    with Image.open(person.folder / "darkroom-images" / name) as image:
+        return image.convert("RGB")
+
+
+def distance(one: Image.Image, other: Image.Image) -> float:
+    """Return the mean absolute difference of two pictures' levels."""
+    pairs = zip(one.tobytes(), other.tobytes(), strict=True)
+    return sum(abs(a - b) for a, b in pairs) / len(one.tobytes())
