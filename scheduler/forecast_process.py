@@ -15,12 +15,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from scheduler.policy.eta import Eta, etas
 from scheduler.policy.events import Event
+from scheduler.policy.foresight.eta import Eta, etas
+from scheduler.policy.foresight.lately import Recent, resampled
+from scheduler.policy.foresight.what_if import Change, WhatIf, what_if
 from scheduler.policy.ids import JobId
-from scheduler.policy.lately import Recent, resampled
 from scheduler.policy.parameters import Parameters
-from scheduler.policy.what_if import Change, WhatIf, what_if
 
 LENGTH_BYTES = 8
 """Before each message on either pipe: its length, big-endian. Messages are pickled."""

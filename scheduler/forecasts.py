@@ -21,14 +21,14 @@ import structlog
 from scheduler.clock import LeaderClock
 from scheduler.forecast_process import LENGTH_BYTES, Answer, Question, framed
 from scheduler.policy.board import Board
-from scheduler.policy.eta import Eta, quick_eta
 from scheduler.policy.events import Event, JobSubmitted, LimitsChanged
 from scheduler.policy.facts import facts
+from scheduler.policy.foresight.eta import Eta, quick_eta
+from scheduler.policy.foresight.lately import Lately
+from scheduler.policy.foresight.what_if import Change, WhatIf
 from scheduler.policy.ids import AccountId, JobId, Tier
 from scheduler.policy.job import Job
-from scheduler.policy.lately import Lately
 from scheduler.policy.parameters import Parameters
-from scheduler.policy.what_if import Change, WhatIf
 from scheduler.updates import StartTimes
 
 _log = structlog.get_logger()

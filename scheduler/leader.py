@@ -17,7 +17,7 @@ from scheduler.inbox import AccountsChanged, ClosingDown, FleetChanged, Inbox, J
 from scheduler.loop import Loop
 from scheduler.metrics import SchedulerMetrics
 from scheduler.oracle import Oracle
-from scheduler.policy.lately import Lately
+from scheduler.policy.foresight.lately import Lately
 from scheduler.policy.parameters import Parameters
 from scheduler.recovery import restore
 from scheduler.settlement import Settlement

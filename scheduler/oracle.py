@@ -12,15 +12,15 @@ from scheduler.answers import Explained, Outlook, QueuesView, TierView, WhatIf
 from scheduler.arrivals import memory_wanted
 from scheduler.clock import LeaderClock
 from scheduler.forecasts import Forecasts
-from scheduler.policy import what_if
 from scheduler.policy.board import Board
 from scheduler.policy.demand import Aims, demand
 from scheduler.policy.events import AccountRestored, UsageReset
 from scheduler.policy.explain import Stage
+from scheduler.policy.foresight import what_if
+from scheduler.policy.foresight.what_if import Change
 from scheduler.policy.ids import AccountId, JobId, Tier
 from scheduler.policy.job import Job
 from scheduler.policy.parameters import Parameters
-from scheduler.policy.what_if import Change
 from scheduler.store import live
 from scheduler.store.lanes import Lane
 from scheduler.updates import QueueReason, QueueStatus, StartTimes

@@ -9,9 +9,9 @@ from datetime import datetime, timedelta
 from scheduler.clock import from_ms
 from scheduler.frontdoor import messages
 from scheduler.frontdoor.fields import Violations
-from scheduler.policy.audit import audit
-from scheduler.policy.findings import Case, Finding, Verdict
-from scheduler.policy.journal import Dispatch
+from scheduler.policy.auditing.audit import audit
+from scheduler.policy.auditing.findings import Case, Finding, Verdict
+from scheduler.policy.auditing.journal import Dispatch
 from scheduler.policy.parameters import Parameters
 from scheduler.store import journal
 from scheduler.store.pool import Pool

@@ -11,7 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
-from scheduler.policy.audit import audit
+from scheduler.policy.auditing.audit import audit
+from scheduler.policy.auditing.findings import Finding
+from scheduler.policy.auditing.journal import Recorder
 from scheduler.policy.decisions import Decision, GiveUp, Migrate, Resume, Start, Stop
 from scheduler.policy.events import (
     AccountRestored,
@@ -32,10 +34,8 @@ from scheduler.policy.events import (
     WorkerJoined,
     WorkerLost,
 )
-from scheduler.policy.findings import Finding
 from scheduler.policy.ids import AccountId, AttemptId, JobId, Tier, WorkerId
 from scheduler.policy.job import Checkpoint, Job
-from scheduler.policy.journal import Recorder
 from scheduler.policy.limits import Limits
 from scheduler.policy.parameters import Parameters
 from scheduler.policy.worker import Worker

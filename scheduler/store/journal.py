@@ -23,6 +23,7 @@ import asyncpg
 import structlog
 
 from scheduler.clock import from_ms, to_ms
+from scheduler.policy.auditing.journal import AccountMet, CellMet, Dispatch, Journal, Record, Recorder
 from scheduler.policy.decisions import Decision
 from scheduler.policy.events import (
     AccountRestored,
@@ -51,7 +52,6 @@ from scheduler.policy.events import (
 )
 from scheduler.policy.ids import AccountId, AttemptId, JobId, Tier, WorkerId
 from scheduler.policy.job import Job
-from scheduler.policy.journal import AccountMet, CellMet, Dispatch, Journal, Record, Recorder
 from scheduler.store.leadership import require_leader
 
 _log = structlog.get_logger()

@@ -26,7 +26,6 @@ from pathlib import Path
 
 from scheduler.policy.board import Board
 from scheduler.policy.decisions import GiveUp, Migrate, Resume, Start, Stop
-from scheduler.policy.eta import Eta, etas, quick_eta
 from scheduler.policy.events import (
     AccountRestored,
     AttemptFinished,
@@ -43,12 +42,13 @@ from scheduler.policy.events import (
     TagsStored,
     WorkerJoined,
 )
+from scheduler.policy.foresight.eta import Eta, etas, quick_eta
+from scheduler.policy.foresight.lately import Lately, Recent, resampled
+from scheduler.policy.foresight.roll_forward import roll_forward
 from scheduler.policy.ids import AccountId, AttemptId, JobId, Tier, WorkerId
 from scheduler.policy.job import Checkpoint, Job
-from scheduler.policy.lately import Lately, Recent, resampled
 from scheduler.policy.limits import Limits
 from scheduler.policy.parameters import Parameters
-from scheduler.policy.roll_forward import roll_forward
 from scheduler.policy.worker import Worker
 
 _TRACE = Path(__file__).resolve().parents[3] / "shared" / "data" / "sdbeta_w1.csv.gz"

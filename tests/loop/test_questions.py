@@ -18,15 +18,15 @@ from scheduler.cluster.local_fleet import LocalFleet
 from scheduler.forecast_process import LENGTH_BYTES, Answer, Question, framed, serve
 from scheduler.forecasts import Forecasts, ListenedBoard
 from scheduler.leader import Leader
-from scheduler.policy.eta import Eta
 from scheduler.policy.events import AccountRestored, Event, JobSubmitted, TierPaused, WorkerJoined
 from scheduler.policy.explain import Stage as Where
+from scheduler.policy.foresight.eta import Eta
+from scheduler.policy.foresight.lately import Lately
+from scheduler.policy.foresight.what_if import in_tier, submitted
 from scheduler.policy.ids import AccountId, JobId, Tier, WorkerId
 from scheduler.policy.job import Job
-from scheduler.policy.lately import Lately
 from scheduler.policy.limits import Limits
 from scheduler.policy.parameters import Parameters
-from scheduler.policy.what_if import in_tier, submitted
 from scheduler.policy.worker import Worker
 from scheduler.updates import QueueReason, StartTimes
 from tests.loop.conftest import PREDICTED_MS, Stage

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from scheduler.policy import usage
-from scheduler.policy.audit import audit
+from scheduler.policy.auditing.audit import audit
+from scheduler.policy.auditing.findings import Bound, Finding, Verdict
+from scheduler.policy.auditing.journal import Dispatch, Journal, Record
 from scheduler.policy.decisions import Charge, ChosenBecause, Standing, StartKeys
 from scheduler.policy.events import (
     AccountRestored,
@@ -21,10 +23,8 @@ from scheduler.policy.events import (
     Outcome,
     WorkerJoined,
 )
-from scheduler.policy.findings import Bound, Finding, Verdict
 from scheduler.policy.ids import AccountId, AttemptId, JobId, Tier, WorkerId
 from scheduler.policy.job import Job
-from scheduler.policy.journal import Dispatch, Journal, Record
 from scheduler.policy.limits import Limits
 from scheduler.policy.parameters import Parameters
 from scheduler.policy.worker import Worker

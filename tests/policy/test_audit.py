@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from made_journal import NEVER_MS, PLAIN, REMEMBERING, WIDE, Made
 
+from scheduler.policy.auditing.findings import Bound, Verdict
 from scheduler.policy.decisions import ChosenBecause
 from scheduler.policy.events import (
     AttemptMigrated,
@@ -16,7 +17,6 @@ from scheduler.policy.events import (
     WorkerDraining,
     WorkerLost,
 )
-from scheduler.policy.findings import Bound, Verdict
 from scheduler.policy.ids import AccountId, AttemptId, JobId, Tier, WorkerId
 from scheduler.policy.limits import Limits
 from scheduler.policy.parameters import Parameters

@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from policy_cell import PLAIN, REMEMBERING, Cell, Decided, a_worker
 
-from scheduler.policy.audit import audit
+from scheduler.policy.auditing.audit import audit
+from scheduler.policy.auditing.findings import Bound, Verdict
+from scheduler.policy.auditing.journal import Dispatch, Journal, Recorder
 from scheduler.policy.events import (
     LimitsChanged,
     TierChanged,
@@ -19,9 +21,7 @@ from scheduler.policy.events import (
     WorkerLost,
     WorkerResumed,
 )
-from scheduler.policy.findings import Bound, Verdict
 from scheduler.policy.ids import AccountId, JobId, Tier, WorkerId
-from scheduler.policy.journal import Dispatch, Journal, Recorder
 from scheduler.policy.limits import Limits
 from scheduler.policy.parameters import Parameters
 

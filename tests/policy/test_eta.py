@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from policy_cell import GIB, NEVER_MS, PLAN, REMEMBERING, Cell, a_worker
 
 from scheduler.policy.board import Board
-from scheduler.policy.eta import Eta, eta_of, etas, quick_eta
 from scheduler.policy.events import (
     AccountRestored,
     CancelWanted,
@@ -23,13 +22,14 @@ from scheduler.policy.events import (
     TierPaused,
 )
 from scheduler.policy.facts import facts
+from scheduler.policy.foresight.eta import Eta, eta_of, etas, quick_eta
+from scheduler.policy.foresight.lately import Lately, Recent, resampled
+from scheduler.policy.foresight.roll_forward import AS_PREDICTED, Arrival, Draws, Future, roll_forward
+from scheduler.policy.foresight.what_if import Change, in_tier, on_plan, submitted, what_if
 from scheduler.policy.ids import AccountId, JobId, Tier
 from scheduler.policy.job import Job
-from scheduler.policy.lately import Lately, Recent, resampled
 from scheduler.policy.limits import Limits
 from scheduler.policy.parameters import Parameters
-from scheduler.policy.roll_forward import AS_PREDICTED, Arrival, Draws, Future, roll_forward
-from scheduler.policy.what_if import Change, in_tier, on_plan, submitted, what_if
 
 HOUR_MS = 3_600_000
 # Nothing that is counted or aged, which a restored board has forgotten.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from scheduler.policy.findings import Verdict
+from scheduler.policy.auditing.findings import Verdict
 from scheduler.simulator.policies import CONTESTANTS
 from scheduler.simulator.report import Groups, figures
 from scheduler.simulator.simulation import NO_CAPS, simulate

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated import a_request, a_workload, order, played, waits_ms
 
+from scheduler.policy.auditing.findings import Verdict
 from scheduler.policy.decisions import Decision
 from scheduler.policy.events import Event
-from scheduler.policy.findings import Verdict
 from scheduler.policy.ids import Tier
 from scheduler.policy.limits import Limits
 from scheduler.simulator.comparison import Experiment, preamble, results, written

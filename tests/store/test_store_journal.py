@@ -8,7 +8,9 @@ import asyncpg
 import pytest
 
 from scheduler.clock import from_ms
-from scheduler.policy.audit import audit
+from scheduler.policy.auditing.audit import audit
+from scheduler.policy.auditing.findings import Bound, Verdict
+from scheduler.policy.auditing.journal import Journal, Recorder
 from scheduler.policy.board import Board
 from scheduler.policy.decisions import Start
 from scheduler.policy.events import (
@@ -25,10 +27,8 @@ from scheduler.policy.events import (
     TierPaused,
     WorkerJoined,
 )
-from scheduler.policy.findings import Bound, Verdict
 from scheduler.policy.ids import AccountId, AttemptId, JobId, Tier, WorkerId
 from scheduler.policy.job import Job
-from scheduler.policy.journal import Journal, Recorder
 from scheduler.policy.limits import Limits
 from scheduler.policy.parameters import Parameters
 from scheduler.policy.worker import Worker

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from scheduler.policy.eta import Eta, eta_of
 from scheduler.policy.events import AccountRestored, Event, JobSubmitted, LimitsChanged, TierChanged
+from scheduler.policy.foresight.eta import Eta, eta_of
+from scheduler.policy.foresight.roll_forward import FIRST, Draws, Future, roll_forward
 from scheduler.policy.ids import AccountId, JobId, Tier
 from scheduler.policy.job import Job
 from scheduler.policy.limits import Limits
 from scheduler.policy.parameters import Parameters
-from scheduler.policy.roll_forward import FIRST, Draws, Future, roll_forward
 
 _FELT_MS = 1000
 """A start that is later by less than this delays nobody."""

@@ -12,6 +12,11 @@ import math
 from collections import Counter
 
 from scheduler.policy import usage
+from scheduler.policy.auditing.findings import Bound, Case, Finding, Verdict
+from scheduler.policy.auditing.journal import Dispatch, Journal, Record
+from scheduler.policy.auditing.pairs import Pairs
+from scheduler.policy.auditing.replay import Replay
+from scheduler.policy.auditing.replay_state import AccountState, Contention, Queue, Run
 from scheduler.policy.decisions import ChosenBecause, Standing
 from scheduler.policy.events import (
     AttemptMigrated,
@@ -20,14 +25,9 @@ from scheduler.policy.events import (
     CellRestored,
     JobSubmitted,
 )
-from scheduler.policy.findings import Bound, Case, Finding, Verdict
 from scheduler.policy.ids import AccountId, JobId, Tier, WorkerId
 from scheduler.policy.job import Fit, Job
-from scheduler.policy.journal import Dispatch, Journal, Record
-from scheduler.policy.pairs import Pairs
 from scheduler.policy.parameters import Parameters
-from scheduler.policy.replay import Replay
-from scheduler.policy.replay_state import AccountState, Contention, Queue, Run
 
 _FOLLOWED = 24
 """Accounts that are compared in pairs: each start costs as many comparisons."""

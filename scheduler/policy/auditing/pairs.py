@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 
 from scheduler.policy import usage
+from scheduler.policy.auditing.findings import Bound, Case
+from scheduler.policy.auditing.journal import Dispatch
+from scheduler.policy.auditing.replay import Replay
+from scheduler.policy.auditing.replay_state import AccountState, Queue, Turn
 from scheduler.policy.decisions import ChosenBecause
-from scheduler.policy.findings import Bound, Case
 from scheduler.policy.ids import AccountId, Tier
 from scheduler.policy.job import Fit
-from scheduler.policy.journal import Dispatch
-from scheduler.policy.replay import Replay
-from scheduler.policy.replay_state import AccountState, Queue, Turn
 
 Check = Callable[[Bound, float, Case], None]
 

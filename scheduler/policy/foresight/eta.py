@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from scheduler.policy.cell import Cell
 from scheduler.policy.events import Event
+from scheduler.policy.foresight.roll_forward import FIRST, Draws, roll_forward
 from scheduler.policy.ids import JobId, Tier
 from scheduler.policy.job import Job
 from scheduler.policy.parameters import Parameters
 from scheduler.policy.preemption import relax_floor
-from scheduler.policy.roll_forward import FIRST, Draws, roll_forward
 
 _LATE_PERMILLE = 3000
 """What nine of ten waits are below, of a wait told at a glance: measured on a replayed trace."""

@@ -19,9 +19,9 @@ from scheduler.policy.events import (
     Outcome,
     WorkerJoined,
 )
+from scheduler.policy.foresight.roll_forward import Arrival, Draws
 from scheduler.policy.ids import AccountId, AttemptId, WorkerId
 from scheduler.policy.job import Job
-from scheduler.policy.roll_forward import Arrival, Draws
 
 SPAN_MS = 3_600_000
 """How far back: an hour knows who is at work now. A longer one knows the rate better and the people less."""

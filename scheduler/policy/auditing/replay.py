@@ -12,6 +12,22 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from scheduler.policy import retry, usage
+from scheduler.policy.auditing.journal import AccountMet, CellMet, Dispatch, Record
+from scheduler.policy.auditing.replay_state import (
+    FAST_RUNS,
+    NOTHING,
+    AccountState,
+    Contention,
+    Hands,
+    Lane,
+    Pool,
+    Queue,
+    Returned,
+    Run,
+    Slot,
+    Turn,
+    Waiting,
+)
 from scheduler.policy.decisions import ChosenBecause
 from scheduler.policy.events import (
     AccountRestored,
@@ -41,24 +57,8 @@ from scheduler.policy.events import (
 )
 from scheduler.policy.ids import AccountId, AttemptId, JobId, Tier, WorkerId
 from scheduler.policy.job import Fit
-from scheduler.policy.journal import AccountMet, CellMet, Dispatch, Record
 from scheduler.policy.parameters import Parameters
 from scheduler.policy.preemption import relax_floor
-from scheduler.policy.replay_state import (
-    FAST_RUNS,
-    NOTHING,
-    AccountState,
-    Contention,
-    Hands,
-    Lane,
-    Pool,
-    Queue,
-    Returned,
-    Run,
-    Slot,
-    Turn,
-    Waiting,
-)
 from scheduler.policy.worker import Worker
 
 
