@@ -53,6 +53,16 @@ class ServiceProcess:
         )
         return said
 
+    def said_of(self, event: str, job_id: str, times: int) -> dict[str, Any]:
+        """Return the newest log line of that event about this job, once there are so many.
+
+        An answer reaches a client before the lines about it get here.
+        """
+        pattern = rf'\{{.*"job": "{job_id}".*"event": "{event}".*\}}'
+        with self._heard:
+            assert self._heard.wait_for(lambda: len(self._all(pattern)) >= times, _START_S), pattern
+        return self.last_said(event, job_id)
+
     def kill_worker(self, worker_id: str) -> None:
         """SIGKILL the process of a slot's worker."""
         joined = [json.loads(found.group()) for found in self._all(r'\{.*"event": "worker joined".*\}')]
