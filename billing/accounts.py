@@ -1,23 +1,28 @@
 """Accounts and what each is entitled to: its plan's terms, and a lot of fast time for each period.
 
-No job runs at midnight. Whoever first touches an account in a new period grants that period's lot, and takes
-up the version of its plan; which version a period has depends on when the period began, not on that moment.
+No job has to run at midnight. Whoever first touches an account in a new period, or a sweeper (`expiry`),
+grants that period's lot and takes up the version of its plan; what comes of it does not depend on who it was,
+or when.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import secrets
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
 import asyncpg
 
 from billing import plans
-from billing.books import Grant, grant, open_books, revoke
-from billing.entries import Code, Source, burn_order, taken
+from billing.books import grant
 from billing.periods import period_at
 from billing.plans import PlanLimits
 from billing.refusals import AccountExists, UnknownAccount
+from billing.renewal import period_grant, renew
+
+ERASED = "erased-"
+"""What the ids of erased accounts begin with; the schema knows it too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +42,10 @@ class Terms:
     spend_cap_micros: int
     """Most that may be charged for overage in a period; 0: no cap."""
     currency: str
+    gpu_class_bp: Mapping[str, int]
+    """Multipliers by device type, in basis points; a type that is not named counts 10,000."""
+    scheduled_plan: str | None
+    """What the plan changes to at `renews_at`; None: nothing."""
     period_start: datetime
     renews_at: datetime
 
@@ -70,7 +79,7 @@ async def create(connection: asyncpg.Connection, account_id: str, plan: str, at:
         period.start,
         period.end,
     )
-    await grant(connection, [_period_grant(account_id, version.quota_ms, period.start, period.end, at)])
+    await grant(connection, [period_grant(account_id, version.quota_ms, period, at)])
 
 
 async def lock_terms(connection: asyncpg.Connection, account_id: str, at: datetime) -> Terms:
@@ -87,18 +96,16 @@ async def lock(connection: asyncpg.Connection, account_ids: Iterable[str], at: d
     """
     assert connection.is_in_transaction(), "outside a transaction the lock would end with its statement"
     ids = set(account_ids)
-    locked = await connection.fetch(
-        """SELECT account_id FROM billing.subscription
-            WHERE account_id = ANY($1) ORDER BY account_id FOR UPDATE""",
-        list(ids),
-    )
-    for missing in sorted(ids - {row["account_id"] for row in locked}):
-        raise UnknownAccount(account_id=missing)
-    # Not joined to the statement above: what it waited for may have changed the version it would join.
-    rows = await _subscriptions(connection, ids, at)
+    rows = await _subscriptions(connection, ids, at, lock=True)
+    if len(rows) < len(ids):
+        # One that was changed to another version by whom it waited for is not joined to that, and left out,
+        # though it is locked: what the statement joins was there when it began.
+        rows = await _subscriptions(connection, ids, at)
+        for missing in sorted(ids - {row["account_id"] for row in rows}):
+            raise UnknownAccount(account_id=missing)
     stale = [row for row in rows if row["stale"]]
     if stale:
-        await _renew(connection, stale, at)
+        await renew(connection, stale, at)
         rows = await _subscriptions(connection, ids, at)
     return {row["account_id"]: _terms(row) for row in rows}
 
@@ -142,98 +149,71 @@ async def set_overage(
     return await lock_terms(connection, account_id, at)
 
 
-async def _subscriptions(
-    connection: asyncpg.Connection, account_ids: Iterable[str], at: datetime
-) -> list[asyncpg.Record]:
-    return await connection.fetch(
-        """SELECT *,
-                  period_end <= $2 OR EXISTS (
-                      SELECT FROM billing.plan_version AS newer
-                       WHERE newer.plan = subscription.plan AND newer.version > subscription.version
-                         AND newer.at_once) AS stale
-             FROM billing.subscription JOIN billing.plan_version USING (plan, version)
-            WHERE account_id = ANY($1)""",
-        list(account_ids),
+async def erase(connection: asyncpg.Connection, account_id: str, at: datetime) -> str:
+    """Give an account another id, which says nothing, wherever the database names it; return that id.
+
+    Its entries stay, under that id; its subscription is renewed no more, and what it had been answered is
+    forgotten. Reasons that people wrote are kept as they wrote them. The caller has seen to it that none of
+    its jobs is left that could be started or settled under the old id. Locks the account. Raises
+    UnknownAccount, also for one that was erased before.
+    """
+    await lock(connection, [account_id], at)
+    # Not derived from the old id: who can guess that could then prove it.
+    pseudonym = f"{ERASED}{secrets.token_hex(8)}"
+    erased = await connection.fetchval(
+        """UPDATE billing.account SET account_id = $2, erased_at = $3
+            WHERE account_id = $1 AND erased_at IS NULL RETURNING true""",
+        account_id,
+        pseudonym,
         at,
     )
-
-
-async def _renew(connection: asyncpg.Connection, stale: Sequence[asyncpg.Record], at: datetime) -> None:
-    """Bring locked subscriptions to the period that contains `at` and to the version that holds in it."""
-    versions: dict[str, list[asyncpg.Record]] = {row["plan"]: [] for row in stale}
-    for version in await connection.fetch(
-        """SELECT plan, version, quota_ms, at_once, created_at FROM billing.plan_version
-            WHERE plan = ANY($1) ORDER BY version""",
-        list(versions),
-    ):
-        versions[version["plan"]].append(version)
-
-    grants: list[Grant] = []
-    cuts: dict[str, int] = {}
-    updates: list[tuple[str, int, datetime, datetime]] = []
-    for row in stale:
-        account_id, start, end = row["account_id"], row["period_start"], row["period_end"]
-        # Version numbers count from 1 without gaps.
-        current = versions[row["plan"]][row["version"] - 1]
-        later = versions[row["plan"]][row["version"] :]
-        if end <= at:
-            period = period_at(row["anchor"], at)
-            start, end = period.start, period.end
-            current = next((v for v in reversed(later) if v["created_at"] <= start), current)
-            grants.append(_period_grant(account_id, current["quota_ms"], start, end, at))
-        at_once = next((v for v in reversed(later) if v["at_once"]), current)
-        if at_once["version"] > current["version"]:
-            gained_ms = at_once["quota_ms"] - current["quota_ms"]
-            current = at_once
-            if gained_ms > 0:
-                grants.append(
-                    Grant(
-                        account_id=account_id,
-                        source=Source.PRORATION,
-                        source_key=f"plan_change/{account_id}/{start.isoformat()}/{at_once['version']}",
-                        code=Code.PLAN_CHANGE,
-                        amount_ms=gained_ms,
-                        effective_at=start,
-                        expires_at=end,
-                        at=at,
-                    )
-                )
-            elif gained_ms < 0:
-                cuts[account_id] = -gained_ms
-        updates.append((account_id, current["version"], start, end))
-
-    await grant(connection, grants)
-    await _cut(connection, cuts, at)
+    if not erased:
+        raise UnknownAccount(account_id=account_id)
     await connection.execute(
-        """UPDATE billing.subscription AS subscription
-              SET version = renewed.version,
-                  period_start = renewed.period_start, period_end = renewed.period_end
-             FROM unnest($1::text[], $2::integer[], $3::timestamptz[], $4::timestamptz[])
-                  AS renewed (account_id, version, period_start, period_end)
-            WHERE subscription.account_id = renewed.account_id""",
-        *(list(column) for column in zip(*updates, strict=True)),
+        "UPDATE billing.subscription SET ended_at = $2, scheduled_plan = NULL WHERE account_id = $1",
+        pseudonym,
+        at,
     )
+    await connection.execute(
+        """UPDATE billing.grant_lot SET source_key = replace(source_key, '/' || $2 || '/', '/' || $1 || '/')
+            WHERE account_id = $1""",
+        pseudonym,
+        account_id,
+    )
+    await connection.execute("DELETE FROM billing.idempotency WHERE account_id = $1", account_id)
+    # What admins were answered, and what they did or the account itself: names of resources, whole or begun.
+    await connection.execute(
+        """UPDATE billing.idempotency
+              SET outcome = regexp_replace(outcome::text, $1, '"accounts/' || $2 || '\\1', 'g')::jsonb
+            WHERE outcome::text ~ $1""",
+        f'"accounts/{account_id}(["/])',
+        pseudonym,
+    )
+    await connection.execute(
+        """UPDATE billing.audit_event
+              SET actor = regexp_replace(actor, $1, 'accounts/' || $2 || '\\1'),
+                  target = regexp_replace(target, $1, 'accounts/' || $2 || '\\1')
+            WHERE actor ~ $1 OR target ~ $1""",
+        f"^accounts/{account_id}(/|$)",
+        pseudonym,
+    )
+    return pseudonym
 
 
-async def _cut(connection: asyncpg.Connection, cuts: dict[str, int], at: datetime) -> None:
-    """Take time of the present period's plan back, as far as it is neither used nor held."""
-    books = await open_books(connection, cuts, since=at, until=at)
-    for account_id, cut_ms in cuts.items():
-        lots = [lot for lot in books.lots(account_id) if lot.source in (Source.PLAN, Source.PRORATION)]
-        revoke(books, account_id, taken(burn_order(lots, at)[::-1], cut_ms), Code.PLAN_CHANGE, at)
-    await books.write(connection)
-
-
-def _period_grant(account_id: str, quota_ms: int, start: datetime, end: datetime, at: datetime) -> Grant:
-    return Grant(
-        account_id=account_id,
-        source=Source.PLAN,
-        source_key=f"period/{account_id}/{start.isoformat()}",
-        code=Code.PERIOD,
-        amount_ms=quota_ms,
-        effective_at=start,
-        expires_at=end,
-        at=at,
+async def _subscriptions(
+    connection: asyncpg.Connection, account_ids: Iterable[str], at: datetime, *, lock: bool = False
+) -> list[asyncpg.Record]:
+    return await connection.fetch(
+        f"""SELECT *, gpu_class_bp::text AS gpu_classes,
+                  ended_at IS NULL AND (period_end <= $2 OR EXISTS (
+                      SELECT FROM billing.plan_version AS newer
+                       WHERE newer.plan = subscription.plan AND newer.version > subscription.version
+                         AND newer.at_once)) AS stale
+             FROM billing.subscription JOIN billing.plan_version USING (plan, version)
+            WHERE account_id = ANY($1)
+            {"ORDER BY account_id FOR UPDATE OF subscription" if lock else ""}""",  # noqa: S608 - constants
+        list(account_ids),
+        at,
     )
 
 
@@ -250,6 +230,8 @@ def _terms(row: asyncpg.Record) -> Terms:
         overage_micros_per_minute=row["overage_micros_per_minute"],
         spend_cap_micros=row["spend_cap_micros"],
         currency=row["currency"],
+        gpu_class_bp=plans.classes_of(row["gpu_classes"]),
+        scheduled_plan=row["scheduled_plan"],
         period_start=row["period_start"],
         renews_at=row["period_end"],
     )

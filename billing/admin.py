@@ -15,6 +15,8 @@ from billing.refusals import AdjustmentTooLarge
 
 __all__ = ["adjust_balance", "record"]
 
+_CODE = {Source.ADMIN: Code.ADMIN, Source.PROMO: Code.PROMO, Source.PURCHASE: Code.PURCHASE}
+
 
 async def adjust_balance(
     connection: asyncpg.Connection,
@@ -25,17 +27,20 @@ async def adjust_balance(
     request_id: str,
     expires_at: datetime | None,
     at: datetime,
+    source: Source = Source.ADMIN,
 ) -> Balance:
     """Grant fast time to an account, or take unused time away, and return its new balance.
 
-    A positive amount becomes a lot that burns after the plan's, until `expires_at` (None: it does not
-    expire). A negative one is taken from the lots in the reverse of burn order, so that taking a grant back
-    undoes it, and never from what is used or held. Repeating a request id on an account raises
-    asyncpg.UniqueViolationError: `idempotency.claim` comes before. Locks the account.
+    A positive amount becomes a lot of `source` (ADMIN, PROMO or PURCHASE, which decides when it burns) that
+    lives until `expires_at` (None: it does not expire). A negative one is taken from the lots in the reverse
+    of burn order, so that taking an admin's grant or a purchase back undoes it, and never from what is used
+    or held. Repeating a request id on an account raises asyncpg.UniqueViolationError: `idempotency.claim`
+    comes before. Locks the account.
 
     Raises UnknownAccount or AdjustmentTooLarge.
     """
     assert amount_ms != 0, "nothing to adjust"
+    code = _CODE[source] if amount_ms > 0 else Code.ADMIN
     assert expires_at is None or expires_at > at, "the lot would be dead at birth"
     terms = await accounts.lock_terms(connection, account_id, at)
     at = terms.in_period(at)
@@ -50,15 +55,15 @@ async def adjust_balance(
         reason=reason,
         request_id=request_id,
         before={"available_ms": before.available_ms},
-        after={"available_ms": before.available_ms + amount_ms, "amount_ms": amount_ms},
+        after={"available_ms": before.available_ms + amount_ms, "amount_ms": amount_ms, "code": code},
         at=at,
     )
     if amount_ms > 0:
         lot = Grant(
             account_id=account_id,
-            source=Source.ADMIN,
+            source=source,
             source_key=f"admin/{account_id}/{request_id}",
-            code=Code.ADMIN,
+            code=code,
             amount_ms=amount_ms,
             # Not from `at`: a scheduler whose clock is behind would miss it, and nobody tells it twice.
             effective_at=terms.period_start,
@@ -70,6 +75,6 @@ async def adjust_balance(
     else:
         books = await open_books(connection, [account_id], since=at, until=at)
         parts = taken(burn_order(books.lots(account_id), at)[::-1], -amount_ms)
-        revoke(books, account_id, parts, Code.ADMIN, at, audit_id)
+        revoke(books, account_id, parts, code, at, audit_id)
         await books.write(connection)
     return await balance(connection, account_id, at)

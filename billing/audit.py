@@ -3,10 +3,29 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 import asyncpg
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditEvent:
+    """One deed."""
+
+    audit_id: int
+    at: datetime
+    actor: str
+    action: str
+    """Name of the API method."""
+    target: str
+    """Resource name of what was changed."""
+    reason: str
+    request_id: str
+    before: str
+    """JSON; empty where there was nothing."""
+    after: str
 
 
 async def record(
@@ -40,3 +59,38 @@ async def record(
         None if after is None else json.dumps(after),
     )
     return audit_id
+
+
+async def events(
+    connection: asyncpg.Connection,
+    *,
+    target: str = "",
+    actor: str = "",
+    since: datetime | None = None,
+    until: datetime | None = None,
+    before_id: int | None = None,
+    limit: int,
+) -> list[AuditEvent]:
+    """Return up to `limit` audit events, newest first, with numbers below `before_id`. Locks nothing.
+
+    `target` and `actor` are resource names: events of them and of all below them, as an account's keys are
+    below the account. `since` is included, `until` is not. What is empty or None leaves nothing out.
+    """
+    rows = await connection.fetch(
+        """SELECT audit_id, at, actor, action, target, reason, request_id,
+                  COALESCE(before::text, '') AS before, COALESCE(after::text, '') AS after
+             FROM billing.audit_event
+            WHERE ($1 = '' OR target = $1 OR starts_with(target, $1 || '/'))
+              AND ($2 = '' OR actor = $2 OR starts_with(actor, $2 || '/'))
+              AND ($3::timestamptz IS NULL OR at >= $3)
+              AND ($4::timestamptz IS NULL OR at < $4)
+              AND ($5::bigint IS NULL OR audit_id < $5)
+            ORDER BY audit_id DESC LIMIT $6""",
+        target,
+        actor,
+        since,
+        until,
+        before_id,
+        limit,
+    )
+    return [AuditEvent(**row) for row in rows]

@@ -22,8 +22,8 @@ Tier = Literal["fast", "relax"]
 class Balance:
     """An account's fast time in the present period, in GPU milliseconds, and its overage, in money.
 
-    It closes: granted = used + held + available. Of a lot that outlives a period, what was used before the
-    period is not shown.
+    It closes: granted = used + held + available. Used is without what was given back. Of a lot that outlives
+    a period, what was used before the period is not shown.
     """
 
     account_id: str
@@ -57,9 +57,15 @@ async def balance(connection: asyncpg.Connection, account_id: str, at: datetime)
                           AS available_ms
                  FROM live)
            SELECT totals.*,
-                  (SELECT COALESCE(sum(amount), 0) FROM billing.transfer JOIN live USING (lot_id)
-                    WHERE transfer.account_id = $1 AND at >= $3 AND credit_account = 'consumed'
-                      AND kind IN ('post', 'post_pending'))::bigint AS used_ms,
+                  (SELECT COALESCE(sum(CASE credit_account WHEN 'consumed' THEN amount ELSE -amount END), 0)
+                     FROM billing.transfer JOIN live USING (lot_id)
+                    WHERE transfer.account_id = $1 AND at >= $3 AND kind IN ('post', 'post_pending')
+                      AND (credit_account = 'consumed'
+                           -- What is given back of an earlier period's use was not shown as used either.
+                           OR debit_account = 'consumed' AND EXISTS (
+                               SELECT FROM billing.settlement
+                                WHERE settlement.attempt_id = transfer.attempt_id AND settlement.at >= $3))
+                  )::bigint AS used_ms,
                   (SELECT COALESCE(sum(amount), 0) FROM billing.transfer
                     WHERE account_id = $1 AND at >= $3 AND code = 'relax')::bigint AS relax_used_ms,
                   COALESCE(metered.posted_micros, 0) AS posted_micros,
@@ -123,6 +129,7 @@ async def price(
         overage_allowed=terms.overage_allowed,
         overage_micros_per_minute=terms.overage_micros_per_minute,
         currency=terms.currency,
+        gpu_class_bp=terms.gpu_class_bp,
     )
 
 

@@ -1,15 +1,16 @@
 """Lots, metered money and journal of some accounts: read once, changed in memory, written together.
 
 Whoever opens books holds the lock of every account in them (`accounts.lock`), so nothing moves under the
-reader and what is written may be absolute. Reading and writing cost one statement for each table, however
-many accounts and movements there are.
+reader and what is written may be absolute. Reading costs one statement and writing another, however many
+accounts and movements there are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
+from typing import Any
 from uuid import UUID
 
 import asyncpg
@@ -53,6 +54,10 @@ class Grant:
     expires_at: datetime | None
     at: datetime
     audit_id: int | None = None
+    job_id: UUID | None = None
+    """With `attempt_id` and `leg`, what its entry is of: given where time of an attempt is given back."""
+    attempt_id: UUID | None = None
+    leg: int = 0
 
 
 class Books:
@@ -76,9 +81,13 @@ class Books:
         """Return a metered account as it stands after what was moved so far."""
         return self._metered.get(key, Metered())
 
-    def move_lot(self, lot_id: int, *, used_ms: int = 0, held_ms: int = 0, revoked_ms: int = 0) -> None:
+    def move_lot(
+        self, lot_id: int, *, used_ms: int = 0, held_ms: int = 0, expired_ms: int = 0, revoked_ms: int = 0
+    ) -> None:
         """Change a lot by these amounts; the entries that say so are the caller's to append."""
-        self._lots[lot_id] = self._lots[lot_id].plus(used_ms=used_ms, held_ms=held_ms, revoked_ms=revoked_ms)
+        self._lots[lot_id] = self._lots[lot_id].plus(
+            used_ms=used_ms, held_ms=held_ms, expired_ms=expired_ms, revoked_ms=revoked_ms
+        )
         self._moved_lots.add(lot_id)
 
     def move_metered(self, key: MeteredKey, *, posted_micros: int = 0, held_micros: int = 0) -> None:
@@ -97,33 +106,38 @@ class Books:
     async def write(self, connection: asyncpg.Connection) -> dict[tuple[UUID, int], int]:
         """Write what was moved; return the journal's numbers of the new pendings by attempt and leg."""
         lots = [self._lots[lot_id] for lot_id in sorted(self._moved_lots)]
-        if lots:
-            await connection.execute(
-                """UPDATE billing.grant_lot AS lot
-                      SET used_ms = moved.used_ms, held_ms = moved.held_ms, revoked_ms = moved.revoked_ms
-                     FROM unnest($1::bigint[], $2::bigint[], $3::bigint[], $4::bigint[])
-                          AS moved (lot_id, used_ms, held_ms, revoked_ms)
-                    WHERE lot.lot_id = moved.lot_id""",
-                [lot.lot_id for lot in lots],
-                [lot.used_ms for lot in lots],
-                [lot.held_ms for lot in lots],
-                [lot.revoked_ms for lot in lots],
-            )
-        if self._moved_metered:
-            keys = list(self._moved_metered)
-            await connection.execute(
-                """INSERT INTO billing.metered_account
-                          (account_id, period_start, currency, posted_micros, held_micros)
-                   SELECT * FROM unnest($1::text[], $2::timestamptz[], $3::text[], $4::bigint[], $5::bigint[])
-                   ON CONFLICT (account_id, period_start, currency) DO UPDATE
-                      SET posted_micros = excluded.posted_micros, held_micros = excluded.held_micros""",
-                [key.account_id for key in keys],
-                [key.period_start for key in keys],
-                [key.currency for key in keys],
-                [self._metered[key].posted_micros for key in keys],
-                [self._metered[key].held_micros for key in keys],
-            )
-        return await _append(connection, self._entries)
+        keys = list(self._moved_metered)
+        metered = [self._metered[key] for key in keys]
+        rows = await connection.fetch(
+            f"""WITH lot AS (
+                    UPDATE billing.grant_lot AS lot
+                       SET used_ms = moved.used_ms, held_ms = moved.held_ms,
+                           expired_ms = moved.expired_ms, revoked_ms = moved.revoked_ms
+                      FROM unnest($15::bigint[], $16::bigint[], $17::bigint[], $18::bigint[], $19::bigint[])
+                           AS moved (lot_id, used_ms, held_ms, expired_ms, revoked_ms)
+                     WHERE lot.lot_id = moved.lot_id),
+                metered AS (
+                    INSERT INTO billing.metered_account
+                           (account_id, period_start, currency, posted_micros, held_micros)
+                    SELECT * FROM unnest($20::text[], $21::timestamptz[], $22::text[], $23::bigint[],
+                                         $24::bigint[])
+                    ON CONFLICT (account_id, period_start, currency) DO UPDATE
+                       SET posted_micros = excluded.posted_micros, held_micros = excluded.held_micros),
+                entry AS ({_APPEND} RETURNING transfer_id, kind, attempt_id, leg)
+                SELECT transfer_id, attempt_id, leg FROM entry WHERE kind = 'pending'""",  # noqa: S608 - a constant
+            *_columns(self._entries),
+            [lot.lot_id for lot in lots],
+            [lot.used_ms for lot in lots],
+            [lot.held_ms for lot in lots],
+            [lot.expired_ms for lot in lots],
+            [lot.revoked_ms for lot in lots],
+            [key.account_id for key in keys],
+            [key.period_start for key in keys],
+            [key.currency for key in keys],
+            [one.posted_micros for one in metered],
+            [one.held_micros for one in metered],
+        )
+        return {(row["attempt_id"], row["leg"]): row["transfer_id"] for row in rows}
 
 
 async def open_books(
@@ -138,23 +152,45 @@ async def open_books(
 
     The caller holds the locks of the accounts.
     """
-    ids = list(account_ids)
-    lots = await connection.fetch(
-        """SELECT * FROM billing.grant_lot
-            WHERE account_id = ANY($1) AND effective_at <= $3 AND (expires_at IS NULL OR expires_at > $2)
-            ORDER BY lot_id""",
-        ids,
-        since,
-        until,
-    )
-    metered = await connection.fetch(
-        "SELECT * FROM billing.metered_account WHERE account_id = ANY($1) AND period_start = ANY($2)",
-        ids,
-        list(period_starts),
-    )
+    row = await connection.fetchrow(_OPEN, list(account_ids), until, since, list(period_starts))
+    assert row is not None
+    return books_of(row)
+
+
+# Read as rows without a type: the driver need not ask for the type of a table, and a column that a later
+# release adds is not in them.
+_LOT_COLUMNS = tuple(one.name for one in fields(Lot))
+
+
+def books_columns(*, since: str, period_starts: str) -> str:
+    """Return the columns that `books_of` takes, of a query whose $1 are accounts and whose $2 is `until`.
+
+    The others are its expressions for what `open_books` takes by these names. Each column is an array of
+    rows, so that one round trip brings several tables.
+    """
+    return f"""ARRAY(SELECT ROW({", ".join(_LOT_COLUMNS)}) FROM billing.grant_lot
+                      WHERE account_id = ANY($1::text[]) AND effective_at <= $2::timestamptz
+                        AND (expires_at IS NULL OR expires_at > {since})
+                      ORDER BY lot_id) AS lots,
+               ARRAY(SELECT ROW(account_id, period_start, currency, posted_micros, held_micros)
+                       FROM billing.metered_account
+                      WHERE account_id = ANY($1::text[])
+                        AND period_start = ANY({period_starts})) AS metered"""  # noqa: S608 - constants
+
+
+_OPEN = f"SELECT {books_columns(since='$3::timestamptz', period_starts='$4::timestamptz[]')}"
+
+
+def books_of(row: asyncpg.Record) -> Books:
+    """Return the books in a row that has `books_columns`."""
     return Books(
-        lots=[_lot(row) for row in lots],
-        metered={_metered_key(row): _metered(row) for row in metered},
+        lots=[_lot(lot) for lot in row["lots"]],
+        metered={
+            MeteredKey(account_id=account_id, period_start=period_start, currency=currency): Metered(
+                posted_micros=posted_micros, held_micros=held_micros
+            )
+            for account_id, period_start, currency, posted_micros, held_micros in row["metered"]
+        },
     )
 
 
@@ -178,24 +214,29 @@ async def grant(connection: asyncpg.Connection, grants: Sequence[Grant]) -> None
         [grant.amount_ms for grant in grants],
     )
     lot_ids = {row["source_key"]: row["lot_id"] for row in rows}
-    await _append(
-        connection,
-        [
-            Entry(
-                kind=Kind.POST,
-                code=grant.code,
-                account_id=grant.account_id,
-                debit=ISSUED,
-                credit=lot_account(lot_ids[grant.source_key]),
-                amount=grant.amount_ms,
-                at=grant.at,
-                lot_id=lot_ids[grant.source_key],
-                audit_id=grant.audit_id,
-            )
-            for grant in grants
-            # A plan without fast time still has its period's lot; there is nothing to move into it.
-            if grant.amount_ms
-        ],
+    await connection.execute(
+        _APPEND,
+        *_columns(
+            [
+                Entry(
+                    kind=Kind.POST,
+                    code=grant.code,
+                    account_id=grant.account_id,
+                    debit=ISSUED,
+                    credit=lot_account(lot_ids[grant.source_key]),
+                    amount=grant.amount_ms,
+                    at=grant.at,
+                    lot_id=lot_ids[grant.source_key],
+                    audit_id=grant.audit_id,
+                    job_id=grant.job_id,
+                    attempt_id=grant.attempt_id,
+                    leg=grant.leg,
+                )
+                for grant in grants
+                # A plan without fast time still has its period's lot; there is nothing to move into it.
+                if grant.amount_ms
+            ]
+        ),
     )
 
 
@@ -225,21 +266,23 @@ def revoke(
         )
 
 
-async def _append(connection: asyncpg.Connection, entries: Sequence[Entry]) -> dict[tuple[UUID, int], int]:
-    rows = await connection.fetch(
-        """INSERT INTO billing.transfer (
-                  kind, code, account_id, job_id, attempt_id, leg, debit_account, credit_account,
-                  unit, amount, lot_id, pending_id, audit_id, at)
-           SELECT kind, code, account_id, job_id, attempt_id, leg, debit_account, credit_account,
-                  unit, amount, lot_id, pending_id, audit_id, at
-             FROM unnest($1::text[], $2::text[], $3::text[], $4::uuid[], $5::uuid[], $6::smallint[],
-                         $7::text[], $8::text[], $9::text[], $10::bigint[], $11::bigint[], $12::bigint[],
-                         $13::bigint[], $14::timestamptz[])
-                  WITH ORDINALITY AS entry (
-                      kind, code, account_id, job_id, attempt_id, leg, debit_account, credit_account,
-                      unit, amount, lot_id, pending_id, audit_id, at, place)
-            ORDER BY place
-           RETURNING transfer_id, kind, attempt_id, leg""",
+_APPEND = """INSERT INTO billing.transfer (
+                    kind, code, account_id, job_id, attempt_id, leg, debit_account, credit_account,
+                    unit, amount, lot_id, pending_id, audit_id, at)
+             SELECT kind, code, account_id, job_id, attempt_id, leg, debit_account, credit_account,
+                    unit, amount, lot_id, pending_id, audit_id, at
+               FROM unnest($1::text[], $2::text[], $3::text[], $4::uuid[], $5::uuid[], $6::smallint[],
+                           $7::text[], $8::text[], $9::text[], $10::bigint[], $11::bigint[], $12::bigint[],
+                           $13::bigint[], $14::timestamptz[])
+                    WITH ORDINALITY AS entry (
+                        kind, code, account_id, job_id, attempt_id, leg, debit_account, credit_account,
+                        unit, amount, lot_id, pending_id, audit_id, at, place)
+              ORDER BY place"""
+
+
+def _columns(entries: Sequence[Entry]) -> tuple[list[object], ...]:
+    """Return the values of entries, column by column."""
+    return (
         [entry.kind for entry in entries],
         [entry.code for entry in entries],
         [entry.account_id for entry in entries],
@@ -255,32 +298,9 @@ async def _append(connection: asyncpg.Connection, entries: Sequence[Entry]) -> d
         [entry.audit_id for entry in entries],
         [entry.at for entry in entries],
     )
-    return {
-        (row["attempt_id"], row["leg"]): row["transfer_id"] for row in rows if row["kind"] == Kind.PENDING
-    }
 
 
-def _lot(row: asyncpg.Record) -> Lot:
-    return Lot(
-        lot_id=row["lot_id"],
-        account_id=row["account_id"],
-        source=Source(row["source"]),
-        priority=row["priority"],
-        effective_at=row["effective_at"],
-        expires_at=row["expires_at"],
-        granted_ms=row["granted_ms"],
-        used_ms=row["used_ms"],
-        held_ms=row["held_ms"],
-        expired_ms=row["expired_ms"],
-        revoked_ms=row["revoked_ms"],
-    )
-
-
-def _metered_key(row: asyncpg.Record) -> MeteredKey:
-    return MeteredKey(
-        account_id=row["account_id"], period_start=row["period_start"], currency=row["currency"]
-    )
-
-
-def _metered(row: asyncpg.Record) -> Metered:
-    return Metered(posted_micros=row["posted_micros"], held_micros=row["held_micros"])
+def _lot(row: tuple[Any, ...]) -> Lot:
+    columns = dict(zip(_LOT_COLUMNS, row, strict=True))
+    columns["source"] = Source(columns["source"])
+    return Lot(**columns)

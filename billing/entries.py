@@ -6,7 +6,7 @@ Lots and entries are plain values. What is decided here is stored by `journal`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 from uuid import UUID
@@ -20,6 +20,7 @@ ISSUED = "issued"
 PLATFORM = "platform"
 CONSUMED = "consumed"
 CONSUMED_RELAX = "consumed_relax"
+EXPIRED = "expired"
 REVOKED = "revoked"
 ABSORBED = "absorbed"
 REVENUE = "revenue"
@@ -35,27 +36,42 @@ def metered_account(account_id: str) -> str:
     return f"metered/{account_id}"
 
 
+def subscription_account(account_id: str) -> str:
+    """Return the journal's name of what an account owes for changes of its plan; negative: is owed."""
+    return f"subscription/{account_id}"
+
+
 class Source(StrEnum):
     """Where a lot's time came from."""
 
     PLAN = "plan"
+    """The plan's, for a period."""
     PRORATION = "proration"
+    """The plan's, for the rest of a period in which it changed."""
+    ROLLOVER = "rollover"
+    """Left over of the plan's in the period before."""
     PROMO = "promo"
     REFUND = "refund"
+    """Given back of a charge to a lot that has ended."""
     ADMIN = "admin"
     PURCHASE = "purchase"
 
 
-# What is lost soonest if unused burns first, and what was paid for by itself burns last. A change of plan and
-# a refund replace plan time, so they burn with it.
+# What is lost soonest if unused burns first, and what was paid for by itself burns last. Time that rolled
+# over does not roll over again, so it burns before the plan's. A change of plan and a refund replace plan
+# time, so they burn with it.
 PRIORITY: Mapping[Source, int] = {
     Source.PROMO: 10,
+    Source.ROLLOVER: 15,
     Source.PLAN: 20,
     Source.PRORATION: 20,
     Source.REFUND: 20,
     Source.ADMIN: 30,
     Source.PURCHASE: 40,
 }
+
+OF_THE_PLAN = (Source.PLAN, Source.PRORATION)
+"""What a plan grants for a period: a lower quota takes of it, and what is left of it may roll over."""
 
 
 class Kind(StrEnum):
@@ -68,11 +84,27 @@ class Kind(StrEnum):
 
 
 class Code(StrEnum):
-    """Why an entry was made."""
+    """Why an entry was made, and between which accounts (debit → credit)."""
 
     PERIOD = "period"
+    """A period began: issued → lot."""
+    ROLLOVER = "rollover"
+    """Unused time of the plan went into the next period: lot → expired, and issued → lot."""
+    EXPIRY = "expiry"
+    """A lot ended with time unused: lot → expired."""
     PLAN_CHANGE = "plan_change"
+    """The account's plan, or its plan's version, changed in mid-period. Time: issued → lot, or lot → revoked.
+    Money: subscription → revenue for the new plan, revenue → subscription for the old one."""
     ADMIN = "admin"
+    """An admin's adjustment: issued → lot, or lot → revoked."""
+    PROMO = "promo"
+    """As an admin's grant, of this source: issued → lot."""
+    PURCHASE = "purchase"
+    """As an admin's grant, of this source: issued → lot."""
+    REFUND = "refund"
+    """Given back of an attempt's charge, each row with its job and attempt: consumed → lot, and if that lot
+    has ended also lot → expired and issued → a new lot; of what was metered, consumed → platform and, in
+    money, revenue → metered."""
     HOLD = "hold"
     SETTLE = "settle"
     OVERRUN = "overrun"
@@ -126,12 +158,20 @@ class Lot:
         """Whether the lot may be taken from by a job dispatched at `at`."""
         return self.effective_at <= at and (self.expires_at is None or at < self.expires_at)
 
-    def plus(self, *, used_ms: int = 0, held_ms: int = 0, revoked_ms: int = 0) -> Lot:
+    def plus(self, *, used_ms: int = 0, held_ms: int = 0, expired_ms: int = 0, revoked_ms: int = 0) -> Lot:
         """Return the lot after a movement; amounts may be negative."""
-        return replace(
-            self,
+        # Not dataclasses.replace: every hold and every charge moves a lot, and it takes three times as long.
+        return Lot(
+            lot_id=self.lot_id,
+            account_id=self.account_id,
+            source=self.source,
+            priority=self.priority,
+            effective_at=self.effective_at,
+            expires_at=self.expires_at,
+            granted_ms=self.granted_ms,
             used_ms=self.used_ms + used_ms,
             held_ms=self.held_ms + held_ms,
+            expired_ms=self.expired_ms + expired_ms,
             revoked_ms=self.revoked_ms + revoked_ms,
         )
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from enum import StrEnum
 
 import asyncpg
 
 from billing import audit
-from billing.refusals import EtagMismatch, UnknownPlan
+from billing.entries import OF_THE_PLAN
+from billing.refusals import EtagMismatch, PlanExists, UnknownPlan
+
+# Through text: the caller's connection may decode JSON, or not.
+_COLUMNS = "plan_version.*, gpu_class_bp::text AS gpu_classes"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +46,12 @@ class PlanFields:
     """Price of a GPU minute beyond the quota; 0: no overage on this plan."""
     currency: str
     """ISO 4217."""
+    price_micros: int = 0
+    """Price of a period."""
+    rollover_ms: int = 0
+    """Most unused time of the plan that a period leaves to the next."""
+    gpu_class_bp: Mapping[str, int] = field(default_factory=dict)
+    """Multipliers by device type, beside the private one; a type that is not named counts 10,000."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,22 +76,84 @@ class EffectiveFrom(StrEnum):
     NOW = "now"
 
 
+@dataclass(frozen=True, kw_only=True)
+class AccountImpact:
+    """What a new version of a plan does to one account, in GPU milliseconds."""
+
+    account_id: str
+    available_before_ms: int
+    available_after_ms: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanImpact:
+    """What a new version of a plan does to those who are on it."""
+
+    accounts: int
+    granted_ms: int
+    """In the present period, over all accounts, as `revoked_ms`; 0 where it counts from the next."""
+    revoked_ms: int
+    cut_short: int
+    """Accounts from which not all that the quota fell by can be taken: it is used or held."""
+    first: tuple[AccountImpact, ...]
+    """The first hundred accounts by id."""
+
+
 async def newest(connection: asyncpg.Connection, plan: str) -> PlanVersion:
     """Return the newest version of a plan; raises UnknownPlan. Locks nothing."""
+    return await get(connection, plan)
+
+
+async def get(connection: asyncpg.Connection, plan: str, version: int | None = None) -> PlanVersion:
+    """Return one version of a plan, the newest unless another is named; raises UnknownPlan. Locks nothing."""
     row = await connection.fetchrow(
-        "SELECT * FROM billing.plan_version WHERE plan = $1 ORDER BY version DESC LIMIT 1", plan
+        f"""SELECT {_COLUMNS} FROM billing.plan_version
+             WHERE plan = $1 AND version = COALESCE($2, version) ORDER BY version DESC LIMIT 1""",  # noqa: S608
+        plan,
+        version,
     )
     if row is None:
-        raise UnknownPlan(plan=plan)
+        raise UnknownPlan(plan=plan if version is None else f"{plan}/versions/{version}")
     return _plan_version(row)
 
 
 async def all_newest(connection: asyncpg.Connection) -> list[PlanVersion]:
     """Return the newest version of every plan, by name. Locks nothing."""
     rows = await connection.fetch(
-        "SELECT DISTINCT ON (plan) * FROM billing.plan_version ORDER BY plan, version DESC"
+        f"SELECT DISTINCT ON (plan) {_COLUMNS} FROM billing.plan_version ORDER BY plan, version DESC"  # noqa: S608
     )
     return [_plan_version(row) for row in rows]
+
+
+async def create(
+    connection: asyncpg.Connection,
+    fields: PlanFields,
+    *,
+    actor: str,
+    reason: str,
+    request_id: str,
+    at: datetime,
+) -> PlanVersion:
+    """Make a plan, with its audit event, and return its first version.
+
+    Raises PlanExists, and asyncpg.CheckViolationError for numbers no plan can have: the caller has refused
+    those. Locks nothing that others wait for.
+    """
+    audit_id = await audit.record(
+        connection,
+        actor=actor,
+        action="CreatePlan",
+        target=f"plans/{fields.plan}",
+        reason=reason,
+        request_id=request_id,
+        before=None,
+        after={"version": 1, **_as_json(fields)},
+        at=at,
+    )
+    version = await _insert(connection, fields, 1, at_once=False, at=at, audit_id=audit_id)
+    if version is None:
+        raise PlanExists(plan=fields.plan)
+    return version
 
 
 async def update(
@@ -117,30 +191,81 @@ async def update(
         after={"version": current.version + 1, **_as_json(fields), "effective_from": effective_from},
         at=at,
     )
-    row = await connection.fetchrow(
-        """INSERT INTO billing.plan_version (
-               plan, version, quota_ms, limit_running, limit_relax_running, limit_accepted,
-               relax_weight_milli, private_allowed, private_multiplier_bp, overage_micros_per_minute,
-               currency, at_once, created_at, audit_id)
-           VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)
-           RETURNING *""",
-        fields.plan,
+    version = await _insert(
+        connection,
+        fields,
         current.version + 1,
+        at_once=effective_from is EffectiveFrom.NOW,
+        at=at,
+        audit_id=audit_id,
+    )
+    assert version is not None, "the plan is locked"
+    return version
+
+
+async def impact(
+    connection: asyncpg.Connection, fields: PlanFields, effective_from: EffectiveFrom, at: datetime
+) -> PlanImpact:
+    """Return what `update` with these fields would do to the plan's subscribers. Changes and locks nothing.
+
+    One statement, however many they are. Who has not been touched since a version at once was made counts
+    with that version; whose period has ended counts with the one it had, until it is renewed.
+    """
+    row = await connection.fetchrow(
+        """WITH subscriber AS (
+               SELECT account_id, COALESCE(at_once.quota_ms, own.quota_ms) - own.quota_ms AS pending_ms,
+                      CASE WHEN $3 THEN $2 - COALESCE(at_once.quota_ms, own.quota_ms) ELSE 0 END AS delta_ms
+                 FROM billing.subscription
+                      JOIN billing.plan_version AS own USING (plan, version)
+                      LEFT JOIN LATERAL (
+                          SELECT quota_ms FROM billing.plan_version AS newer
+                           WHERE newer.plan = subscription.plan AND newer.version > subscription.version
+                             AND newer.at_once
+                           ORDER BY newer.version DESC LIMIT 1) AS at_once ON true
+                WHERE subscription.plan = $1 AND ended_at IS NULL),
+           living AS (
+               SELECT account_id, sum(available_ms)::bigint AS available_ms,
+                      COALESCE(sum(available_ms) FILTER (WHERE source = ANY($5)), 0)::bigint AS of_plan_ms
+                 FROM (SELECT account_id, source,
+                              granted_ms - used_ms - held_ms - expired_ms - revoked_ms AS available_ms
+                         FROM billing.grant_lot JOIN subscriber USING (account_id)
+                        WHERE effective_at <= $4 AND (expires_at IS NULL OR expires_at > $4)) AS lot
+                GROUP BY account_id),
+           before AS (
+               SELECT account_id, delta_ms,
+                      COALESCE(available_ms, 0)
+                          + GREATEST(pending_ms, -COALESCE(of_plan_ms, 0)) AS available_ms,
+                      GREATEST(COALESCE(of_plan_ms, 0) + pending_ms, 0) AS of_plan_ms
+                 FROM subscriber LEFT JOIN living USING (account_id)),
+           touched AS (
+               SELECT account_id, available_ms, GREATEST(delta_ms, 0) AS granted_ms,
+                      LEAST(GREATEST(-delta_ms, 0), of_plan_ms) AS revoked_ms,
+                      -delta_ms > of_plan_ms AS cut_short
+                 FROM before),
+           first AS (SELECT * FROM touched ORDER BY account_id LIMIT 100)
+           SELECT count(*) AS accounts, COALESCE(sum(granted_ms), 0)::bigint AS granted_ms,
+                  COALESCE(sum(revoked_ms), 0)::bigint AS revoked_ms,
+                  count(*) FILTER (WHERE cut_short) AS cut_short,
+                  ARRAY(SELECT (account_id, available_ms, available_ms + granted_ms - revoked_ms)
+                          FROM first ORDER BY account_id) AS first
+             FROM touched""",
+        fields.plan,
         fields.quota_ms,
-        fields.limits.running,
-        fields.limits.relax_running,
-        fields.limits.accepted,
-        fields.relax_weight_milli,
-        fields.private_allowed,
-        fields.private_multiplier_bp,
-        fields.overage_micros_per_minute,
-        fields.currency,
         effective_from is EffectiveFrom.NOW,
         at,
-        audit_id,
+        list(OF_THE_PLAN),
     )
     assert row is not None
-    return _plan_version(row)
+    return PlanImpact(
+        accounts=row["accounts"],
+        granted_ms=row["granted_ms"],
+        revoked_ms=row["revoked_ms"],
+        cut_short=row["cut_short"],
+        first=tuple(
+            AccountImpact(account_id=account_id, available_before_ms=before, available_after_ms=after)
+            for account_id, before, after in row["first"]
+        ),
+    )
 
 
 def limits_of(row: asyncpg.Record) -> PlanLimits:
@@ -150,6 +275,50 @@ def limits_of(row: asyncpg.Record) -> PlanLimits:
         relax_running=row["limit_relax_running"],
         accepted=row["limit_accepted"],
     )
+
+
+def classes_of(text: str) -> dict[str, int]:
+    """Return the multipliers by device type of a plan_version's gpu_class_bp, read as text."""
+    classes: dict[str, int] = json.loads(text)
+    return classes
+
+
+async def _insert(
+    connection: asyncpg.Connection,
+    fields: PlanFields,
+    version: int,
+    *,
+    at_once: bool,
+    at: datetime,
+    audit_id: int,
+) -> PlanVersion | None:
+    """Insert a version and return it, None if there is one of that number."""
+    row = await connection.fetchrow(
+        f"""INSERT INTO billing.plan_version (
+                plan, version, quota_ms, limit_running, limit_relax_running, limit_accepted,
+                relax_weight_milli, private_allowed, private_multiplier_bp, overage_micros_per_minute,
+                currency, price_micros, rollover_ms, gpu_class_bp, at_once, created_at, audit_id)
+            VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14::text::jsonb, $15, $16, $17)
+            ON CONFLICT DO NOTHING RETURNING {_COLUMNS}""",  # noqa: S608
+        fields.plan,
+        version,
+        fields.quota_ms,
+        fields.limits.running,
+        fields.limits.relax_running,
+        fields.limits.accepted,
+        fields.relax_weight_milli,
+        fields.private_allowed,
+        fields.private_multiplier_bp,
+        fields.overage_micros_per_minute,
+        fields.currency,
+        fields.price_micros,
+        fields.rollover_ms,
+        json.dumps(dict(fields.gpu_class_bp)),
+        at_once,
+        at,
+        audit_id,
+    )
+    return None if row is None else _plan_version(row)
 
 
 def _plan_version(row: asyncpg.Record) -> PlanVersion:
@@ -163,6 +332,9 @@ def _plan_version(row: asyncpg.Record) -> PlanVersion:
         private_multiplier_bp=row["private_multiplier_bp"],
         overage_micros_per_minute=row["overage_micros_per_minute"],
         currency=row["currency"],
+        price_micros=row["price_micros"],
+        rollover_ms=row["rollover_ms"],
+        gpu_class_bp=classes_of(row["gpu_classes"]),
         at_once=row["at_once"],
         created_at=row["created_at"],
     )

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
+
+from billing.periods import Period
 
 ONE_BP = 10_000
 """A multiplier of 1, in basis points."""
 
 _MS_A_MINUTE = 60_000
+_US = timedelta(microseconds=1)
 
 
 class ChargeMode(StrEnum):
@@ -30,9 +34,13 @@ class PricingSnapshot:
     charge_mode: ChargeMode
     """As foreseen at acceptance. Either fast mode may end as the other, or as both."""
     multiplier_bp: int
+    """For private mode; see `multiplier_of`."""
     overage_allowed: bool
     overage_micros_per_minute: int
     currency: str
+    gpu_class_bp: Mapping[str, int] = field(default_factory=dict)
+    """Multipliers by device type, in basis points; a type that is not named counts 10,000. Snapshots from
+    before plans had them name none."""
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values that from_json takes back."""
@@ -42,6 +50,11 @@ class PricingSnapshot:
     def from_json(cls, value: Mapping[str, Any]) -> PricingSnapshot:
         """Return the snapshot that to_json wrote."""
         return cls(**{**value, "charge_mode": ChargeMode(value["charge_mode"])})
+
+
+def multiplier_of(pricing: PricingSnapshot, device: str) -> int:
+    """Return the multiplier of a job on a device type, in basis points: ceil(private * class / 10000)."""
+    return -(-pricing.multiplier_bp * pricing.gpu_class_bp.get(device, ONE_BP) // ONE_BP)
 
 
 def billed_ms(measured_ms: int, multiplier_bp: int) -> int:
@@ -62,3 +75,14 @@ def price_micros(ms: int, micros_per_minute: int) -> int:
 def affordable_ms(micros: int, micros_per_minute: int) -> int:
     """Return the most billed milliseconds whose price is at most `micros`, at a positive price."""
     return micros * _MS_A_MINUTE // micros_per_minute
+
+
+def prorated(amount: int, period: Period, at: datetime) -> int:
+    """Return the part of a period's amount that falls to the rest of it from `at`, rounded up."""
+    assert period.start <= at <= period.end, "only a moment of the period divides it"
+    return -(-amount * ((period.end - at) // _US) // ((period.end - period.start) // _US))
+
+
+def in_proportion(amount: int, part: int, whole: int) -> int:
+    """Return what of `amount` falls to `part` of `whole`, rounded down; the whole has all of it."""
+    return amount * part // whole

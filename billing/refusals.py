@@ -71,6 +71,15 @@ class SpendCapReached(Refusal):
         }
 
 
+class HoldRefusedBefore(Refusal):
+    """The attempt was refused before; its job starts with another attempt."""
+
+    reason = "FAST_TIME_EXHAUSTED"
+
+    def __init__(self) -> None:
+        super().__init__("There was not enough fast time for this attempt. The next one may find some.")
+
+
 class PlanLacksPrivate(Refusal):
     """Private mode was asked for on a plan that does not include it."""
 
@@ -88,14 +97,14 @@ class PlanLacksPrivate(Refusal):
 
 
 class EtagMismatch(Refusal):
-    """The plan was changed since the caller read it."""
+    """What is to be changed is another by now than what the caller read."""
 
     reason = "ETAG_MISMATCH"
 
     def __init__(self, *, given: str, current: str) -> None:
         self.given = given
         self.current = current
-        super().__init__("The plan was changed since you read it. Read it again and repeat the change.")
+        super().__init__("What you read has changed since. Read it again and repeat the change.")
 
     def metadata(self) -> dict[str, str]:
         """Return the etag that was given and the one that holds."""
@@ -132,6 +141,55 @@ class UnknownPlan(Refusal):
         return {"plan": self.plan}
 
 
+class PlanExists(Refusal):
+    """A plan of that name is there already."""
+
+    reason = "PLAN_EXISTS"
+
+    def __init__(self, *, plan: str) -> None:
+        self.plan = plan
+        super().__init__(f"There is already a plan {plan}. Update it, or choose another name.")
+
+    def metadata(self) -> dict[str, str]:
+        """Return `plan`."""
+        return {"plan": self.plan}
+
+
+class NothingCharged(Refusal):
+    """The account has no job of that id that was charged."""
+
+    reason = "NOTHING_CHARGED"
+
+    def __init__(self, *, job_id: str) -> None:
+        self.job_id = job_id
+        super().__init__(
+            f"The job {job_id} of this account was not charged, so there is nothing to give back."
+        )
+
+    def metadata(self) -> dict[str, str]:
+        """Return `job_id`."""
+        return {"job_id": self.job_id}
+
+
+class RefundTooLarge(Refusal):
+    """A refund would give back more than is left of what the job was charged."""
+
+    reason = "REFUND_TOO_LARGE"
+
+    def __init__(self, *, billed_ms: int, refunded_ms: int, amount_ms: int | None) -> None:
+        self.billed_ms = billed_ms
+        self.refunded_ms = refunded_ms
+        self.amount_ms = amount_ms
+        super().__init__(
+            f"Cannot give back {'anything more' if amount_ms is None else f'{amount_ms} ms'}: the job was "
+            f"charged {billed_ms} ms, and {refunded_ms} ms of it were given back before."
+        )
+
+    def metadata(self) -> dict[str, str]:
+        """Return `billed_ms`, and `refunded_ms` of it."""
+        return {"billed_ms": str(self.billed_ms), "refunded_ms": str(self.refunded_ms)}
+
+
 class UnknownAccount(Refusal):
     """There is no account of that id."""
 
@@ -144,6 +202,24 @@ class UnknownAccount(Refusal):
     def metadata(self) -> dict[str, str]:
         """Return `account`."""
         return {"account": self.account_id}
+
+
+class OutsidePeriods(Refusal):
+    """A moment was named that lies in no period of the account so far."""
+
+    reason = "OUTSIDE_PERIODS"
+
+    def __init__(self, *, opened_at: datetime, renews_at: datetime) -> None:
+        self.opened_at = opened_at
+        self.renews_at = renews_at
+        super().__init__(
+            f"The account was opened at {_moment(opened_at)} and its present period ends at "
+            f"{_moment(renews_at)}: name a moment between the two."
+        )
+
+    def metadata(self) -> dict[str, str]:
+        """Return `opened_at` and `renews_at` (ISO 8601)."""
+        return {"opened_at": self.opened_at.isoformat(), "renews_at": self.renews_at.isoformat()}
 
 
 class AccountExists(Refusal):

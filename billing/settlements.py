@@ -6,7 +6,7 @@ consented to it and within its cap, else the platform bears it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import StrEnum
@@ -14,9 +14,13 @@ from uuid import UUID
 
 import asyncpg
 
-from billing import accounts
+# Its UUID is equal to the standard one, and parsed and sent in a tenth of the time.
+from asyncpg.pgproto import pgproto
+
+from billing import accounts, thresholds
+from billing.accounts import Terms
 from billing.balances import Tier
-from billing.books import Books, open_books
+from billing.books import Books
 from billing.entries import (
     ABSORBED,
     CONSUMED,
@@ -35,7 +39,7 @@ from billing.entries import (
     metered_account,
     taken,
 )
-from billing.holds import Hold, holds_of
+from billing.holds import Hold, open_with_holds
 from billing.prices import PricingSnapshot, affordable_ms, billed_ms, paid_ms, price_micros
 
 
@@ -80,6 +84,8 @@ class Settled:
     """Fast time of the account but for this charge; less after it by what the charge took of it."""
     balance_after_ms: int
     currency: str
+    thresholds: tuple[int, ...] = ()
+    """Percents of the period's fast time that are used up with it and were not told before."""
 
 
 class AlreadySettled(Exception):
@@ -90,103 +96,112 @@ class AlreadySettled(Exception):
         super().__init__(f"attempt {attempt_id} was settled before")
 
 
-async def settle(connection: asyncpg.Connection, settlements: Sequence[Settlement]) -> list[Settled]:
+async def settle(
+    connection: asyncpg.Connection,
+    settlements: Sequence[Settlement],
+    *,
+    locked: Mapping[str, Terms] | None = None,
+) -> list[Settled]:
     """End attempts and return what each did cost, in the order given.
 
-    A fast attempt must have a hold. Locks the accounts. Raises UnknownAccount, or AlreadySettled for the
-    first attempt that was settled before, having charged nothing.
+    A fast attempt must have a hold, whose multiplier it is charged by. Locks the accounts, unless their terms
+    are given, as `accounts.lock` returned them in this transaction. Raises UnknownAccount, or AlreadySettled
+    for the first attempt that was settled before, having charged nothing.
     """
     if not settlements:
         return []
-    terms = await accounts.lock(
+    if locked is None:
+        locked = await accounts.lock(
+            connection,
+            {settlement.account_id for settlement in settlements},
+            max(settlement.at for settlement in settlements),
+        )
+    times = [locked[settlement.account_id].in_period(settlement.at) for settlement in settlements]
+    opened = await open_with_holds(
         connection,
         {settlement.account_id for settlement in settlements},
-        max(settlement.at for settlement in settlements),
-    )
-    settlements = [
-        replace(settlement, at=terms[settlement.account_id].in_period(settlement.at))
-        for settlement in settlements
-    ]
-    times = [settlement.at for settlement in settlements]
-    await _refuse_repetitions(connection, settlements)
-    holds = await holds_of(
-        connection, [settlement.attempt_id for settlement in settlements if settlement.tier == "fast"]
-    )
-    books = await open_books(
-        connection,
-        terms,
-        since=min([*times, *(hold.placed_at for hold in holds.values())]),
+        [settlement.attempt_id for settlement in settlements],
+        since=min(times),
         until=max(times),
-        period_starts={hold.period_start for hold in holds.values()},
     )
-    charges = [
-        _charge(books, settlement, holds.get(UUID(settlement.attempt_id))) for settlement in settlements
-    ]
-    await books.write(connection)
-    await connection.execute(
-        """UPDATE billing.hold
-              SET state = ended.state, ended_at = ended.at
-             FROM unnest($1::uuid[], $2::text[], $3::timestamptz[]) AS ended (attempt_id, state, at)
-            WHERE hold.attempt_id = ended.attempt_id""",
-        [charge.settlement.attempt_id for charge in charges],
-        ["posted" if charge.settlement.ending is Ending.POST else "voided" for charge in charges],
-        times,
-    )
-    await _insert(connection, charges)
-    return [charge.settled for charge in charges]
-
-
-async def _refuse_repetitions(connection: asyncpg.Connection, settlements: Sequence[Settlement]) -> None:
-    seen = {
-        row["attempt_id"]
-        for row in await connection.fetch(
-            "SELECT attempt_id FROM billing.settlement WHERE attempt_id = ANY($1::uuid[])",
-            [settlement.attempt_id for settlement in settlements],
+    charges: list[_Charge] = []
+    seen = set(opened.settled)
+    for settlement, at in zip(settlements, times, strict=True):
+        ended = _Ended(
+            settlement=settlement,
+            job_id=pgproto.UUID(settlement.job_id),
+            attempt_id=pgproto.UUID(settlement.attempt_id),
+            at=at,
         )
-    }
-    for settlement in settlements:
-        attempt_id = UUID(settlement.attempt_id)
-        if attempt_id in seen:
+        if ended.attempt_id in seen:
             raise AlreadySettled(settlement.attempt_id)
-        seen.add(attempt_id)
+        seen.add(ended.attempt_id)
+        charges.append(_charge(opened.books, ended, opened.holds.get(ended.attempt_id)))
+    await opened.books.write(connection)
+    await _insert(connection, charges)
+    # The last charge of an account in the batch tells what all of them reached.
+    last = {
+        settlement.account_id: place
+        for place, settlement in enumerate(settlements)
+        if settlement.tier == "fast"
+    }
+    settled = [charge.settled for charge in charges]
+    told = await thresholds.tell(
+        connection, locked, {account_id: opened.books.lots(account_id) for account_id in last}, max(times)
+    )
+    for account_id, percents in told.items():
+        settled[last[account_id]] = replace(settled[last[account_id]], thresholds=percents)
+    return settled
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Ended:
+    """A settlement with its ids parsed, and its time in the account's period."""
+
+    settlement: Settlement
+    job_id: UUID
+    attempt_id: UUID
+    at: datetime
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Charge:
-    settlement: Settlement
+    ended: _Ended
+    multiplier_bp: int
     measured_ms: int
     due_ms: int
     unpaid_ms: int
     settled: Settled
 
 
-def _charge(books: Books, settlement: Settlement, hold: Hold | None) -> _Charge:
+def _charge(books: Books, ended: _Ended, hold: Hold | None) -> _Charge:
     """Move in the books what one attempt costs."""
+    settlement = ended.settlement
+    multiplier_bp = settlement.pricing.multiplier_bp
     measured_ms = settlement.measured_ms if settlement.ending is Ending.POST else 0
     due_ms = billed = unpaid_ms = amount_micros = 0
     charged: list[Part] = []
     if settlement.tier == "fast":
         assert hold is not None, "a fast attempt was dispatched without a hold"
         assert hold.account_id == settlement.account_id
-        assert hold.multiplier_bp == settlement.pricing.multiplier_bp, "terms changed after dispatch"
-        due_ms = billed_ms(measured_ms, hold.multiplier_bp)
-        charged, metered_ms = _end_hold(books, settlement, hold, due_ms)
+        multiplier_bp = hold.multiplier_bp
+        due_ms = billed_ms(measured_ms, multiplier_bp)
+        charged, metered_ms = _end_hold(books, ended, hold, due_ms)
         amount_micros = price_micros(metered_ms, hold.overage_micros_per_minute)
         billed = sum(part.ms for part in charged) + metered_ms
-        unpaid_ms = measured_ms - min(measured_ms, paid_ms(billed, hold.multiplier_bp))
+        unpaid_ms = measured_ms - min(measured_ms, paid_ms(billed, multiplier_bp))
     elif measured_ms:
-        books.append(
-            _entry(settlement, Code.RELAX, debit=PLATFORM, credit=CONSUMED_RELAX, amount=measured_ms)
-        )
+        books.append(_entry(ended, Code.RELAX, debit=PLATFORM, credit=CONSUMED_RELAX, amount=measured_ms))
     absorbed_ms = settlement.absorbed_ms + unpaid_ms
     if absorbed_ms:
-        books.append(_entry(settlement, Code.ABSORBED, debit=PLATFORM, credit=ABSORBED, amount=absorbed_ms))
+        books.append(_entry(ended, Code.ABSORBED, debit=PLATFORM, credit=ABSORBED, amount=absorbed_ms))
 
     lots = books.lots(settlement.account_id)
-    live = {lot.lot_id for lot in lots if lot.lives(settlement.at)}
-    balance_after_ms = available_ms(lots, settlement.at)
+    live = {lot.lot_id for lot in lots if lot.lives(ended.at)}
+    balance_after_ms = available_ms(lots, ended.at)
     return _Charge(
-        settlement=settlement,
+        ended=ended,
+        multiplier_bp=multiplier_bp,
         measured_ms=measured_ms,
         due_ms=due_ms,
         unpaid_ms=unpaid_ms,
@@ -202,7 +217,7 @@ def _charge(books: Books, settlement: Settlement, hold: Hold | None) -> _Charge:
     )
 
 
-def _end_hold(books: Books, settlement: Settlement, hold: Hold, due_ms: int) -> tuple[list[Part], int]:
+def _end_hold(books: Books, ended: _Ended, hold: Hold, due_ms: int) -> tuple[list[Part], int]:
     """End every leg of a hold and take what is due beyond; return the parts of lots and the metered time."""
     charged: list[Part] = []
     metered_ms = 0
@@ -219,7 +234,7 @@ def _end_hold(books: Books, settlement: Settlement, hold: Hold, due_ms: int) -> 
             metered_ms = ms
         books.append(
             _entry(
-                settlement,
+                ended,
                 Code.SETTLE,
                 # A leg of which nothing is posted is voided: the journal has no rows of zero.
                 kind=Kind.POST_PENDING if posted else Kind.VOID_PENDING,
@@ -234,12 +249,12 @@ def _end_hold(books: Books, settlement: Settlement, hold: Hold, due_ms: int) -> 
         )
     overrun_ms = due_ms - sum(part.ms for part in charged) - metered_ms
     # Judged by dispatch: a period that opened while the job ran does not pay for it.
-    parts = taken(burn_order(books.lots(hold.account_id), hold.placed_at), overrun_ms)
+    parts = taken(burn_order(books.lots(hold.account_id), hold.placed_at), overrun_ms) if overrun_ms else []
     for number, part in enumerate(parts):
         books.move_lot(part.lot_id, used_ms=part.ms)
         books.append(
             _entry(
-                settlement,
+                ended,
                 Code.OVERRUN,
                 debit=lot_account(part.lot_id),
                 credit=CONSUMED,
@@ -250,21 +265,19 @@ def _end_hold(books: Books, settlement: Settlement, hold: Hold, due_ms: int) -> 
         )
     metered_ms += _meter_overrun(
         books,
-        settlement,
+        ended,
         hold,
         metered_ms=metered_ms,
         overrun_ms=overrun_ms - sum(part.ms for part in parts),
         leg=len(parts),
     )
     if metered_ms:
-        books.append(
-            _entry(settlement, Code.METERED_TIME, debit=PLATFORM, credit=CONSUMED, amount=metered_ms)
-        )
+        books.append(_entry(ended, Code.METERED_TIME, debit=PLATFORM, credit=CONSUMED, amount=metered_ms))
     return charged + parts, metered_ms
 
 
 def _meter_overrun(
-    books: Books, settlement: Settlement, hold: Hold, *, metered_ms: int, overrun_ms: int, leg: int
+    books: Books, ended: _Ended, hold: Hold, *, metered_ms: int, overrun_ms: int, leg: int
 ) -> int:
     """Charge money for time beyond the hold, as far as consent and cap go; return the time charged for.
 
@@ -283,7 +296,7 @@ def _meter_overrun(
         books.move_metered(hold.metered_key, posted_micros=micros)
         books.append(
             _entry(
-                settlement,
+                ended,
                 Code.OVERRUN,
                 debit=metered_account(hold.account_id),
                 credit=REVENUE,
@@ -296,7 +309,7 @@ def _meter_overrun(
 
 
 def _entry(
-    settlement: Settlement,
+    ended: _Ended,
     code: Code,
     *,
     debit: str,
@@ -311,9 +324,9 @@ def _entry(
     return Entry(
         kind=kind,
         code=code,
-        account_id=settlement.account_id,
-        job_id=UUID(settlement.job_id),
-        attempt_id=UUID(settlement.attempt_id),
+        account_id=ended.settlement.account_id,
+        job_id=ended.job_id,
+        attempt_id=ended.attempt_id,
         leg=leg,
         debit=debit,
         credit=credit,
@@ -321,30 +334,35 @@ def _entry(
         amount=amount,
         lot_id=lot_id,
         pending_id=pending_id,
-        at=settlement.at,
+        at=ended.at,
     )
 
 
 async def _insert(connection: asyncpg.Connection, charges: Sequence[_Charge]) -> None:
     await connection.execute(
-        """INSERT INTO billing.settlement (
+        """WITH ended AS (
+               UPDATE billing.hold
+                  SET state = CASE ending WHEN 'post' THEN 'posted' ELSE 'voided' END, ended_at = ended.at
+                 FROM unnest($1::uuid[], $5::text[], $14::timestamptz[]) AS ended (attempt_id, ending, at)
+                WHERE hold.attempt_id = ended.attempt_id)
+           INSERT INTO billing.settlement (
                   attempt_id, job_id, account_id, tier, ending, measured_ms, multiplier_bp, due_ms, billed_ms,
                   unpaid_ms, absorbed_ms, amount_micros, currency, at)
            SELECT * FROM unnest($1::uuid[], $2::uuid[], $3::text[], $4::text[], $5::text[], $6::bigint[],
                                 $7::integer[], $8::bigint[], $9::bigint[], $10::bigint[], $11::bigint[],
                                 $12::bigint[], $13::text[], $14::timestamptz[])""",
-        [charge.settlement.attempt_id for charge in charges],
-        [charge.settlement.job_id for charge in charges],
-        [charge.settlement.account_id for charge in charges],
-        [charge.settlement.tier for charge in charges],
-        [charge.settlement.ending for charge in charges],
+        [charge.ended.attempt_id for charge in charges],
+        [charge.ended.job_id for charge in charges],
+        [charge.ended.settlement.account_id for charge in charges],
+        [charge.ended.settlement.tier for charge in charges],
+        [charge.ended.settlement.ending for charge in charges],
         [charge.measured_ms for charge in charges],
-        [charge.settlement.pricing.multiplier_bp for charge in charges],
+        [charge.multiplier_bp for charge in charges],
         [charge.due_ms for charge in charges],
         [charge.settled.billed_ms for charge in charges],
         [charge.unpaid_ms for charge in charges],
         [charge.settled.absorbed_ms for charge in charges],
         [charge.settled.amount_micros for charge in charges],
         [charge.settled.currency for charge in charges],
-        [charge.settlement.at for charge in charges],
+        [charge.ended.at for charge in charges],
     )

@@ -26,35 +26,79 @@ from billing.v1 import billing_pb2 as billing_dot_v1_dot_billing__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x62illing/v1/admin.proto\x12\nbilling.v1\x1a\x18\x62illing/v1/billing.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"[\n\x0c\x41\x64minAccount\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04plan\x18\x02 \x01(\t\x12/\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"w\n\x06\x41piKey\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1e\n\x04role\x18\x02 \x01(\x0e\x32\x10.billing.v1.Role\x12/\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06secret\x18\x04 \x01(\t\"\xfb\x01\n\x04Plan\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x05\x12\x10\n\x08quota_ms\x18\x03 \x01(\x03\x12&\n\x06limits\x18\x04 \x01(\x0b\x32\x16.billing.v1.PlanLimits\x12\x1a\n\x12relax_weight_milli\x18\x05 \x01(\x05\x12\x17\n\x0fprivate_allowed\x18\x06 \x01(\x08\x12\x1d\n\x15private_multiplier_bp\x18\x07 \x01(\x05\x12!\n\x19overage_micros_per_minute\x18\x08 \x01(\x03\x12\x15\n\rcurrency_code\x18\t \x01(\t\x12\x0c\n\x04\x65tag\x18\n \x01(\t\"\\\n\x14\x43reateAccountRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\naccount_id\x18\x02 \x01(\t\x12\x0c\n\x04plan\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\"j\n\x13\x43reateApiKeyRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x63\x63ount\x18\x02 \x01(\t\x12\x1e\n\x04role\x18\x03 \x01(\x0e\x32\x10.billing.v1.Role\x12\x0e\n\x06reason\x18\x04 \x01(\t\"\x12\n\x10ListPlansRequest\"4\n\x11ListPlansResponse\x12\x1f\n\x05plans\x18\x01 \x03(\x0b\x32\x10.billing.v1.Plan\"\x8a\x01\n\x11UpdatePlanRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1e\n\x04plan\x18\x02 \x01(\x0b\x32\x10.billing.v1.Plan\x12\x31\n\x0e\x65\x66\x66\x65\x63tive_from\x18\x03 \x01(\x0e\x32\x19.billing.v1.EffectiveFrom\x12\x0e\n\x06reason\x18\x04 \x01(\t\"\x8f\x01\n\x14\x41\x64justBalanceRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x63\x63ount\x18\x02 \x01(\t\x12\x11\n\tamount_ms\x18\x03 \x01(\x03\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12/\n\x0b\x65xpire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp*b\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\r\n\tROLE_USER\x10\x01\x12\x12\n\x0eROLE_MODERATOR\x10\x02\x12\x11\n\rROLE_OPERATOR\x10\x03\x12\x0e\n\nROLE_ADMIN\x10\x04*g\n\rEffectiveFrom\x12\x1e\n\x1a\x45\x46\x46\x45\x43TIVE_FROM_UNSPECIFIED\x10\x00\x12\x1e\n\x1a\x45\x46\x46\x45\x43TIVE_FROM_NEXT_PERIOD\x10\x01\x12\x16\n\x12\x45\x46\x46\x45\x43TIVE_FROM_NOW\x10\x02\x32\xf1\x02\n\x0c\x41\x64minService\x12K\n\rCreateAccount\x12 .billing.v1.CreateAccountRequest\x1a\x18.billing.v1.AdminAccount\x12\x43\n\x0c\x43reateApiKey\x12\x1f.billing.v1.CreateApiKeyRequest\x1a\x12.billing.v1.ApiKey\x12H\n\tListPlans\x12\x1c.billing.v1.ListPlansRequest\x1a\x1d.billing.v1.ListPlansResponse\x12=\n\nUpdatePlan\x12\x1d.billing.v1.UpdatePlanRequest\x1a\x10.billing.v1.Plan\x12\x46\n\rAdjustBalance\x12 .billing.v1.AdjustBalanceRequest\x1a\x13.billing.v1.Balanceb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x62illing/v1/admin.proto\x12\nbilling.v1\x1a\x18\x62illing/v1/billing.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xda\x01\n\x0c\x41\x64minAccount\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04plan\x18\x02 \x01(\t\x12/\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0escheduled_plan\x18\x04 \x01(\t\x12$\n\x07\x62\x61lance\x18\x05 \x01(\x0b\x32\x13.billing.v1.Balance\x12\x0f\n\x07\x62locked\x18\x06 \x01(\x08\x12.\n\nerase_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xa8\x01\n\x06\x41piKey\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1e\n\x04role\x18\x02 \x01(\x0e\x32\x10.billing.v1.Role\x12/\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06secret\x18\x04 \x01(\t\x12/\n\x0brevoke_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xb9\x03\n\x04Plan\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x05\x12\x10\n\x08quota_ms\x18\x03 \x01(\x03\x12&\n\x06limits\x18\x04 \x01(\x0b\x32\x16.billing.v1.PlanLimits\x12\x1a\n\x12relax_weight_milli\x18\x05 \x01(\x05\x12\x17\n\x0fprivate_allowed\x18\x06 \x01(\x08\x12\x1d\n\x15private_multiplier_bp\x18\x07 \x01(\x05\x12!\n\x19overage_micros_per_minute\x18\x08 \x01(\x03\x12\x15\n\rcurrency_code\x18\t \x01(\t\x12\x0c\n\x04\x65tag\x18\n \x01(\t\x12\x14\n\x0cprice_micros\x18\x0b \x01(\x03\x12\x13\n\x0brollover_ms\x18\x0c \x01(\x03\x12\x36\n\x0cgpu_class_bp\x18\r \x03(\x0b\x32 .billing.v1.Plan.GpuClassBpEntry\x12&\n\x06impact\x18\x0e \x01(\x0b\x32\x16.billing.v1.PlanImpact\x1a\x31\n\x0fGpuClassBpEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\"\xaa\x01\n\nPlanImpact\x12\x10\n\x08\x61\x63\x63ounts\x18\x01 \x01(\x03\x12\x12\n\ngranted_ms\x18\x02 \x01(\x03\x12\x12\n\nrevoked_ms\x18\x03 \x01(\x03\x12\x1a\n\x12\x61\x63\x63ounts_cut_short\x18\x04 \x01(\x03\x12\x1c\n\x14\x61\x63\x63ounts_over_limits\x18\x05 \x01(\x03\x12(\n\x05\x66irst\x18\x06 \x03(\x0b\x32\x19.billing.v1.AccountImpact\"Y\n\rAccountImpact\x12\x0f\n\x07\x61\x63\x63ount\x18\x01 \x01(\t\x12\x1b\n\x13\x61vailable_before_ms\x18\x02 \x01(\x03\x12\x1a\n\x12\x61vailable_after_ms\x18\x03 \x01(\x03\"\\\n\x14\x43reateAccountRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\naccount_id\x18\x02 \x01(\t\x12\x0c\n\x04plan\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\"j\n\x13\x43reateApiKeyRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x63\x63ount\x18\x02 \x01(\t\x12\x1e\n\x04role\x18\x03 \x01(\x0e\x32\x10.billing.v1.Role\x12\x0e\n\x06reason\x18\x04 \x01(\t\"\x12\n\x10ListPlansRequest\"4\n\x11ListPlansResponse\x12\x1f\n\x05plans\x18\x01 \x03(\x0b\x32\x10.billing.v1.Plan\"\xa1\x01\n\x11UpdatePlanRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1e\n\x04plan\x18\x02 \x01(\x0b\x32\x10.billing.v1.Plan\x12\x31\n\x0e\x65\x66\x66\x65\x63tive_from\x18\x03 \x01(\x0e\x32\x19.billing.v1.EffectiveFrom\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x15\n\rvalidate_only\x18\x05 \x01(\x08\"\xb8\x01\n\x14\x41\x64justBalanceRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x63\x63ount\x18\x02 \x01(\t\x12\x11\n\tamount_ms\x18\x03 \x01(\x03\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12/\n\x0b\x65xpire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\'\n\x06source\x18\x06 \x01(\x0e\x32\x17.billing.v1.GrantSource\"!\n\x11GetAccountRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"J\n\x13ListAccountsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x0c\n\x04plan\x18\x03 \x01(\t\"[\n\x14ListAccountsResponse\x12*\n\x08\x61\x63\x63ounts\x18\x01 \x03(\x0b\x32\x18.billing.v1.AdminAccount\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"G\n\x13\x45raseAccountRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"%\n\x12ListApiKeysRequest\x12\x0f\n\x07\x61\x63\x63ount\x18\x01 \x01(\t\"7\n\x13ListApiKeysResponse\x12 \n\x04keys\x18\x01 \x03(\x0b\x32\x12.billing.v1.ApiKey\"G\n\x13RevokeApiKeyRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"W\n\x11\x43reatePlanRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1e\n\x04plan\x18\x02 \x01(\x0b\x32\x10.billing.v1.Plan\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\x1e\n\x0eGetPlanRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"V\n\x10RefundJobRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0b\n\x03job\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x11\n\tamount_ms\x18\x04 \x01(\x03\"\x98\x01\n\x06Refund\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x13\n\x0brefunded_ms\x18\x02 \x01(\x03\x12\x17\n\x0frefunded_micros\x18\x03 \x01(\x03\x12\x1a\n\x12refunded_in_all_ms\x18\x04 \x01(\x03\x12\x11\n\tbilled_ms\x18\x05 \x01(\x03\x12$\n\x07\x62\x61lance\x18\x06 \x01(\x0b\x32\x13.billing.v1.Balance\"\xb3\x01\n\x16ListAuditEventsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x0e\n\x06target\x18\x03 \x01(\t\x12\r\n\x05\x61\x63tor\x18\x04 \x01(\t\x12(\n\x04\x66rom\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x05until\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"Z\n\x17ListAuditEventsResponse\x12&\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x16.billing.v1.AuditEvent\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xc2\x01\n\nAuditEvent\x12\x0e\n\x06number\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x61\x63tor\x18\x03 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x04 \x01(\t\x12\x0e\n\x06target\x18\x05 \x01(\t\x12\x0e\n\x06reason\x18\x06 \x01(\t\x12\x12\n\nrequest_id\x18\x07 \x01(\t\x12\x13\n\x0b\x62\x65\x66ore_json\x18\x08 \x01(\t\x12\x12\n\nafter_json\x18\t \x01(\t\";\n\x16\x43heckInvariantsRequest\x12\x11\n\twithin_ms\x18\x01 \x01(\x03\x12\x0e\n\x06replay\x18\x02 \x01(\x08\"V\n\x17\x43heckInvariantsResponse\x12,\n\x07results\x18\x01 \x03(\x0b\x32\x1b.billing.v1.InvariantResult\x12\r\n\x05holds\x18\x02 \x01(\x08\"l\n\x0fInvariantResult\x12\x0e\n\x06number\x18\x01 \x01(\x05\x12\x10\n\x08sentence\x18\x02 \x01(\t\x12\x12\n\nviolations\x18\x03 \x01(\x03\x12\x12\n\nfirst_json\x18\x04 \x03(\t\x12\x0f\n\x07took_ms\x18\x05 \x01(\x03*v\n\x0bGrantSource\x12\x1c\n\x18GRANT_SOURCE_UNSPECIFIED\x10\x00\x12\x16\n\x12GRANT_SOURCE_ADMIN\x10\x01\x12\x16\n\x12GRANT_SOURCE_PROMO\x10\x02\x12\x19\n\x15GRANT_SOURCE_PURCHASE\x10\x03*b\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\r\n\tROLE_USER\x10\x01\x12\x12\n\x0eROLE_MODERATOR\x10\x02\x12\x11\n\rROLE_OPERATOR\x10\x03\x12\x0e\n\nROLE_ADMIN\x10\x04*g\n\rEffectiveFrom\x12\x1e\n\x1a\x45\x46\x46\x45\x43TIVE_FROM_UNSPECIFIED\x10\x00\x12\x1e\n\x1a\x45\x46\x46\x45\x43TIVE_FROM_NEXT_PERIOD\x10\x01\x12\x16\n\x12\x45\x46\x46\x45\x43TIVE_FROM_NOW\x10\x02\x32\xda\x08\n\x0c\x41\x64minService\x12K\n\rCreateAccount\x12 .billing.v1.CreateAccountRequest\x1a\x18.billing.v1.AdminAccount\x12\x45\n\nGetAccount\x12\x1d.billing.v1.GetAccountRequest\x1a\x18.billing.v1.AdminAccount\x12Q\n\x0cListAccounts\x12\x1f.billing.v1.ListAccountsRequest\x1a .billing.v1.ListAccountsResponse\x12I\n\x0c\x45raseAccount\x12\x1f.billing.v1.EraseAccountRequest\x1a\x18.billing.v1.AdminAccount\x12\x43\n\x0c\x43reateApiKey\x12\x1f.billing.v1.CreateApiKeyRequest\x1a\x12.billing.v1.ApiKey\x12N\n\x0bListApiKeys\x12\x1e.billing.v1.ListApiKeysRequest\x1a\x1f.billing.v1.ListApiKeysResponse\x12\x43\n\x0cRevokeApiKey\x12\x1f.billing.v1.RevokeApiKeyRequest\x1a\x12.billing.v1.ApiKey\x12=\n\nCreatePlan\x12\x1d.billing.v1.CreatePlanRequest\x1a\x10.billing.v1.Plan\x12\x37\n\x07GetPlan\x12\x1a.billing.v1.GetPlanRequest\x1a\x10.billing.v1.Plan\x12H\n\tListPlans\x12\x1c.billing.v1.ListPlansRequest\x1a\x1d.billing.v1.ListPlansResponse\x12=\n\nUpdatePlan\x12\x1d.billing.v1.UpdatePlanRequest\x1a\x10.billing.v1.Plan\x12\x46\n\rAdjustBalance\x12 .billing.v1.AdjustBalanceRequest\x1a\x13.billing.v1.Balance\x12=\n\tRefundJob\x12\x1c.billing.v1.RefundJobRequest\x1a\x12.billing.v1.Refund\x12Z\n\x0fListAuditEvents\x12\".billing.v1.ListAuditEventsRequest\x1a#.billing.v1.ListAuditEventsResponse\x12Z\n\x0f\x43heckInvariants\x12\".billing.v1.CheckInvariantsRequest\x1a#.billing.v1.CheckInvariantsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'billing.v1.admin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROLE']._serialized_start=1128
-  _globals['_ROLE']._serialized_end=1226
-  _globals['_EFFECTIVEFROM']._serialized_start=1228
-  _globals['_EFFECTIVEFROM']._serialized_end=1331
-  _globals['_ADMINACCOUNT']._serialized_start=97
-  _globals['_ADMINACCOUNT']._serialized_end=188
-  _globals['_APIKEY']._serialized_start=190
-  _globals['_APIKEY']._serialized_end=309
-  _globals['_PLAN']._serialized_start=312
-  _globals['_PLAN']._serialized_end=563
-  _globals['_CREATEACCOUNTREQUEST']._serialized_start=565
-  _globals['_CREATEACCOUNTREQUEST']._serialized_end=657
-  _globals['_CREATEAPIKEYREQUEST']._serialized_start=659
-  _globals['_CREATEAPIKEYREQUEST']._serialized_end=765
-  _globals['_LISTPLANSREQUEST']._serialized_start=767
-  _globals['_LISTPLANSREQUEST']._serialized_end=785
-  _globals['_LISTPLANSRESPONSE']._serialized_start=787
-  _globals['_LISTPLANSRESPONSE']._serialized_end=839
-  _globals['_UPDATEPLANREQUEST']._serialized_start=842
-  _globals['_UPDATEPLANREQUEST']._serialized_end=980
-  _globals['_ADJUSTBALANCEREQUEST']._serialized_start=983
-  _globals['_ADJUSTBALANCEREQUEST']._serialized_end=1126
-  _globals['_ADMINSERVICE']._serialized_start=1334
-  _globals['_ADMINSERVICE']._serialized_end=1703
+  _globals['_PLAN_GPUCLASSBPENTRY']._loaded_options = None
+  _globals['_PLAN_GPUCLASSBPENTRY']._serialized_options = b'8\001'
+  _globals['_GRANTSOURCE']._serialized_start=3364
+  _globals['_GRANTSOURCE']._serialized_end=3482
+  _globals['_ROLE']._serialized_start=3484
+  _globals['_ROLE']._serialized_end=3582
+  _globals['_EFFECTIVEFROM']._serialized_start=3584
+  _globals['_EFFECTIVEFROM']._serialized_end=3687
+  _globals['_ADMINACCOUNT']._serialized_start=98
+  _globals['_ADMINACCOUNT']._serialized_end=316
+  _globals['_APIKEY']._serialized_start=319
+  _globals['_APIKEY']._serialized_end=487
+  _globals['_PLAN']._serialized_start=490
+  _globals['_PLAN']._serialized_end=931
+  _globals['_PLAN_GPUCLASSBPENTRY']._serialized_start=882
+  _globals['_PLAN_GPUCLASSBPENTRY']._serialized_end=931
+  _globals['_PLANIMPACT']._serialized_start=934
+  _globals['_PLANIMPACT']._serialized_end=1104
+  _globals['_ACCOUNTIMPACT']._serialized_start=1106
+  _globals['_ACCOUNTIMPACT']._serialized_end=1195
+  _globals['_CREATEACCOUNTREQUEST']._serialized_start=1197
+  _globals['_CREATEACCOUNTREQUEST']._serialized_end=1289
+  _globals['_CREATEAPIKEYREQUEST']._serialized_start=1291
+  _globals['_CREATEAPIKEYREQUEST']._serialized_end=1397
+  _globals['_LISTPLANSREQUEST']._serialized_start=1399
+  _globals['_LISTPLANSREQUEST']._serialized_end=1417
+  _globals['_LISTPLANSRESPONSE']._serialized_start=1419
+  _globals['_LISTPLANSRESPONSE']._serialized_end=1471
+  _globals['_UPDATEPLANREQUEST']._serialized_start=1474
+  _globals['_UPDATEPLANREQUEST']._serialized_end=1635
+  _globals['_ADJUSTBALANCEREQUEST']._serialized_start=1638
+  _globals['_ADJUSTBALANCEREQUEST']._serialized_end=1822
+  _globals['_GETACCOUNTREQUEST']._serialized_start=1824
+  _globals['_GETACCOUNTREQUEST']._serialized_end=1857
+  _globals['_LISTACCOUNTSREQUEST']._serialized_start=1859
+  _globals['_LISTACCOUNTSREQUEST']._serialized_end=1933
+  _globals['_LISTACCOUNTSRESPONSE']._serialized_start=1935
+  _globals['_LISTACCOUNTSRESPONSE']._serialized_end=2026
+  _globals['_ERASEACCOUNTREQUEST']._serialized_start=2028
+  _globals['_ERASEACCOUNTREQUEST']._serialized_end=2099
+  _globals['_LISTAPIKEYSREQUEST']._serialized_start=2101
+  _globals['_LISTAPIKEYSREQUEST']._serialized_end=2138
+  _globals['_LISTAPIKEYSRESPONSE']._serialized_start=2140
+  _globals['_LISTAPIKEYSRESPONSE']._serialized_end=2195
+  _globals['_REVOKEAPIKEYREQUEST']._serialized_start=2197
+  _globals['_REVOKEAPIKEYREQUEST']._serialized_end=2268
+  _globals['_CREATEPLANREQUEST']._serialized_start=2270
+  _globals['_CREATEPLANREQUEST']._serialized_end=2357
+  _globals['_GETPLANREQUEST']._serialized_start=2359
+  _globals['_GETPLANREQUEST']._serialized_end=2389
+  _globals['_REFUNDJOBREQUEST']._serialized_start=2391
+  _globals['_REFUNDJOBREQUEST']._serialized_end=2477
+  _globals['_REFUND']._serialized_start=2480
+  _globals['_REFUND']._serialized_end=2632
+  _globals['_LISTAUDITEVENTSREQUEST']._serialized_start=2635
+  _globals['_LISTAUDITEVENTSREQUEST']._serialized_end=2814
+  _globals['_LISTAUDITEVENTSRESPONSE']._serialized_start=2816
+  _globals['_LISTAUDITEVENTSRESPONSE']._serialized_end=2906
+  _globals['_AUDITEVENT']._serialized_start=2909
+  _globals['_AUDITEVENT']._serialized_end=3103
+  _globals['_CHECKINVARIANTSREQUEST']._serialized_start=3105
+  _globals['_CHECKINVARIANTSREQUEST']._serialized_end=3164
+  _globals['_CHECKINVARIANTSRESPONSE']._serialized_start=3166
+  _globals['_CHECKINVARIANTSRESPONSE']._serialized_end=3252
+  _globals['_INVARIANTRESULT']._serialized_start=3254
+  _globals['_INVARIANTRESULT']._serialized_end=3362
+  _globals['_ADMINSERVICE']._serialized_start=3690
+  _globals['_ADMINSERVICE']._serialized_end=4804
 # @@protoc_insertion_point(module_scope)

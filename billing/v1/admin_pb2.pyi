@@ -21,6 +21,34 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _GrantSource:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _GrantSourceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_GrantSource.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    GRANT_SOURCE_UNSPECIFIED: _GrantSource.ValueType  # 0
+    """As an admin's."""
+    GRANT_SOURCE_ADMIN: _GrantSource.ValueType  # 1
+    """Burns after the plan's time."""
+    GRANT_SOURCE_PROMO: _GrantSource.ValueType  # 2
+    """Burns first."""
+    GRANT_SOURCE_PURCHASE: _GrantSource.ValueType  # 3
+    """Was paid for by itself: burns last."""
+
+class GrantSource(_GrantSource, metaclass=_GrantSourceEnumTypeWrapper):
+    """GrantSource says what granted time is, which decides when it burns."""
+
+GRANT_SOURCE_UNSPECIFIED: GrantSource.ValueType  # 0
+"""As an admin's."""
+GRANT_SOURCE_ADMIN: GrantSource.ValueType  # 1
+"""Burns after the plan's time."""
+GRANT_SOURCE_PROMO: GrantSource.ValueType  # 2
+"""Burns first."""
+GRANT_SOURCE_PURCHASE: GrantSource.ValueType  # 3
+"""Was paid for by itself: burns last."""
+Global___GrantSource: _TypeAlias = GrantSource  # noqa: Y015
+
 class _Role:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -70,22 +98,39 @@ class AdminAccount(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     PLAN_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
+    SCHEDULED_PLAN_FIELD_NUMBER: _builtins.int
+    BALANCE_FIELD_NUMBER: _builtins.int
+    BLOCKED_FIELD_NUMBER: _builtins.int
+    ERASE_TIME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """accounts/{account}"""
     plan: _builtins.str
     """plans/{plan}"""
+    scheduled_plan: _builtins.str
+    """plans/{plan} that it changes to at the end of the period; empty: none."""
+    blocked: _builtins.bool
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def balance(self) -> _billing_pb2.Balance: ...
+    @_builtins.property
+    def erase_time(self) -> _timestamp_pb2.Timestamp:
+        """Absent while the account is not erased."""
+
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         plan: _builtins.str = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
+        scheduled_plan: _builtins.str = ...,
+        balance: _billing_pb2.Balance | None = ...,
+        blocked: _builtins.bool = ...,
+        erase_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["balance", b"balance", "create_time", b"create_time", "erase_time", b"erase_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "name", b"name", "plan", b"plan"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["balance", b"balance", "blocked", b"blocked", "create_time", b"create_time", "erase_time", b"erase_time", "name", b"name", "plan", b"plan", "scheduled_plan", b"scheduled_plan"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -101,6 +146,7 @@ class ApiKey(_message.Message):
     ROLE_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     SECRET_FIELD_NUMBER: _builtins.int
+    REVOKE_TIME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """accounts/{account}/keys/{id}"""
     role: Global___Role.ValueType
@@ -108,6 +154,10 @@ class ApiKey(_message.Message):
     """dk_<id>_<secret>: only in the answer of CreateApiKey."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def revoke_time(self) -> _timestamp_pb2.Timestamp:
+        """Absent while it is good."""
+
     def __init__(
         self,
         *,
@@ -115,10 +165,11 @@ class ApiKey(_message.Message):
         role: Global___Role.ValueType = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         secret: _builtins.str = ...,
+        revoke_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "revoke_time", b"revoke_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "name", b"name", "role", b"role", "secret", b"secret"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "name", b"name", "revoke_time", b"revoke_time", "role", b"role", "secret", b"secret"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -130,6 +181,26 @@ class Plan(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class GpuClassBpEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     NAME_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     QUOTA_MS_FIELD_NUMBER: _builtins.int
@@ -140,6 +211,10 @@ class Plan(_message.Message):
     OVERAGE_MICROS_PER_MINUTE_FIELD_NUMBER: _builtins.int
     CURRENCY_CODE_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
+    PRICE_MICROS_FIELD_NUMBER: _builtins.int
+    ROLLOVER_MS_FIELD_NUMBER: _builtins.int
+    GPU_CLASS_BP_FIELD_NUMBER: _builtins.int
+    IMPACT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """plans/{plan}"""
     version: _builtins.int
@@ -154,8 +229,20 @@ class Plan(_message.Message):
     """Price of a GPU minute beyond the quota, in millionths of the currency; 0: no overage on this plan."""
     currency_code: _builtins.str
     etag: _builtins.str
+    price_micros: _builtins.int
+    """Price of a period, in millionths of the currency."""
+    rollover_ms: _builtins.int
+    """Most unused time of a period that is carried into the next; 0: none."""
     @_builtins.property
     def limits(self) -> _billing_pb2.PlanLimits: ...
+    @_builtins.property
+    def gpu_class_bp(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Basis points by device type, beside the private multiplier; a type that is not named counts 10000."""
+
+    @_builtins.property
+    def impact(self) -> Global___PlanImpact:
+        """In answers of UpdatePlan: who is touched."""
+
     def __init__(
         self,
         *,
@@ -169,14 +256,88 @@ class Plan(_message.Message):
         overage_micros_per_minute: _builtins.int = ...,
         currency_code: _builtins.str = ...,
         etag: _builtins.str = ...,
+        price_micros: _builtins.int = ...,
+        rollover_ms: _builtins.int = ...,
+        gpu_class_bp: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        impact: Global___PlanImpact | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["impact", b"impact", "limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["currency_code", b"currency_code", "etag", b"etag", "limits", b"limits", "name", b"name", "overage_micros_per_minute", b"overage_micros_per_minute", "private_allowed", b"private_allowed", "private_multiplier_bp", b"private_multiplier_bp", "quota_ms", b"quota_ms", "relax_weight_milli", b"relax_weight_milli", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["currency_code", b"currency_code", "etag", b"etag", "gpu_class_bp", b"gpu_class_bp", "impact", b"impact", "limits", b"limits", "name", b"name", "overage_micros_per_minute", b"overage_micros_per_minute", "price_micros", b"price_micros", "private_allowed", b"private_allowed", "private_multiplier_bp", b"private_multiplier_bp", "quota_ms", b"quota_ms", "relax_weight_milli", b"relax_weight_milli", "rollover_ms", b"rollover_ms", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Plan: _TypeAlias = Plan  # noqa: Y015
+
+@_typing.final
+class PlanImpact(_message.Message):
+    """PlanImpact is what a new version of a plan does to those who are on it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACCOUNTS_FIELD_NUMBER: _builtins.int
+    GRANTED_MS_FIELD_NUMBER: _builtins.int
+    REVOKED_MS_FIELD_NUMBER: _builtins.int
+    ACCOUNTS_CUT_SHORT_FIELD_NUMBER: _builtins.int
+    ACCOUNTS_OVER_LIMITS_FIELD_NUMBER: _builtins.int
+    FIRST_FIELD_NUMBER: _builtins.int
+    accounts: _builtins.int
+    granted_ms: _builtins.int
+    """Of fast time in the present period, over all accounts; 0 where it counts from the next."""
+    revoked_ms: _builtins.int
+    accounts_cut_short: _builtins.int
+    """Accounts from which not all that the quota fell by can be taken: it is used or held."""
+    accounts_over_limits: _builtins.int
+    """Accounts with more jobs running or accepted than the new limits allow."""
+    @_builtins.property
+    def first(self) -> _containers.RepeatedCompositeFieldContainer[Global___AccountImpact]:
+        """The first hundred of those who are touched, by id."""
+
+    def __init__(
+        self,
+        *,
+        accounts: _builtins.int = ...,
+        granted_ms: _builtins.int = ...,
+        revoked_ms: _builtins.int = ...,
+        accounts_cut_short: _builtins.int = ...,
+        accounts_over_limits: _builtins.int = ...,
+        first: _abc.Iterable[Global___AccountImpact] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accounts", b"accounts", "accounts_cut_short", b"accounts_cut_short", "accounts_over_limits", b"accounts_over_limits", "first", b"first", "granted_ms", b"granted_ms", "revoked_ms", b"revoked_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlanImpact: _TypeAlias = PlanImpact  # noqa: Y015
+
+@_typing.final
+class AccountImpact(_message.Message):
+    """AccountImpact is what a new version of a plan does to one account."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACCOUNT_FIELD_NUMBER: _builtins.int
+    AVAILABLE_BEFORE_MS_FIELD_NUMBER: _builtins.int
+    AVAILABLE_AFTER_MS_FIELD_NUMBER: _builtins.int
+    account: _builtins.str
+    """accounts/{account}"""
+    available_before_ms: _builtins.int
+    available_after_ms: _builtins.int
+    def __init__(
+        self,
+        *,
+        account: _builtins.str = ...,
+        available_before_ms: _builtins.int = ...,
+        available_after_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "available_after_ms", b"available_after_ms", "available_before_ms", b"available_before_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AccountImpact: _TypeAlias = AccountImpact  # noqa: Y015
 
 @_typing.final
 class CreateAccountRequest(_message.Message):
@@ -290,9 +451,11 @@ class UpdatePlanRequest(_message.Message):
     PLAN_FIELD_NUMBER: _builtins.int
     EFFECTIVE_FROM_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     effective_from: Global___EffectiveFrom.ValueType
     reason: _builtins.str
+    validate_only: _builtins.bool
     @_builtins.property
     def plan(self) -> Global___Plan:
         """`plan.etag` must be that of the version it replaces. All fields are taken as given."""
@@ -304,10 +467,11 @@ class UpdatePlanRequest(_message.Message):
         plan: Global___Plan | None = ...,
         effective_from: Global___EffectiveFrom.ValueType = ...,
         reason: _builtins.str = ...,
+        validate_only: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["effective_from", b"effective_from", "plan", b"plan", "reason", b"reason", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["effective_from", b"effective_from", "plan", b"plan", "reason", b"reason", "request_id", b"request_id", "validate_only", b"validate_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -324,12 +488,15 @@ class AdjustBalanceRequest(_message.Message):
     AMOUNT_MS_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     account: _builtins.str
     """accounts/{account}"""
     amount_ms: _builtins.int
     """GPU milliseconds; negative takes unused time away."""
     reason: _builtins.str
+    source: Global___GrantSource.ValueType
+    """Of time that is granted."""
     @_builtins.property
     def expire_time(self) -> _timestamp_pb2.Timestamp:
         """Absent: the granted time does not expire."""
@@ -342,11 +509,512 @@ class AdjustBalanceRequest(_message.Message):
         amount_ms: _builtins.int = ...,
         reason: _builtins.str = ...,
         expire_time: _timestamp_pb2.Timestamp | None = ...,
+        source: Global___GrantSource.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "amount_ms", b"amount_ms", "expire_time", b"expire_time", "reason", b"reason", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "amount_ms", b"amount_ms", "expire_time", b"expire_time", "reason", b"reason", "request_id", b"request_id", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AdjustBalanceRequest: _TypeAlias = AdjustBalanceRequest  # noqa: Y015
+
+@_typing.final
+class GetAccountRequest(_message.Message):
+    """GetAccountRequest is the request of GetAccount."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """accounts/{account}"""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetAccountRequest: _TypeAlias = GetAccountRequest  # noqa: Y015
+
+@_typing.final
+class ListAccountsRequest(_message.Message):
+    """ListAccountsRequest is the request of ListAccounts."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    PLAN_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """At most 1000; 0 for 100."""
+    page_token: _builtins.str
+    plan: _builtins.str
+    """plans/{plan}; empty for all."""
+    def __init__(
+        self,
+        *,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+        plan: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "plan", b"plan"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListAccountsRequest: _TypeAlias = ListAccountsRequest  # noqa: Y015
+
+@_typing.final
+class ListAccountsResponse(_message.Message):
+    """ListAccountsResponse is the response of ListAccounts."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACCOUNTS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    @_builtins.property
+    def accounts(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdminAccount]:
+        """Without balances."""
+
+    def __init__(
+        self,
+        *,
+        accounts: _abc.Iterable[Global___AdminAccount] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accounts", b"accounts", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListAccountsResponse: _TypeAlias = ListAccountsResponse  # noqa: Y015
+
+@_typing.final
+class EraseAccountRequest(_message.Message):
+    """EraseAccountRequest is the request of EraseAccount."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    name: _builtins.str
+    """accounts/{account}"""
+    reason: _builtins.str
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        name: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "reason", b"reason", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EraseAccountRequest: _TypeAlias = EraseAccountRequest  # noqa: Y015
+
+@_typing.final
+class ListApiKeysRequest(_message.Message):
+    """ListApiKeysRequest is the request of ListApiKeys."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACCOUNT_FIELD_NUMBER: _builtins.int
+    account: _builtins.str
+    """accounts/{account}"""
+    def __init__(
+        self,
+        *,
+        account: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListApiKeysRequest: _TypeAlias = ListApiKeysRequest  # noqa: Y015
+
+@_typing.final
+class ListApiKeysResponse(_message.Message):
+    """ListApiKeysResponse is the response of ListApiKeys."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEYS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def keys(self) -> _containers.RepeatedCompositeFieldContainer[Global___ApiKey]: ...
+    def __init__(
+        self,
+        *,
+        keys: _abc.Iterable[Global___ApiKey] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListApiKeysResponse: _TypeAlias = ListApiKeysResponse  # noqa: Y015
+
+@_typing.final
+class RevokeApiKeyRequest(_message.Message):
+    """RevokeApiKeyRequest is the request of RevokeApiKey."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    name: _builtins.str
+    """accounts/{account}/keys/{id}"""
+    reason: _builtins.str
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        name: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "reason", b"reason", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RevokeApiKeyRequest: _TypeAlias = RevokeApiKeyRequest  # noqa: Y015
+
+@_typing.final
+class CreatePlanRequest(_message.Message):
+    """CreatePlanRequest is the request of CreatePlan."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    PLAN_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    reason: _builtins.str
+    @_builtins.property
+    def plan(self) -> Global___Plan:
+        """Without version and etag."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        plan: Global___Plan | None = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan", "reason", b"reason", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CreatePlanRequest: _TypeAlias = CreatePlanRequest  # noqa: Y015
+
+@_typing.final
+class GetPlanRequest(_message.Message):
+    """GetPlanRequest is the request of GetPlan."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """plans/{plan} or plans/{plan}/versions/{n}"""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetPlanRequest: _TypeAlias = GetPlanRequest  # noqa: Y015
+
+@_typing.final
+class RefundJobRequest(_message.Message):
+    """RefundJobRequest is the request of RefundJob."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    JOB_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    AMOUNT_MS_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    job: _builtins.str
+    """accounts/{account}/jobs/{uuid}"""
+    reason: _builtins.str
+    amount_ms: _builtins.int
+    """Of the time that was billed; 0: all that is not given back yet. Money is given back in proportion."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        job: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        amount_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount_ms", b"amount_ms", "job", b"job", "reason", b"reason", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RefundJobRequest: _TypeAlias = RefundJobRequest  # noqa: Y015
+
+@_typing.final
+class Refund(_message.Message):
+    """Refund is what was given back."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    REFUNDED_MS_FIELD_NUMBER: _builtins.int
+    REFUNDED_MICROS_FIELD_NUMBER: _builtins.int
+    REFUNDED_IN_ALL_MS_FIELD_NUMBER: _builtins.int
+    BILLED_MS_FIELD_NUMBER: _builtins.int
+    BALANCE_FIELD_NUMBER: _builtins.int
+    job: _builtins.str
+    """accounts/{account}/jobs/{uuid}"""
+    refunded_ms: _builtins.int
+    refunded_micros: _builtins.int
+    refunded_in_all_ms: _builtins.int
+    """Of this job, this one included."""
+    billed_ms: _builtins.int
+    @_builtins.property
+    def balance(self) -> _billing_pb2.Balance: ...
+    def __init__(
+        self,
+        *,
+        job: _builtins.str = ...,
+        refunded_ms: _builtins.int = ...,
+        refunded_micros: _builtins.int = ...,
+        refunded_in_all_ms: _builtins.int = ...,
+        billed_ms: _builtins.int = ...,
+        balance: _billing_pb2.Balance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["balance", b"balance"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["balance", b"balance", "billed_ms", b"billed_ms", "job", b"job", "refunded_in_all_ms", b"refunded_in_all_ms", "refunded_micros", b"refunded_micros", "refunded_ms", b"refunded_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Refund: _TypeAlias = Refund  # noqa: Y015
+
+@_typing.final
+class ListAuditEventsRequest(_message.Message):
+    """ListAuditEventsRequest is the request of ListAuditEvents."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    ACTOR_FIELD_NUMBER: _builtins.int
+    FROM_FIELD_NUMBER: _builtins.int
+    UNTIL_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """At most 1000; 0 for 100."""
+    page_token: _builtins.str
+    target: _builtins.str
+    """Empty for all: a resource name, and all below it."""
+    actor: _builtins.str
+    """Empty for all: a key's resource name, or an account's for all of its keys."""
+    @_builtins.property
+    def until(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+        target: _builtins.str = ...,
+        actor: _builtins.str = ...,
+        until: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["from", b"from", "until", b"until"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "from", b"from", "page_size", b"page_size", "page_token", b"page_token", "target", b"target", "until", b"until"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListAuditEventsRequest: _TypeAlias = ListAuditEventsRequest  # noqa: Y015
+
+@_typing.final
+class ListAuditEventsResponse(_message.Message):
+    """ListAuditEventsResponse is the response of ListAuditEvents."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENTS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    @_builtins.property
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___AuditEvent]: ...
+    def __init__(
+        self,
+        *,
+        events: _abc.Iterable[Global___AuditEvent] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListAuditEventsResponse: _TypeAlias = ListAuditEventsResponse  # noqa: Y015
+
+@_typing.final
+class AuditEvent(_message.Message):
+    """AuditEvent is one change, by whom and why."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    TIME_FIELD_NUMBER: _builtins.int
+    ACTOR_FIELD_NUMBER: _builtins.int
+    ACTION_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    BEFORE_JSON_FIELD_NUMBER: _builtins.int
+    AFTER_JSON_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    actor: _builtins.str
+    action: _builtins.str
+    target: _builtins.str
+    reason: _builtins.str
+    request_id: _builtins.str
+    before_json: _builtins.str
+    """JSON; empty where there was nothing."""
+    after_json: _builtins.str
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        time: _timestamp_pb2.Timestamp | None = ...,
+        actor: _builtins.str = ...,
+        action: _builtins.str = ...,
+        target: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        before_json: _builtins.str = ...,
+        after_json: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["time", b"time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "actor", b"actor", "after_json", b"after_json", "before_json", b"before_json", "number", b"number", "reason", b"reason", "request_id", b"request_id", "target", b"target", "time", b"time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AuditEvent: _TypeAlias = AuditEvent  # noqa: Y015
+
+@_typing.final
+class CheckInvariantsRequest(_message.Message):
+    """CheckInvariantsRequest is the request of CheckInvariants."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WITHIN_MS_FIELD_NUMBER: _builtins.int
+    REPLAY_FIELD_NUMBER: _builtins.int
+    within_ms: _builtins.int
+    """How long it may take, in milliseconds; 0 for 60,000. What was not asked by then is named."""
+    replay: _builtins.bool
+    """Also replay the whole journal by a second program."""
+    def __init__(
+        self,
+        *,
+        within_ms: _builtins.int = ...,
+        replay: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["replay", b"replay", "within_ms", b"within_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckInvariantsRequest: _TypeAlias = CheckInvariantsRequest  # noqa: Y015
+
+@_typing.final
+class CheckInvariantsResponse(_message.Message):
+    """CheckInvariantsResponse is the response of CheckInvariants."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESULTS_FIELD_NUMBER: _builtins.int
+    HOLDS_FIELD_NUMBER: _builtins.int
+    holds: _builtins.bool
+    @_builtins.property
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___InvariantResult]: ...
+    def __init__(
+        self,
+        *,
+        results: _abc.Iterable[Global___InvariantResult] | None = ...,
+        holds: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["holds", b"holds", "results", b"results"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckInvariantsResponse: _TypeAlias = CheckInvariantsResponse  # noqa: Y015
+
+@_typing.final
+class InvariantResult(_message.Message):
+    """InvariantResult is the answer of one invariant."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    SENTENCE_FIELD_NUMBER: _builtins.int
+    VIOLATIONS_FIELD_NUMBER: _builtins.int
+    FIRST_JSON_FIELD_NUMBER: _builtins.int
+    TOOK_MS_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    sentence: _builtins.str
+    """What it promises."""
+    violations: _builtins.int
+    """Rows that break it; -1: it was not asked in time."""
+    took_ms: _builtins.int
+    @_builtins.property
+    def first_json(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The first of them, as JSON."""
+
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        sentence: _builtins.str = ...,
+        violations: _builtins.int = ...,
+        first_json: _abc.Iterable[_builtins.str] | None = ...,
+        took_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_json", b"first_json", "number", b"number", "sentence", b"sentence", "took_ms", b"took_ms", "violations", b"violations"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InvariantResult: _TypeAlias = InvariantResult  # noqa: Y015

@@ -41,10 +41,45 @@ class AdminServiceStub:
                 request_serializer=billing_dot_v1_dot_admin__pb2.CreateAccountRequest.SerializeToString,
                 response_deserializer=billing_dot_v1_dot_admin__pb2.AdminAccount.FromString,
                 _registered_method=True)
+        self.GetAccount = channel.unary_unary(
+                '/billing.v1.AdminService/GetAccount',
+                request_serializer=billing_dot_v1_dot_admin__pb2.GetAccountRequest.SerializeToString,
+                response_deserializer=billing_dot_v1_dot_admin__pb2.AdminAccount.FromString,
+                _registered_method=True)
+        self.ListAccounts = channel.unary_unary(
+                '/billing.v1.AdminService/ListAccounts',
+                request_serializer=billing_dot_v1_dot_admin__pb2.ListAccountsRequest.SerializeToString,
+                response_deserializer=billing_dot_v1_dot_admin__pb2.ListAccountsResponse.FromString,
+                _registered_method=True)
+        self.EraseAccount = channel.unary_unary(
+                '/billing.v1.AdminService/EraseAccount',
+                request_serializer=billing_dot_v1_dot_admin__pb2.EraseAccountRequest.SerializeToString,
+                response_deserializer=billing_dot_v1_dot_admin__pb2.AdminAccount.FromString,
+                _registered_method=True)
         self.CreateApiKey = channel.unary_unary(
                 '/billing.v1.AdminService/CreateApiKey',
                 request_serializer=billing_dot_v1_dot_admin__pb2.CreateApiKeyRequest.SerializeToString,
                 response_deserializer=billing_dot_v1_dot_admin__pb2.ApiKey.FromString,
+                _registered_method=True)
+        self.ListApiKeys = channel.unary_unary(
+                '/billing.v1.AdminService/ListApiKeys',
+                request_serializer=billing_dot_v1_dot_admin__pb2.ListApiKeysRequest.SerializeToString,
+                response_deserializer=billing_dot_v1_dot_admin__pb2.ListApiKeysResponse.FromString,
+                _registered_method=True)
+        self.RevokeApiKey = channel.unary_unary(
+                '/billing.v1.AdminService/RevokeApiKey',
+                request_serializer=billing_dot_v1_dot_admin__pb2.RevokeApiKeyRequest.SerializeToString,
+                response_deserializer=billing_dot_v1_dot_admin__pb2.ApiKey.FromString,
+                _registered_method=True)
+        self.CreatePlan = channel.unary_unary(
+                '/billing.v1.AdminService/CreatePlan',
+                request_serializer=billing_dot_v1_dot_admin__pb2.CreatePlanRequest.SerializeToString,
+                response_deserializer=billing_dot_v1_dot_admin__pb2.Plan.FromString,
+                _registered_method=True)
+        self.GetPlan = channel.unary_unary(
+                '/billing.v1.AdminService/GetPlan',
+                request_serializer=billing_dot_v1_dot_admin__pb2.GetPlanRequest.SerializeToString,
+                response_deserializer=billing_dot_v1_dot_admin__pb2.Plan.FromString,
                 _registered_method=True)
         self.ListPlans = channel.unary_unary(
                 '/billing.v1.AdminService/ListPlans',
@@ -61,6 +96,21 @@ class AdminServiceStub:
                 request_serializer=billing_dot_v1_dot_admin__pb2.AdjustBalanceRequest.SerializeToString,
                 response_deserializer=billing_dot_v1_dot_billing__pb2.Balance.FromString,
                 _registered_method=True)
+        self.RefundJob = channel.unary_unary(
+                '/billing.v1.AdminService/RefundJob',
+                request_serializer=billing_dot_v1_dot_admin__pb2.RefundJobRequest.SerializeToString,
+                response_deserializer=billing_dot_v1_dot_admin__pb2.Refund.FromString,
+                _registered_method=True)
+        self.ListAuditEvents = channel.unary_unary(
+                '/billing.v1.AdminService/ListAuditEvents',
+                request_serializer=billing_dot_v1_dot_admin__pb2.ListAuditEventsRequest.SerializeToString,
+                response_deserializer=billing_dot_v1_dot_admin__pb2.ListAuditEventsResponse.FromString,
+                _registered_method=True)
+        self.CheckInvariants = channel.unary_unary(
+                '/billing.v1.AdminService/CheckInvariants',
+                request_serializer=billing_dot_v1_dot_admin__pb2.CheckInvariantsRequest.SerializeToString,
+                response_deserializer=billing_dot_v1_dot_admin__pb2.CheckInvariantsResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer:
@@ -74,8 +124,58 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetAccount(self, request, context):
+        """GetAccount returns an account.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListAccounts(self, request, context):
+        """ListAccounts returns accounts in the order of their ids.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EraseAccount(self, request, context):
+        """EraseAccount deletes the account's prompts, pictures and keys, and everything that says who it was. The ledger
+        keeps its entries under a pseudonym. It cannot be undone.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CreateApiKey(self, request, context):
         """CreateApiKey makes a key. The secret is in this answer and nowhere else.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListApiKeys(self, request, context):
+        """ListApiKeys returns an account's keys, without their secrets.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RevokeApiKey(self, request, context):
+        """RevokeApiKey ends a key.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CreatePlan(self, request, context):
+        """CreatePlan makes a plan.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetPlan(self, request, context):
+        """GetPlan returns the newest version of a plan, or the one that its name says.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -89,7 +189,8 @@ class AdminServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UpdatePlan(self, request, context):
-        """UpdatePlan makes a new version of a plan, in force for each account from its next period, or at once.
+        """UpdatePlan makes a new version of a plan, in force for each account from its next period, or at once. With
+        `validate_only` nothing is changed: the answer says who would be touched, and by how much.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -97,6 +198,27 @@ class AdminServiceServicer:
 
     def AdjustBalance(self, request, context):
         """AdjustBalance grants or takes fast time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RefundJob(self, request, context):
+        """RefundJob gives back what a job was charged, all of it or a part.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListAuditEvents(self, request, context):
+        """ListAuditEvents returns what admins and operators did, newest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CheckInvariants(self, request, context):
+        """CheckInvariants asks every invariant of the ledger of the live database, within a time.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -110,10 +232,45 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     request_deserializer=billing_dot_v1_dot_admin__pb2.CreateAccountRequest.FromString,
                     response_serializer=billing_dot_v1_dot_admin__pb2.AdminAccount.SerializeToString,
             ),
+            'GetAccount': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetAccount,
+                    request_deserializer=billing_dot_v1_dot_admin__pb2.GetAccountRequest.FromString,
+                    response_serializer=billing_dot_v1_dot_admin__pb2.AdminAccount.SerializeToString,
+            ),
+            'ListAccounts': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAccounts,
+                    request_deserializer=billing_dot_v1_dot_admin__pb2.ListAccountsRequest.FromString,
+                    response_serializer=billing_dot_v1_dot_admin__pb2.ListAccountsResponse.SerializeToString,
+            ),
+            'EraseAccount': grpc.unary_unary_rpc_method_handler(
+                    servicer.EraseAccount,
+                    request_deserializer=billing_dot_v1_dot_admin__pb2.EraseAccountRequest.FromString,
+                    response_serializer=billing_dot_v1_dot_admin__pb2.AdminAccount.SerializeToString,
+            ),
             'CreateApiKey': grpc.unary_unary_rpc_method_handler(
                     servicer.CreateApiKey,
                     request_deserializer=billing_dot_v1_dot_admin__pb2.CreateApiKeyRequest.FromString,
                     response_serializer=billing_dot_v1_dot_admin__pb2.ApiKey.SerializeToString,
+            ),
+            'ListApiKeys': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListApiKeys,
+                    request_deserializer=billing_dot_v1_dot_admin__pb2.ListApiKeysRequest.FromString,
+                    response_serializer=billing_dot_v1_dot_admin__pb2.ListApiKeysResponse.SerializeToString,
+            ),
+            'RevokeApiKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.RevokeApiKey,
+                    request_deserializer=billing_dot_v1_dot_admin__pb2.RevokeApiKeyRequest.FromString,
+                    response_serializer=billing_dot_v1_dot_admin__pb2.ApiKey.SerializeToString,
+            ),
+            'CreatePlan': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreatePlan,
+                    request_deserializer=billing_dot_v1_dot_admin__pb2.CreatePlanRequest.FromString,
+                    response_serializer=billing_dot_v1_dot_admin__pb2.Plan.SerializeToString,
+            ),
+            'GetPlan': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetPlan,
+                    request_deserializer=billing_dot_v1_dot_admin__pb2.GetPlanRequest.FromString,
+                    response_serializer=billing_dot_v1_dot_admin__pb2.Plan.SerializeToString,
             ),
             'ListPlans': grpc.unary_unary_rpc_method_handler(
                     servicer.ListPlans,
@@ -129,6 +286,21 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.AdjustBalance,
                     request_deserializer=billing_dot_v1_dot_admin__pb2.AdjustBalanceRequest.FromString,
                     response_serializer=billing_dot_v1_dot_billing__pb2.Balance.SerializeToString,
+            ),
+            'RefundJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.RefundJob,
+                    request_deserializer=billing_dot_v1_dot_admin__pb2.RefundJobRequest.FromString,
+                    response_serializer=billing_dot_v1_dot_admin__pb2.Refund.SerializeToString,
+            ),
+            'ListAuditEvents': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAuditEvents,
+                    request_deserializer=billing_dot_v1_dot_admin__pb2.ListAuditEventsRequest.FromString,
+                    response_serializer=billing_dot_v1_dot_admin__pb2.ListAuditEventsResponse.SerializeToString,
+            ),
+            'CheckInvariants': grpc.unary_unary_rpc_method_handler(
+                    servicer.CheckInvariants,
+                    request_deserializer=billing_dot_v1_dot_admin__pb2.CheckInvariantsRequest.FromString,
+                    response_serializer=billing_dot_v1_dot_admin__pb2.CheckInvariantsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -170,6 +342,87 @@ class AdminService:
             _registered_method=True)
 
     @staticmethod
+    def GetAccount(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/billing.v1.AdminService/GetAccount',
+            billing_dot_v1_dot_admin__pb2.GetAccountRequest.SerializeToString,
+            billing_dot_v1_dot_admin__pb2.AdminAccount.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAccounts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/billing.v1.AdminService/ListAccounts',
+            billing_dot_v1_dot_admin__pb2.ListAccountsRequest.SerializeToString,
+            billing_dot_v1_dot_admin__pb2.ListAccountsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EraseAccount(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/billing.v1.AdminService/EraseAccount',
+            billing_dot_v1_dot_admin__pb2.EraseAccountRequest.SerializeToString,
+            billing_dot_v1_dot_admin__pb2.AdminAccount.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def CreateApiKey(request,
             target,
             options=(),
@@ -186,6 +439,114 @@ class AdminService:
             '/billing.v1.AdminService/CreateApiKey',
             billing_dot_v1_dot_admin__pb2.CreateApiKeyRequest.SerializeToString,
             billing_dot_v1_dot_admin__pb2.ApiKey.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListApiKeys(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/billing.v1.AdminService/ListApiKeys',
+            billing_dot_v1_dot_admin__pb2.ListApiKeysRequest.SerializeToString,
+            billing_dot_v1_dot_admin__pb2.ListApiKeysResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RevokeApiKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/billing.v1.AdminService/RevokeApiKey',
+            billing_dot_v1_dot_admin__pb2.RevokeApiKeyRequest.SerializeToString,
+            billing_dot_v1_dot_admin__pb2.ApiKey.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreatePlan(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/billing.v1.AdminService/CreatePlan',
+            billing_dot_v1_dot_admin__pb2.CreatePlanRequest.SerializeToString,
+            billing_dot_v1_dot_admin__pb2.Plan.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetPlan(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/billing.v1.AdminService/GetPlan',
+            billing_dot_v1_dot_admin__pb2.GetPlanRequest.SerializeToString,
+            billing_dot_v1_dot_admin__pb2.Plan.FromString,
             options,
             channel_credentials,
             insecure,
@@ -267,6 +628,87 @@ class AdminService:
             '/billing.v1.AdminService/AdjustBalance',
             billing_dot_v1_dot_admin__pb2.AdjustBalanceRequest.SerializeToString,
             billing_dot_v1_dot_billing__pb2.Balance.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RefundJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/billing.v1.AdminService/RefundJob',
+            billing_dot_v1_dot_admin__pb2.RefundJobRequest.SerializeToString,
+            billing_dot_v1_dot_admin__pb2.Refund.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAuditEvents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/billing.v1.AdminService/ListAuditEvents',
+            billing_dot_v1_dot_admin__pb2.ListAuditEventsRequest.SerializeToString,
+            billing_dot_v1_dot_admin__pb2.ListAuditEventsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CheckInvariants(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/billing.v1.AdminService/CheckInvariants',
+            billing_dot_v1_dot_admin__pb2.CheckInvariantsRequest.SerializeToString,
+            billing_dot_v1_dot_admin__pb2.CheckInvariantsResponse.FromString,
             options,
             channel_credentials,
             insecure,

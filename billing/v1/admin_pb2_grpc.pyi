@@ -36,14 +36,38 @@ class AdminServiceStub:
     def __new__(cls, channel: _aio.Channel) -> AdminServiceAsyncStub: ...
     CreateAccount: _grpc.UnaryUnaryMultiCallable[_admin_pb2.CreateAccountRequest, _admin_pb2.AdminAccount]
     """CreateAccount opens an account on a plan."""
+    GetAccount: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetAccountRequest, _admin_pb2.AdminAccount]
+    """GetAccount returns an account."""
+    ListAccounts: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListAccountsRequest, _admin_pb2.ListAccountsResponse]
+    """ListAccounts returns accounts in the order of their ids."""
+    EraseAccount: _grpc.UnaryUnaryMultiCallable[_admin_pb2.EraseAccountRequest, _admin_pb2.AdminAccount]
+    """EraseAccount deletes the account's prompts, pictures and keys, and everything that says who it was. The ledger
+    keeps its entries under a pseudonym. It cannot be undone.
+    """
     CreateApiKey: _grpc.UnaryUnaryMultiCallable[_admin_pb2.CreateApiKeyRequest, _admin_pb2.ApiKey]
     """CreateApiKey makes a key. The secret is in this answer and nowhere else."""
+    ListApiKeys: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListApiKeysRequest, _admin_pb2.ListApiKeysResponse]
+    """ListApiKeys returns an account's keys, without their secrets."""
+    RevokeApiKey: _grpc.UnaryUnaryMultiCallable[_admin_pb2.RevokeApiKeyRequest, _admin_pb2.ApiKey]
+    """RevokeApiKey ends a key."""
+    CreatePlan: _grpc.UnaryUnaryMultiCallable[_admin_pb2.CreatePlanRequest, _admin_pb2.Plan]
+    """CreatePlan makes a plan."""
+    GetPlan: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetPlanRequest, _admin_pb2.Plan]
+    """GetPlan returns the newest version of a plan, or the one that its name says."""
     ListPlans: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListPlansRequest, _admin_pb2.ListPlansResponse]
     """ListPlans returns the newest version of every plan."""
     UpdatePlan: _grpc.UnaryUnaryMultiCallable[_admin_pb2.UpdatePlanRequest, _admin_pb2.Plan]
-    """UpdatePlan makes a new version of a plan, in force for each account from its next period, or at once."""
+    """UpdatePlan makes a new version of a plan, in force for each account from its next period, or at once. With
+    `validate_only` nothing is changed: the answer says who would be touched, and by how much.
+    """
     AdjustBalance: _grpc.UnaryUnaryMultiCallable[_admin_pb2.AdjustBalanceRequest, _billing_pb2.Balance]
     """AdjustBalance grants or takes fast time."""
+    RefundJob: _grpc.UnaryUnaryMultiCallable[_admin_pb2.RefundJobRequest, _admin_pb2.Refund]
+    """RefundJob gives back what a job was charged, all of it or a part."""
+    ListAuditEvents: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListAuditEventsRequest, _admin_pb2.ListAuditEventsResponse]
+    """ListAuditEvents returns what admins and operators did, newest first."""
+    CheckInvariants: _grpc.UnaryUnaryMultiCallable[_admin_pb2.CheckInvariantsRequest, _admin_pb2.CheckInvariantsResponse]
+    """CheckInvariants asks every invariant of the ledger of the live database, within a time."""
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
@@ -52,14 +76,38 @@ class AdminServiceAsyncStub(AdminServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateAccount: _aio.UnaryUnaryMultiCallable[_admin_pb2.CreateAccountRequest, _admin_pb2.AdminAccount]  # type: ignore[assignment]
     """CreateAccount opens an account on a plan."""
+    GetAccount: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetAccountRequest, _admin_pb2.AdminAccount]  # type: ignore[assignment]
+    """GetAccount returns an account."""
+    ListAccounts: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListAccountsRequest, _admin_pb2.ListAccountsResponse]  # type: ignore[assignment]
+    """ListAccounts returns accounts in the order of their ids."""
+    EraseAccount: _aio.UnaryUnaryMultiCallable[_admin_pb2.EraseAccountRequest, _admin_pb2.AdminAccount]  # type: ignore[assignment]
+    """EraseAccount deletes the account's prompts, pictures and keys, and everything that says who it was. The ledger
+    keeps its entries under a pseudonym. It cannot be undone.
+    """
     CreateApiKey: _aio.UnaryUnaryMultiCallable[_admin_pb2.CreateApiKeyRequest, _admin_pb2.ApiKey]  # type: ignore[assignment]
     """CreateApiKey makes a key. The secret is in this answer and nowhere else."""
+    ListApiKeys: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListApiKeysRequest, _admin_pb2.ListApiKeysResponse]  # type: ignore[assignment]
+    """ListApiKeys returns an account's keys, without their secrets."""
+    RevokeApiKey: _aio.UnaryUnaryMultiCallable[_admin_pb2.RevokeApiKeyRequest, _admin_pb2.ApiKey]  # type: ignore[assignment]
+    """RevokeApiKey ends a key."""
+    CreatePlan: _aio.UnaryUnaryMultiCallable[_admin_pb2.CreatePlanRequest, _admin_pb2.Plan]  # type: ignore[assignment]
+    """CreatePlan makes a plan."""
+    GetPlan: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetPlanRequest, _admin_pb2.Plan]  # type: ignore[assignment]
+    """GetPlan returns the newest version of a plan, or the one that its name says."""
     ListPlans: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListPlansRequest, _admin_pb2.ListPlansResponse]  # type: ignore[assignment]
     """ListPlans returns the newest version of every plan."""
     UpdatePlan: _aio.UnaryUnaryMultiCallable[_admin_pb2.UpdatePlanRequest, _admin_pb2.Plan]  # type: ignore[assignment]
-    """UpdatePlan makes a new version of a plan, in force for each account from its next period, or at once."""
+    """UpdatePlan makes a new version of a plan, in force for each account from its next period, or at once. With
+    `validate_only` nothing is changed: the answer says who would be touched, and by how much.
+    """
     AdjustBalance: _aio.UnaryUnaryMultiCallable[_admin_pb2.AdjustBalanceRequest, _billing_pb2.Balance]  # type: ignore[assignment]
     """AdjustBalance grants or takes fast time."""
+    RefundJob: _aio.UnaryUnaryMultiCallable[_admin_pb2.RefundJobRequest, _admin_pb2.Refund]  # type: ignore[assignment]
+    """RefundJob gives back what a job was charged, all of it or a part."""
+    ListAuditEvents: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListAuditEventsRequest, _admin_pb2.ListAuditEventsResponse]  # type: ignore[assignment]
+    """ListAuditEvents returns what admins and operators did, newest first."""
+    CheckInvariants: _aio.UnaryUnaryMultiCallable[_admin_pb2.CheckInvariantsRequest, _admin_pb2.CheckInvariantsResponse]  # type: ignore[assignment]
+    """CheckInvariants asks every invariant of the ledger of the live database, within a time."""
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     """AdminService is for keys with the role admin."""
@@ -73,12 +121,70 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         """CreateAccount opens an account on a plan."""
 
     @_abc_1.abstractmethod
+    def GetAccount(
+        self,
+        request: _admin_pb2.GetAccountRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.AdminAccount, _abc.Awaitable[_admin_pb2.AdminAccount]]:
+        """GetAccount returns an account."""
+
+    @_abc_1.abstractmethod
+    def ListAccounts(
+        self,
+        request: _admin_pb2.ListAccountsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ListAccountsResponse, _abc.Awaitable[_admin_pb2.ListAccountsResponse]]:
+        """ListAccounts returns accounts in the order of their ids."""
+
+    @_abc_1.abstractmethod
+    def EraseAccount(
+        self,
+        request: _admin_pb2.EraseAccountRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.AdminAccount, _abc.Awaitable[_admin_pb2.AdminAccount]]:
+        """EraseAccount deletes the account's prompts, pictures and keys, and everything that says who it was. The ledger
+        keeps its entries under a pseudonym. It cannot be undone.
+        """
+
+    @_abc_1.abstractmethod
     def CreateApiKey(
         self,
         request: _admin_pb2.CreateApiKeyRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.ApiKey, _abc.Awaitable[_admin_pb2.ApiKey]]:
         """CreateApiKey makes a key. The secret is in this answer and nowhere else."""
+
+    @_abc_1.abstractmethod
+    def ListApiKeys(
+        self,
+        request: _admin_pb2.ListApiKeysRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ListApiKeysResponse, _abc.Awaitable[_admin_pb2.ListApiKeysResponse]]:
+        """ListApiKeys returns an account's keys, without their secrets."""
+
+    @_abc_1.abstractmethod
+    def RevokeApiKey(
+        self,
+        request: _admin_pb2.RevokeApiKeyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ApiKey, _abc.Awaitable[_admin_pb2.ApiKey]]:
+        """RevokeApiKey ends a key."""
+
+    @_abc_1.abstractmethod
+    def CreatePlan(
+        self,
+        request: _admin_pb2.CreatePlanRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.Plan, _abc.Awaitable[_admin_pb2.Plan]]:
+        """CreatePlan makes a plan."""
+
+    @_abc_1.abstractmethod
+    def GetPlan(
+        self,
+        request: _admin_pb2.GetPlanRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.Plan, _abc.Awaitable[_admin_pb2.Plan]]:
+        """GetPlan returns the newest version of a plan, or the one that its name says."""
 
     @_abc_1.abstractmethod
     def ListPlans(
@@ -94,7 +200,9 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_pb2.UpdatePlanRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.Plan, _abc.Awaitable[_admin_pb2.Plan]]:
-        """UpdatePlan makes a new version of a plan, in force for each account from its next period, or at once."""
+        """UpdatePlan makes a new version of a plan, in force for each account from its next period, or at once. With
+        `validate_only` nothing is changed: the answer says who would be touched, and by how much.
+        """
 
     @_abc_1.abstractmethod
     def AdjustBalance(
@@ -103,5 +211,29 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_billing_pb2.Balance, _abc.Awaitable[_billing_pb2.Balance]]:
         """AdjustBalance grants or takes fast time."""
+
+    @_abc_1.abstractmethod
+    def RefundJob(
+        self,
+        request: _admin_pb2.RefundJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.Refund, _abc.Awaitable[_admin_pb2.Refund]]:
+        """RefundJob gives back what a job was charged, all of it or a part."""
+
+    @_abc_1.abstractmethod
+    def ListAuditEvents(
+        self,
+        request: _admin_pb2.ListAuditEventsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ListAuditEventsResponse, _abc.Awaitable[_admin_pb2.ListAuditEventsResponse]]:
+        """ListAuditEvents returns what admins and operators did, newest first."""
+
+    @_abc_1.abstractmethod
+    def CheckInvariants(
+        self,
+        request: _admin_pb2.CheckInvariantsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.CheckInvariantsResponse, _abc.Awaitable[_admin_pb2.CheckInvariantsResponse]]:
+        """CheckInvariants asks every invariant of the ledger of the live database, within a time."""
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

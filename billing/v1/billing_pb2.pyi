@@ -3,9 +3,11 @@
 isort:skip_file
 What an account has, holds and owes."""
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from google.protobuf.internal import containers as _containers
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -139,3 +141,400 @@ class GetBalanceRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetBalanceRequest: _TypeAlias = GetBalanceRequest  # noqa: Y015
+
+@_typing.final
+class ListTransfersRequest(_message.Message):
+    """ListTransfersRequest is the request of ListTransfers."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACCOUNT_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    account: _builtins.str
+    """accounts/{account}; empty or accounts/- for the caller's own."""
+    page_size: _builtins.int
+    """At most 1000; 0 for 100."""
+    page_token: _builtins.str
+    def __init__(
+        self,
+        *,
+        account: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListTransfersRequest: _TypeAlias = ListTransfersRequest  # noqa: Y015
+
+@_typing.final
+class ListTransfersResponse(_message.Message):
+    """ListTransfersResponse is the response of ListTransfers."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRANSFERS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    @_builtins.property
+    def transfers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Transfer]: ...
+    def __init__(
+        self,
+        *,
+        transfers: _abc.Iterable[Global___Transfer] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "transfers", b"transfers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListTransfersResponse: _TypeAlias = ListTransfersResponse  # noqa: Y015
+
+@_typing.final
+class Transfer(_message.Message):
+    """Transfer is one row of the journal: an amount from one account of the ledger to another."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    TIME_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    CODE_FIELD_NUMBER: _builtins.int
+    DEBIT_ACCOUNT_FIELD_NUMBER: _builtins.int
+    CREDIT_ACCOUNT_FIELD_NUMBER: _builtins.int
+    AMOUNT_FIELD_NUMBER: _builtins.int
+    UNIT_FIELD_NUMBER: _builtins.int
+    JOB_FIELD_NUMBER: _builtins.int
+    ATTEMPT_ID_FIELD_NUMBER: _builtins.int
+    PENDING_NUMBER_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    kind: _builtins.str
+    """post, pending, post_pending, void_pending or expire_pending."""
+    code: _builtins.str
+    """Why it was made: hold, settle, period, admin, …"""
+    debit_account: _builtins.str
+    credit_account: _builtins.str
+    amount: _builtins.int
+    """GPU milliseconds, or millionths of the currency, as `unit` says: gpu_ms or the currency's code."""
+    unit: _builtins.str
+    job: _builtins.str
+    """accounts/{account}/jobs/{uuid}; empty where it is of no job."""
+    attempt_id: _builtins.str
+    pending_number: _builtins.int
+    """The row that this one ends; 0: none."""
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        time: _timestamp_pb2.Timestamp | None = ...,
+        kind: _builtins.str = ...,
+        code: _builtins.str = ...,
+        debit_account: _builtins.str = ...,
+        credit_account: _builtins.str = ...,
+        amount: _builtins.int = ...,
+        unit: _builtins.str = ...,
+        job: _builtins.str = ...,
+        attempt_id: _builtins.str = ...,
+        pending_number: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["time", b"time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount", b"amount", "attempt_id", b"attempt_id", "code", b"code", "credit_account", b"credit_account", "debit_account", b"debit_account", "job", b"job", "kind", b"kind", "number", b"number", "pending_number", b"pending_number", "time", b"time", "unit", b"unit"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Transfer: _TypeAlias = Transfer  # noqa: Y015
+
+@_typing.final
+class GetStatementRequest(_message.Message):
+    """GetStatementRequest is the request of GetStatement."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACCOUNT_FIELD_NUMBER: _builtins.int
+    AT_FIELD_NUMBER: _builtins.int
+    account: _builtins.str
+    """accounts/{account}; empty or accounts/- for the caller's own."""
+    @_builtins.property
+    def at(self) -> _timestamp_pb2.Timestamp:
+        """Any moment of the period; absent: the present one."""
+
+    def __init__(
+        self,
+        *,
+        account: _builtins.str = ...,
+        at: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["at", b"at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "at", b"at"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetStatementRequest: _TypeAlias = GetStatementRequest  # noqa: Y015
+
+@_typing.final
+class Statement(_message.Message):
+    """Statement is one period of an account. Of fast time, opening + granted - used - expired - revoked = closing."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACCOUNT_FIELD_NUMBER: _builtins.int
+    PLAN_FIELD_NUMBER: _builtins.int
+    PERIOD_START_FIELD_NUMBER: _builtins.int
+    PERIOD_END_FIELD_NUMBER: _builtins.int
+    OPENING_MS_FIELD_NUMBER: _builtins.int
+    GRANTED_MS_FIELD_NUMBER: _builtins.int
+    USED_MS_FIELD_NUMBER: _builtins.int
+    EXPIRED_MS_FIELD_NUMBER: _builtins.int
+    REVOKED_MS_FIELD_NUMBER: _builtins.int
+    CLOSING_MS_FIELD_NUMBER: _builtins.int
+    HELD_MS_FIELD_NUMBER: _builtins.int
+    METERED_MS_FIELD_NUMBER: _builtins.int
+    AMOUNT_MICROS_FIELD_NUMBER: _builtins.int
+    CURRENCY_CODE_FIELD_NUMBER: _builtins.int
+    RELAX_MS_FIELD_NUMBER: _builtins.int
+    LINES_FIELD_NUMBER: _builtins.int
+    account: _builtins.str
+    """accounts/{account}"""
+    plan: _builtins.str
+    """plans/{plan}"""
+    opening_ms: _builtins.int
+    granted_ms: _builtins.int
+    used_ms: _builtins.int
+    """Charged to lots, refunds taken off."""
+    expired_ms: _builtins.int
+    revoked_ms: _builtins.int
+    closing_ms: _builtins.int
+    """Of it, held by running jobs now."""
+    held_ms: _builtins.int
+    metered_ms: _builtins.int
+    """Charged in money."""
+    amount_micros: _builtins.int
+    currency_code: _builtins.str
+    relax_ms: _builtins.int
+    @_builtins.property
+    def period_start(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def period_end(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def lines(self) -> _containers.RepeatedCompositeFieldContainer[Global___StatementLine]:
+        """In the order of time. If more than 10,000 tries ended in the period, those of a day are one line, of each tier and
+        ending: ListTransfers has each.
+        """
+
+    def __init__(
+        self,
+        *,
+        account: _builtins.str = ...,
+        plan: _builtins.str = ...,
+        period_start: _timestamp_pb2.Timestamp | None = ...,
+        period_end: _timestamp_pb2.Timestamp | None = ...,
+        opening_ms: _builtins.int = ...,
+        granted_ms: _builtins.int = ...,
+        used_ms: _builtins.int = ...,
+        expired_ms: _builtins.int = ...,
+        revoked_ms: _builtins.int = ...,
+        closing_ms: _builtins.int = ...,
+        held_ms: _builtins.int = ...,
+        metered_ms: _builtins.int = ...,
+        amount_micros: _builtins.int = ...,
+        currency_code: _builtins.str = ...,
+        relax_ms: _builtins.int = ...,
+        lines: _abc.Iterable[Global___StatementLine] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["period_end", b"period_end", "period_start", b"period_start"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "amount_micros", b"amount_micros", "closing_ms", b"closing_ms", "currency_code", b"currency_code", "expired_ms", b"expired_ms", "granted_ms", b"granted_ms", "held_ms", b"held_ms", "lines", b"lines", "metered_ms", b"metered_ms", "opening_ms", b"opening_ms", "period_end", b"period_end", "period_start", b"period_start", "plan", b"plan", "relax_ms", b"relax_ms", "revoked_ms", b"revoked_ms", "used_ms", b"used_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Statement: _TypeAlias = Statement  # noqa: Y015
+
+@_typing.final
+class StatementLine(_message.Message):
+    """StatementLine is one movement that a person can read."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIME_FIELD_NUMBER: _builtins.int
+    SENTENCE_FIELD_NUMBER: _builtins.int
+    JOB_FIELD_NUMBER: _builtins.int
+    ATTEMPT_ID_FIELD_NUMBER: _builtins.int
+    MEASURED_MS_FIELD_NUMBER: _builtins.int
+    MULTIPLIER_BP_FIELD_NUMBER: _builtins.int
+    FAST_MS_FIELD_NUMBER: _builtins.int
+    METERED_MS_FIELD_NUMBER: _builtins.int
+    AMOUNT_MICROS_FIELD_NUMBER: _builtins.int
+    RELAX_MS_FIELD_NUMBER: _builtins.int
+    sentence: _builtins.str
+    """A sentence: what was charged, granted, given back, and why."""
+    job: _builtins.str
+    """accounts/{account}/jobs/{uuid}; empty where it is of no job."""
+    attempt_id: _builtins.str
+    measured_ms: _builtins.int
+    """Measured GPU time of the attempt."""
+    multiplier_bp: _builtins.int
+    fast_ms: _builtins.int
+    """What it changed of the fast time: negative for charges."""
+    metered_ms: _builtins.int
+    """Charged in money for time beyond it."""
+    amount_micros: _builtins.int
+    relax_ms: _builtins.int
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        time: _timestamp_pb2.Timestamp | None = ...,
+        sentence: _builtins.str = ...,
+        job: _builtins.str = ...,
+        attempt_id: _builtins.str = ...,
+        measured_ms: _builtins.int = ...,
+        multiplier_bp: _builtins.int = ...,
+        fast_ms: _builtins.int = ...,
+        metered_ms: _builtins.int = ...,
+        amount_micros: _builtins.int = ...,
+        relax_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["time", b"time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount_micros", b"amount_micros", "attempt_id", b"attempt_id", "fast_ms", b"fast_ms", "job", b"job", "measured_ms", b"measured_ms", "metered_ms", b"metered_ms", "multiplier_bp", b"multiplier_bp", "relax_ms", b"relax_ms", "sentence", b"sentence", "time", b"time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StatementLine: _TypeAlias = StatementLine  # noqa: Y015
+
+@_typing.final
+class PreviewPlanChangeRequest(_message.Message):
+    """PreviewPlanChangeRequest is the request of PreviewPlanChange."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACCOUNT_FIELD_NUMBER: _builtins.int
+    PLAN_FIELD_NUMBER: _builtins.int
+    account: _builtins.str
+    """accounts/{account}; empty or accounts/- for the caller's own."""
+    plan: _builtins.str
+    """plans/{plan}"""
+    def __init__(
+        self,
+        *,
+        account: _builtins.str = ...,
+        plan: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "plan", b"plan"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PreviewPlanChangeRequest: _TypeAlias = PreviewPlanChangeRequest  # noqa: Y015
+
+@_typing.final
+class ChangePlanRequest(_message.Message):
+    """ChangePlanRequest is the request of ChangePlan."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    ACCOUNT_FIELD_NUMBER: _builtins.int
+    PLAN_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    account: _builtins.str
+    """accounts/{account}; empty or accounts/- for the caller's own."""
+    plan: _builtins.str
+    """plans/{plan}"""
+    etag: _builtins.str
+    """Of a preview: the change is refused if it would be another by now than what was shown. Empty: as it comes."""
+    reason: _builtins.str
+    """Mandatory where an admin changes the plan of another account."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        account: _builtins.str = ...,
+        plan: _builtins.str = ...,
+        etag: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "etag", b"etag", "plan", b"plan", "reason", b"reason", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ChangePlanRequest: _TypeAlias = ChangePlanRequest  # noqa: Y015
+
+@_typing.final
+class PlanChange(_message.Message):
+    """PlanChange is what a change of plan gives and costs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACCOUNT_FIELD_NUMBER: _builtins.int
+    FROM_PLAN_FIELD_NUMBER: _builtins.int
+    TO_PLAN_FIELD_NUMBER: _builtins.int
+    EFFECTIVE_TIME_FIELD_NUMBER: _builtins.int
+    AT_ONCE_FIELD_NUMBER: _builtins.int
+    GRANTED_MS_FIELD_NUMBER: _builtins.int
+    CREDIT_MICROS_FIELD_NUMBER: _builtins.int
+    CHARGE_MICROS_FIELD_NUMBER: _builtins.int
+    AMOUNT_MICROS_FIELD_NUMBER: _builtins.int
+    CURRENCY_CODE_FIELD_NUMBER: _builtins.int
+    SENTENCE_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    account: _builtins.str
+    """accounts/{account}"""
+    from_plan: _builtins.str
+    """plans/{plan}"""
+    to_plan: _builtins.str
+    at_once: _builtins.bool
+    granted_ms: _builtins.int
+    """Fast time it adds to the present period."""
+    credit_micros: _builtins.int
+    """For what is left of the period at the old price, negative, and at the new one."""
+    charge_micros: _builtins.int
+    amount_micros: _builtins.int
+    """Their sum: what is to be paid now."""
+    currency_code: _builtins.str
+    sentence: _builtins.str
+    """A sentence for a person."""
+    etag: _builtins.str
+    @_builtins.property
+    def effective_time(self) -> _timestamp_pb2.Timestamp:
+        """When it counts: now, or the end of the period."""
+
+    def __init__(
+        self,
+        *,
+        account: _builtins.str = ...,
+        from_plan: _builtins.str = ...,
+        to_plan: _builtins.str = ...,
+        effective_time: _timestamp_pb2.Timestamp | None = ...,
+        at_once: _builtins.bool = ...,
+        granted_ms: _builtins.int = ...,
+        credit_micros: _builtins.int = ...,
+        charge_micros: _builtins.int = ...,
+        amount_micros: _builtins.int = ...,
+        currency_code: _builtins.str = ...,
+        sentence: _builtins.str = ...,
+        etag: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["effective_time", b"effective_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "amount_micros", b"amount_micros", "at_once", b"at_once", "charge_micros", b"charge_micros", "credit_micros", b"credit_micros", "currency_code", b"currency_code", "effective_time", b"effective_time", "etag", b"etag", "from_plan", b"from_plan", "granted_ms", b"granted_ms", "sentence", b"sentence", "to_plan", b"to_plan"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlanChange: _TypeAlias = PlanChange  # noqa: Y015

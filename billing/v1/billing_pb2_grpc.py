@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class BillingServiceStub:
-    """BillingService shows the caller's account in the ledger.
+    """BillingService shows the caller's account in the ledger, and changes its plan.
     """
 
     def __init__(self, channel):
@@ -40,14 +40,64 @@ class BillingServiceStub:
                 request_serializer=billing_dot_v1_dot_billing__pb2.GetBalanceRequest.SerializeToString,
                 response_deserializer=billing_dot_v1_dot_billing__pb2.Balance.FromString,
                 _registered_method=True)
+        self.ListTransfers = channel.unary_unary(
+                '/billing.v1.BillingService/ListTransfers',
+                request_serializer=billing_dot_v1_dot_billing__pb2.ListTransfersRequest.SerializeToString,
+                response_deserializer=billing_dot_v1_dot_billing__pb2.ListTransfersResponse.FromString,
+                _registered_method=True)
+        self.GetStatement = channel.unary_unary(
+                '/billing.v1.BillingService/GetStatement',
+                request_serializer=billing_dot_v1_dot_billing__pb2.GetStatementRequest.SerializeToString,
+                response_deserializer=billing_dot_v1_dot_billing__pb2.Statement.FromString,
+                _registered_method=True)
+        self.PreviewPlanChange = channel.unary_unary(
+                '/billing.v1.BillingService/PreviewPlanChange',
+                request_serializer=billing_dot_v1_dot_billing__pb2.PreviewPlanChangeRequest.SerializeToString,
+                response_deserializer=billing_dot_v1_dot_billing__pb2.PlanChange.FromString,
+                _registered_method=True)
+        self.ChangePlan = channel.unary_unary(
+                '/billing.v1.BillingService/ChangePlan',
+                request_serializer=billing_dot_v1_dot_billing__pb2.ChangePlanRequest.SerializeToString,
+                response_deserializer=billing_dot_v1_dot_billing__pb2.PlanChange.FromString,
+                _registered_method=True)
 
 
 class BillingServiceServicer:
-    """BillingService shows the caller's account in the ledger.
+    """BillingService shows the caller's account in the ledger, and changes its plan.
     """
 
     def GetBalance(self, request, context):
         """GetBalance returns fast time left, held and used in the present period.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListTransfers(self, request, context):
+        """ListTransfers returns the journal's rows of an account, newest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetStatement(self, request, context):
+        """GetStatement returns one period, line by line to jobs and attempts; it adds up to the millisecond.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PreviewPlanChange(self, request, context):
+        """PreviewPlanChange says what a change of plan would give and cost now. ChangePlan does exactly that while its
+        etag holds.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ChangePlan(self, request, context):
+        """ChangePlan moves an account to another plan: to one with more fast time at once, to one with less at the end
+        of the period. Naming the present plan takes a scheduled change back.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -61,6 +111,26 @@ def add_BillingServiceServicer_to_server(servicer, server):
                     request_deserializer=billing_dot_v1_dot_billing__pb2.GetBalanceRequest.FromString,
                     response_serializer=billing_dot_v1_dot_billing__pb2.Balance.SerializeToString,
             ),
+            'ListTransfers': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListTransfers,
+                    request_deserializer=billing_dot_v1_dot_billing__pb2.ListTransfersRequest.FromString,
+                    response_serializer=billing_dot_v1_dot_billing__pb2.ListTransfersResponse.SerializeToString,
+            ),
+            'GetStatement': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetStatement,
+                    request_deserializer=billing_dot_v1_dot_billing__pb2.GetStatementRequest.FromString,
+                    response_serializer=billing_dot_v1_dot_billing__pb2.Statement.SerializeToString,
+            ),
+            'PreviewPlanChange': grpc.unary_unary_rpc_method_handler(
+                    servicer.PreviewPlanChange,
+                    request_deserializer=billing_dot_v1_dot_billing__pb2.PreviewPlanChangeRequest.FromString,
+                    response_serializer=billing_dot_v1_dot_billing__pb2.PlanChange.SerializeToString,
+            ),
+            'ChangePlan': grpc.unary_unary_rpc_method_handler(
+                    servicer.ChangePlan,
+                    request_deserializer=billing_dot_v1_dot_billing__pb2.ChangePlanRequest.FromString,
+                    response_serializer=billing_dot_v1_dot_billing__pb2.PlanChange.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'billing.v1.BillingService', rpc_method_handlers)
@@ -70,7 +140,7 @@ def add_BillingServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class BillingService:
-    """BillingService shows the caller's account in the ledger.
+    """BillingService shows the caller's account in the ledger, and changes its plan.
     """
 
     @staticmethod
@@ -90,6 +160,114 @@ class BillingService:
             '/billing.v1.BillingService/GetBalance',
             billing_dot_v1_dot_billing__pb2.GetBalanceRequest.SerializeToString,
             billing_dot_v1_dot_billing__pb2.Balance.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListTransfers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/billing.v1.BillingService/ListTransfers',
+            billing_dot_v1_dot_billing__pb2.ListTransfersRequest.SerializeToString,
+            billing_dot_v1_dot_billing__pb2.ListTransfersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetStatement(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/billing.v1.BillingService/GetStatement',
+            billing_dot_v1_dot_billing__pb2.GetStatementRequest.SerializeToString,
+            billing_dot_v1_dot_billing__pb2.Statement.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PreviewPlanChange(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/billing.v1.BillingService/PreviewPlanChange',
+            billing_dot_v1_dot_billing__pb2.PreviewPlanChangeRequest.SerializeToString,
+            billing_dot_v1_dot_billing__pb2.PlanChange.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ChangePlan(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/billing.v1.BillingService/ChangePlan',
+            billing_dot_v1_dot_billing__pb2.ChangePlanRequest.SerializeToString,
+            billing_dot_v1_dot_billing__pb2.PlanChange.FromString,
             options,
             channel_credentials,
             insecure,

@@ -27,7 +27,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class BillingServiceStub:
-    """BillingService shows the caller's account in the ledger."""
+    """BillingService shows the caller's account in the ledger, and changes its plan."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -35,17 +35,41 @@ class BillingServiceStub:
     def __new__(cls, channel: _aio.Channel) -> BillingServiceAsyncStub: ...
     GetBalance: _grpc.UnaryUnaryMultiCallable[_billing_pb2.GetBalanceRequest, _billing_pb2.Balance]
     """GetBalance returns fast time left, held and used in the present period."""
+    ListTransfers: _grpc.UnaryUnaryMultiCallable[_billing_pb2.ListTransfersRequest, _billing_pb2.ListTransfersResponse]
+    """ListTransfers returns the journal's rows of an account, newest first."""
+    GetStatement: _grpc.UnaryUnaryMultiCallable[_billing_pb2.GetStatementRequest, _billing_pb2.Statement]
+    """GetStatement returns one period, line by line to jobs and attempts; it adds up to the millisecond."""
+    PreviewPlanChange: _grpc.UnaryUnaryMultiCallable[_billing_pb2.PreviewPlanChangeRequest, _billing_pb2.PlanChange]
+    """PreviewPlanChange says what a change of plan would give and cost now. ChangePlan does exactly that while its
+    etag holds.
+    """
+    ChangePlan: _grpc.UnaryUnaryMultiCallable[_billing_pb2.ChangePlanRequest, _billing_pb2.PlanChange]
+    """ChangePlan moves an account to another plan: to one with more fast time at once, to one with less at the end
+    of the period. Naming the present plan takes a scheduled change back.
+    """
 
 @_typing.type_check_only
 class BillingServiceAsyncStub(BillingServiceStub):
-    """BillingService shows the caller's account in the ledger."""
+    """BillingService shows the caller's account in the ledger, and changes its plan."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetBalance: _aio.UnaryUnaryMultiCallable[_billing_pb2.GetBalanceRequest, _billing_pb2.Balance]  # type: ignore[assignment]
     """GetBalance returns fast time left, held and used in the present period."""
+    ListTransfers: _aio.UnaryUnaryMultiCallable[_billing_pb2.ListTransfersRequest, _billing_pb2.ListTransfersResponse]  # type: ignore[assignment]
+    """ListTransfers returns the journal's rows of an account, newest first."""
+    GetStatement: _aio.UnaryUnaryMultiCallable[_billing_pb2.GetStatementRequest, _billing_pb2.Statement]  # type: ignore[assignment]
+    """GetStatement returns one period, line by line to jobs and attempts; it adds up to the millisecond."""
+    PreviewPlanChange: _aio.UnaryUnaryMultiCallable[_billing_pb2.PreviewPlanChangeRequest, _billing_pb2.PlanChange]  # type: ignore[assignment]
+    """PreviewPlanChange says what a change of plan would give and cost now. ChangePlan does exactly that while its
+    etag holds.
+    """
+    ChangePlan: _aio.UnaryUnaryMultiCallable[_billing_pb2.ChangePlanRequest, _billing_pb2.PlanChange]  # type: ignore[assignment]
+    """ChangePlan moves an account to another plan: to one with more fast time at once, to one with less at the end
+    of the period. Naming the present plan takes a scheduled change back.
+    """
 
 class BillingServiceServicer(metaclass=_abc_1.ABCMeta):
-    """BillingService shows the caller's account in the ledger."""
+    """BillingService shows the caller's account in the ledger, and changes its plan."""
 
     @_abc_1.abstractmethod
     def GetBalance(
@@ -54,5 +78,41 @@ class BillingServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_billing_pb2.Balance, _abc.Awaitable[_billing_pb2.Balance]]:
         """GetBalance returns fast time left, held and used in the present period."""
+
+    @_abc_1.abstractmethod
+    def ListTransfers(
+        self,
+        request: _billing_pb2.ListTransfersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_billing_pb2.ListTransfersResponse, _abc.Awaitable[_billing_pb2.ListTransfersResponse]]:
+        """ListTransfers returns the journal's rows of an account, newest first."""
+
+    @_abc_1.abstractmethod
+    def GetStatement(
+        self,
+        request: _billing_pb2.GetStatementRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_billing_pb2.Statement, _abc.Awaitable[_billing_pb2.Statement]]:
+        """GetStatement returns one period, line by line to jobs and attempts; it adds up to the millisecond."""
+
+    @_abc_1.abstractmethod
+    def PreviewPlanChange(
+        self,
+        request: _billing_pb2.PreviewPlanChangeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_billing_pb2.PlanChange, _abc.Awaitable[_billing_pb2.PlanChange]]:
+        """PreviewPlanChange says what a change of plan would give and cost now. ChangePlan does exactly that while its
+        etag holds.
+        """
+
+    @_abc_1.abstractmethod
+    def ChangePlan(
+        self,
+        request: _billing_pb2.ChangePlanRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_billing_pb2.PlanChange, _abc.Awaitable[_billing_pb2.PlanChange]]:
+        """ChangePlan moves an account to another plan: to one with more fast time at once, to one with less at the end
+        of the period. Naming the present plan takes a scheduled change back.
+        """
 
 def add_BillingServiceServicer_to_server(servicer: BillingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -27,7 +27,7 @@ from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mas
 from scheduler.v1 import job_pb2 as scheduler_dot_v1_dot_job__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ascheduler/v1/account.proto\x12\x0cscheduler.v1\x1a\x18\x62illing/v1/billing.proto\x1a google/protobuf/field_mask.proto\x1a\x16scheduler/v1/job.proto\"\xa5\x02\n\x07\x41\x63\x63ount\x12\x0c\n\x04name\x18\x01 \x01(\t\x12 \n\x04mode\x18\x02 \x01(\x0e\x32\x12.scheduler.v1.Tier\x12,\n\nvisibility\x18\x03 \x01(\x0e\x32\x18.scheduler.v1.Visibility\x12\x17\n\x0foverage_allowed\x18\x04 \x01(\x08\x12\x18\n\x10spend_cap_micros\x18\x05 \x01(\x03\x12$\n\x07\x62\x61lance\x18\x06 \x01(\x0b\x32\x13.billing.v1.Balance\x12\x14\n\x0cjobs_running\x18\x07 \x01(\x05\x12\x14\n\x0cjobs_waiting\x18\x08 \x01(\x05\x12&\n\x06limits\x18\t \x01(\x0b\x32\x16.billing.v1.PlanLimits\x12\x0f\n\x07\x62locked\x18\n \x01(\x08\"!\n\x11GetAccountRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x83\x01\n\x14UpdateAccountRequest\x12&\n\x07\x61\x63\x63ount\x18\x01 \x01(\x0b\x32\x15.scheduler.v1.Account\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x12\n\nrequest_id\x18\x03 \x01(\t2\xa2\x01\n\x0e\x41\x63\x63ountService\x12\x44\n\nGetAccount\x12\x1f.scheduler.v1.GetAccountRequest\x1a\x15.scheduler.v1.Account\x12J\n\rUpdateAccount\x12\".scheduler.v1.UpdateAccountRequest\x1a\x15.scheduler.v1.Accountb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ascheduler/v1/account.proto\x12\x0cscheduler.v1\x1a\x18\x62illing/v1/billing.proto\x1a google/protobuf/field_mask.proto\x1a\x16scheduler/v1/job.proto\"\xbd\x02\n\x07\x41\x63\x63ount\x12\x0c\n\x04name\x18\x01 \x01(\t\x12 \n\x04mode\x18\x02 \x01(\x0e\x32\x12.scheduler.v1.Tier\x12,\n\nvisibility\x18\x03 \x01(\x0e\x32\x18.scheduler.v1.Visibility\x12\x17\n\x0foverage_allowed\x18\x04 \x01(\x08\x12\x18\n\x10spend_cap_micros\x18\x05 \x01(\x03\x12$\n\x07\x62\x61lance\x18\x06 \x01(\x0b\x32\x13.billing.v1.Balance\x12\x14\n\x0cjobs_running\x18\x07 \x01(\x05\x12\x14\n\x0cjobs_waiting\x18\x08 \x01(\x05\x12&\n\x06limits\x18\t \x01(\x0b\x32\x16.billing.v1.PlanLimits\x12\x0f\n\x07\x62locked\x18\n \x01(\x08\x12\x16\n\x0escheduled_plan\x18\x0b \x01(\t\"!\n\x11GetAccountRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x83\x01\n\x14UpdateAccountRequest\x12&\n\x07\x61\x63\x63ount\x18\x01 \x01(\x0b\x32\x15.scheduler.v1.Account\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x12\n\nrequest_id\x18\x03 \x01(\t2\xa2\x01\n\x0e\x41\x63\x63ountService\x12\x44\n\nGetAccount\x12\x1f.scheduler.v1.GetAccountRequest\x1a\x15.scheduler.v1.Account\x12J\n\rUpdateAccount\x12\".scheduler.v1.UpdateAccountRequest\x1a\x15.scheduler.v1.Accountb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,11 +35,11 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'scheduler.v1.account_pb2', 
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ACCOUNT']._serialized_start=129
-  _globals['_ACCOUNT']._serialized_end=422
-  _globals['_GETACCOUNTREQUEST']._serialized_start=424
-  _globals['_GETACCOUNTREQUEST']._serialized_end=457
-  _globals['_UPDATEACCOUNTREQUEST']._serialized_start=460
-  _globals['_UPDATEACCOUNTREQUEST']._serialized_end=591
-  _globals['_ACCOUNTSERVICE']._serialized_start=594
-  _globals['_ACCOUNTSERVICE']._serialized_end=756
+  _globals['_ACCOUNT']._serialized_end=446
+  _globals['_GETACCOUNTREQUEST']._serialized_start=448
+  _globals['_GETACCOUNTREQUEST']._serialized_end=481
+  _globals['_UPDATEACCOUNTREQUEST']._serialized_start=484
+  _globals['_UPDATEACCOUNTREQUEST']._serialized_end=615
+  _globals['_ACCOUNTSERVICE']._serialized_start=618
+  _globals['_ACCOUNTSERVICE']._serialized_end=780
 # @@protoc_insertion_point(module_scope)

@@ -35,6 +35,7 @@ class Account(_message.Message):
     JOBS_WAITING_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
     BLOCKED_FIELD_NUMBER: _builtins.int
+    SCHEDULED_PLAN_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """accounts/{account}"""
     mode: _job_pb2.Tier.ValueType
@@ -48,6 +49,8 @@ class Account(_message.Message):
     jobs_running: _builtins.int
     jobs_waiting: _builtins.int
     blocked: _builtins.bool
+    scheduled_plan: _builtins.str
+    """plans/{plan} that it changes to at the end of the period; empty: none."""
     @_builtins.property
     def balance(self) -> _billing_pb2.Balance:
         """Read only from here on."""
@@ -67,10 +70,11 @@ class Account(_message.Message):
         jobs_waiting: _builtins.int = ...,
         limits: _billing_pb2.PlanLimits | None = ...,
         blocked: _builtins.bool = ...,
+        scheduled_plan: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["balance", b"balance", "limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["balance", b"balance", "blocked", b"blocked", "jobs_running", b"jobs_running", "jobs_waiting", b"jobs_waiting", "limits", b"limits", "mode", b"mode", "name", b"name", "overage_allowed", b"overage_allowed", "spend_cap_micros", b"spend_cap_micros", "visibility", b"visibility"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["balance", b"balance", "blocked", b"blocked", "jobs_running", b"jobs_running", "jobs_waiting", b"jobs_waiting", "limits", b"limits", "mode", b"mode", "name", b"name", "overage_allowed", b"overage_allowed", "scheduled_plan", b"scheduled_plan", "spend_cap_micros", b"spend_cap_micros", "visibility", b"visibility"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -24,6 +24,7 @@ from ledger_building import (
     settle,
     the_end,
 )
+from ledger_plans import a_plan
 
 from billing import accounts, ledger
 from billing.ledger import AlreadySettled, Ending, HoldIdReused, HoldPlaced, HoldRefused
@@ -438,11 +439,7 @@ async def test_private_needs_a_plan_that_has_it_and_costs_its_multiplier(
 
 
 async def test_overage_needs_a_plan_with_a_price(connection: asyncpg.Connection) -> None:
-    await connection.execute(
-        """INSERT INTO billing.plan_version
-           SELECT 'free', 1, 0, 1, 1, 1, 1000, false, 20000, 0, 'USD', false, created_at, audit_id
-             FROM billing.plan_version WHERE plan = 'basic'"""
-    )
+    await a_plan(connection, "free", quota_ms=0, overage_micros_per_minute=0)
     await open_account(connection, plan="free")
     await overage(connection)
     with pytest.raises(FastTimeExhausted):

@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import asyncpg
+import busy_ledger
 import pytest
-from ledger_building import (
-    PRICE,
-    a_pricing,
-    a_request,
-    adjust,
-    after,
-    assert_sound,
-    balance,
-    held,
-    open_account,
-    overage,
-    settle,
-    the_end,
-)
+from busy_ledger import undone, without_its_guards
+from ledger_building import after, assert_sound, balance, open_account
 
 import billing
 from billing import entries
 from billing.invariants import INVARIANTS, check
-from billing.ledger import Ending
-from billing.prices import ChargeMode, price_micros
 
 SECOND_END = """
     INSERT INTO billing.transfer (kind, code, account_id, job_id, attempt_id, leg, debit_account,
@@ -69,6 +54,10 @@ BREAKS: list[tuple[int, str]] = [
     (9, "UPDATE billing.hold SET placed_at = placed_at - interval '1 day'"),
     (10, "UPDATE billing.transfer SET amount = amount - 1 WHERE kind = 'pending' AND leg = 0"),
     (10, "UPDATE billing.grant_lot SET priority = 15 WHERE source = 'admin'"),
+    (11, "UPDATE billing.refund SET refunded_ms = refunded_ms + 1"),
+    (11, "UPDATE billing.refund SET refunded_micros = refunded_micros - 1 WHERE refunded_micros > 0"),
+    (11, "UPDATE billing.transfer SET amount = amount * 100 WHERE code = 'refund'"),
+    (11, "DELETE FROM billing.refund"),
     (12, "UPDATE billing.hold SET overage_allowed = false"),
     (12, "UPDATE billing.hold SET spend_cap_micros = 1"),
     (12, "DELETE FROM billing.hold WHERE metered_ms > 0"),
@@ -91,49 +80,8 @@ BREAKS: list[tuple[int, str]] = [
 
 @pytest.fixture
 async def a_busy_ledger(connection: asyncpg.Connection) -> asyncpg.Connection:
-    """Every kind of movement: ends of holds, two lots, metered, overrun, relax, absorbed, two periods."""
-    await open_account(connection, left_ms=1000)
-    await adjust(connection, 500)
-    await overage(connection, cap=price_micros(10_000, PRICE))
-    await settle(connection, the_end(await held(connection, a_request(1200)), 1150))
-    lost = await held(connection, a_request(100))
-    await settle(connection, the_end(lost, ending=Ending.VOID, absorbed_ms=70))
-    await settle(connection, the_end(await held(connection, a_request(100, job=lost.job_id)), 120))
-    consenting = a_pricing(overage=True)
-    await settle(connection, the_end(await held(connection, a_request(900, pricing=consenting)), 950))
-    await held(connection, a_request(300, pricing=consenting))
-    relax = a_request(pricing=a_pricing(mode=ChargeMode.RELAX))
-    await settle(connection, the_end(relax, 800, tier="relax"))
-    await held(connection, a_request(100, at=after(days=31)))
+    await busy_ledger.fill(connection)
     return connection
-
-
-async def without_its_guards(connection: asyncpg.Connection) -> None:
-    """Drop every constraint, unique index and trigger of the ledger's tables that is in the way."""
-    await connection.execute("SET session_replication_role = replica")
-    for constraint in await connection.fetch(
-        """SELECT conrelid::regclass::text AS "table", conname FROM pg_constraint
-            WHERE connamespace = 'billing'::regnamespace AND contype IN ('c', 'u')"""
-    ):
-        await connection.execute(
-            f'ALTER TABLE {constraint["table"]} DROP CONSTRAINT "{constraint["conname"]}" CASCADE'
-        )
-    for index in await connection.fetch(
-        """SELECT indexrelid::regclass::text AS name FROM pg_index
-            WHERE indrelid::regclass::text LIKE 'billing.%' AND indisunique AND NOT indisprimary"""
-    ):
-        await connection.execute(f"DROP INDEX {index['name']}")
-
-
-@asynccontextmanager
-async def undone(connection: asyncpg.Connection) -> AsyncIterator[None]:
-    """Undo what is done in the context, whether it succeeds or fails."""
-    transaction = connection.transaction()
-    await transaction.start()
-    try:
-        yield
-    finally:
-        await transaction.rollback()
 
 
 async def test_a_sound_ledger_breaks_nothing(a_busy_ledger: asyncpg.Connection) -> None:
@@ -160,6 +108,7 @@ def test_every_invariant_is_broken_by_a_test_above() -> None:
     assert {number for number, _ in BREAKS} == {invariant.number for invariant in INVARIANTS}
 
 
+@pytest.mark.unsound(8)
 async def test_lots_that_overlap_are_noticed(a_busy_ledger: asyncpg.Connection) -> None:
     await a_busy_ledger.execute(
         """INSERT INTO billing.grant_lot
@@ -180,8 +129,9 @@ GUARDED: list[tuple[str, str]] = [
                   credit_account, unit, amount, at
              FROM billing.transfer WHERE code = 'relax'""",
     ),
-    ("grant_lot_not_overdrawn", "UPDATE billing.grant_lot SET held_ms = granted_ms + 1"),
-    ("grant_lot_used_ms_check", "UPDATE billing.grant_lot SET used_ms = -1"),
+    ("grant_lot_not_overdrawn", "UPDATE billing.grant_lot SET held_ms = granted_ms + 1 WHERE NOT closed"),
+    ("grant_lot_closed_is_empty", "UPDATE billing.grant_lot SET used_ms = 0 WHERE closed"),
+    ("grant_lot_used_ms_check", "UPDATE billing.grant_lot SET used_ms = -1 WHERE NOT closed"),
     (
         "grant_lot_one_a_period",
         """INSERT INTO billing.grant_lot
@@ -274,10 +224,12 @@ def test_the_readme_names_every_account_of_the_journal() -> None:
         entries.PLATFORM,
         entries.CONSUMED,
         entries.CONSUMED_RELAX,
+        entries.EXPIRED,
         entries.REVOKED,
         entries.ABSORBED,
         entries.REVENUE,
         "lot/",
         "metered/",
+        "subscription/",
     ):
         assert f"`{account}" in readme, account

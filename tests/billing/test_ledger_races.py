@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
+from uuid import uuid4
 
 import asyncpg
+from ledger_at_once import BY_ROOT, crowd, refund
 from ledger_building import (
     BASIC_MS,
     START,
     a_pricing,
     a_request,
+    adjust,
     after,
     assert_sound,
     balance,
@@ -26,10 +30,12 @@ from ledger_building import (
     the_end,
 )
 
-from billing import accounts, idempotency, plans
+from billing import accounts, idempotency, plan_changes, plans
+from billing.auditor import replay
 from billing.ledger import Ending, HoldPlaced
 from billing.plans import EffectiveFrom, PlanVersion
-from billing.prices import ChargeMode, price_micros
+from billing.prices import ChargeMode, billed_ms, price_micros
+from billing.refusals import EtagMismatch
 
 
 @asynccontextmanager
@@ -243,3 +249,105 @@ async def test_the_ledger_is_sound_after_whatever_happens_at_once(
     assert conserved == sum(totals)
     assert await connection.fetchval("SELECT count(*) FROM billing.hold WHERE state = 'open'") == 0
     assert await connection.fetchval("SELECT sum(held_ms)::bigint FROM billing.grant_lot") == 0
+
+
+async def test_what_two_hundred_do_at_once_adds_up_as_if_one_had_followed_the_other(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    """Nobody here lacks time, so the order does not matter, and a sum in Python knows the end.
+
+    Three accounts have lots, and one has nothing but its consent to pay.
+    """
+    names = ["ann", "bob", "cid"]
+    for name in names:
+        await open_account(connection, name)
+    await open_account(connection, "dan", left_ms=0)
+    await overage(connection, account="dan")
+    used_ms, granted_ms, relax_ms, paid_micros = (Counter[str]() for _ in range(4))
+
+    async def act(pool: asyncpg.Pool, seed: int) -> None:
+        choice = random.Random(seed)
+        name = choice.choice(names)
+        async with pool.acquire() as one:
+            for amount_ms in choice.sample([40_000, 900, -300], 2):
+                await adjust(one, amount_ms, account=name)
+                granted_ms[name] += amount_ms
+            bp = choice.choice([10_000, 15_001, 20_000])
+            jobs = [a_request(700, account=choice.choice(names), pricing=a_pricing(multiplier_bp=bp))]
+            jobs.append(a_request(700, account="dan", pricing=a_pricing(multiplier_bp=bp, overage=True)))
+            choice.shuffle(jobs)
+            assert all(isinstance(placed, HoldPlaced) for placed in await hold(one, *jobs))
+            relax = a_request(account=name, pricing=a_pricing(mode=ChargeMode.RELAX))
+            took_ms = choice.randint(1, 1400)
+            lost = choice.random() < 0.2
+            ends = [
+                the_end(job, took_ms, ending=Ending.VOID if lost else Ending.POST, absorbed_ms=took_ms * lost)
+                for job in jobs
+            ]
+            await settle(one, *ends, the_end(relax, 50, tier="relax"))
+            relax_ms[name] += 50
+            if lost:
+                return
+            given_back = choice.random() < 0.3
+            for job in jobs:
+                cost_ms = billed_ms(took_ms, bp)
+                if given_back:
+                    cost_ms -= await refund(one, job)
+                if job.account_id == "dan":
+                    paid_micros["dan"] += price_micros(cost_ms, 66_667)
+                else:
+                    used_ms[job.account_id] += cost_ms
+
+    async with crowd(database) as pool:
+        await asyncio.gather(*(act(pool, seed) for seed in range(200)))
+
+    for name in names:
+        now = await balance(connection, name)
+        assert (now.used_ms, now.held_ms, now.relax_used_ms) == (used_ms[name], 0, relax_ms[name])
+        assert now.available_ms == BASIC_MS + granted_ms[name] - used_ms[name]
+    dan = await balance(connection, "dan")
+    assert (dan.overage_posted_micros, dan.overage_held_micros) == (paid_micros["dan"], 0)
+    assert dan.available_ms == 0
+    await assert_sound(connection)
+    assert await replay(connection) == []
+
+
+async def test_changes_of_one_plan_by_many_are_made_one_after_the_other(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    """Each preview is of a state, so of many who saw the same one exactly one has its way."""
+    await open_account(connection)
+    async with connection.transaction():
+        shown = await plan_changes.preview(connection, "ann", "standard", after(days=3))
+
+    async def change(one: asyncpg.Connection) -> Any:
+        async with one.transaction():
+            return await plan_changes.change(
+                one,
+                "ann",
+                "standard",
+                etag=shown.etag,
+                request_id=str(uuid4()),
+                at=after(days=3),
+                **BY_ROOT,
+            )
+
+    outcomes = await at_once(database, 8, change)
+
+    assert [outcome for outcome in outcomes if not isinstance(outcome, EtagMismatch)] == [shown]
+    assert (await balance(connection, at=after(days=3))).available_ms == BASIC_MS + shown.granted_ms
+    await assert_sound(connection)
+
+
+async def test_refunds_of_one_job_by_many_give_no_more_than_it_cost(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    await open_account(connection)
+    job = await held(connection, a_request(1000))
+    await settle(connection, the_end(job, 1000))
+
+    outcomes = await at_once(database, 8, lambda one: refund(one, job, 300))
+
+    assert sorted(str(outcome) for outcome in outcomes if isinstance(outcome, int)) == ["300"] * 3
+    assert (await balance(connection)).available_ms == BASIC_MS - 100
+    await assert_sound(connection)

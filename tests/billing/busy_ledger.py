@@ -1,0 +1,130 @@
+"""A ledger in which everything has happened once, and ways to break it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import datetime
+from uuid import uuid4
+
+import asyncpg
+from ledger_building import (
+    PRICE,
+    START,
+    a_pricing,
+    a_request,
+    adjust,
+    after,
+    held,
+    open_account,
+    overage,
+    settle,
+    the_end,
+)
+
+from billing import admin, expiry, plan_changes, refunds
+from billing.entries import Source
+from billing.ledger import Ending
+from billing.prices import ChargeMode, price_micros
+
+
+async def fill(connection: asyncpg.Connection) -> None:
+    """Every kind of movement: ends of holds, several lots, metered, overrun, relax, absorbed, refunds to lots
+    that live and that ended, an upgrade, an expiry, two periods. Accounts: ann, ben.
+    """
+    await open_account(connection, left_ms=1000)
+    await adjust(connection, 500)
+    await overage(connection, cap=price_micros(10_000, PRICE))
+    await settle(connection, the_end(await held(connection, a_request(1200)), 1150))
+    lost = await held(connection, a_request(100))
+    await settle(connection, the_end(lost, ending=Ending.VOID, absorbed_ms=70))
+    again = await held(connection, a_request(100, job=lost.job_id))
+    await settle(connection, the_end(again, 120))
+    consenting = a_pricing(overage=True)
+    metered = await held(connection, a_request(900, pricing=consenting))
+    await settle(connection, the_end(metered, 950))
+    await held(connection, a_request(300, pricing=consenting))
+    relax = a_request(pricing=a_pricing(mode=ChargeMode.RELAX))
+    await settle(connection, the_end(relax, 800, tier="relax"))
+    await refund(connection, again.job_id, 50)
+    await refund(connection, metered.job_id, 600)
+    await held(connection, a_request(100, at=after(days=31)))
+
+    await open_account(connection, "ben")
+    await grant_promo(connection, "ben", 1_000)
+    async with connection.transaction():
+        planned = await plan_changes.preview(connection, "ben", "standard", after(days=10))
+        await plan_changes.change(
+            connection,
+            "ben",
+            "standard",
+            etag=planned.etag,
+            actor="accounts/ben",
+            reason="test",
+            request_id=str(uuid4()),
+            at=after(days=10),
+        )
+    first = await held(connection, a_request(1500, account="ben", at=after(days=10)))
+    await settle(connection, the_end(first, 1500))
+    async with connection.transaction():
+        await expiry.expire(connection, after(days=40), 100)
+    await refund(connection, first.job_id, 1_200, account="ben", at=after(days=40))
+
+
+async def refund(
+    connection: asyncpg.Connection, job_id: str, amount_ms: int, account: str = "ann", at: datetime = START
+) -> None:
+    async with connection.transaction():
+        await refunds.refund(
+            connection,
+            account_id=account,
+            job_id=job_id,
+            amount_ms=amount_ms,
+            actor="accounts/root",
+            reason="test",
+            request_id=str(uuid4()),
+            at=at,
+        )
+
+
+async def grant_promo(connection: asyncpg.Connection, account: str, amount_ms: int) -> None:
+    async with connection.transaction():
+        await admin.adjust_balance(
+            connection,
+            account,
+            amount_ms,
+            actor="accounts/root",
+            reason="test",
+            request_id=str(uuid4()),
+            expires_at=after(days=20),
+            at=START,
+            source=Source.PROMO,
+        )
+
+
+async def without_its_guards(connection: asyncpg.Connection) -> None:
+    """Drop every constraint, unique index and trigger of the ledger's tables that is in the way."""
+    await connection.execute("SET session_replication_role = replica")
+    for constraint in await connection.fetch(
+        """SELECT conrelid::regclass::text AS "table", conname FROM pg_constraint
+            WHERE connamespace = 'billing'::regnamespace AND contype IN ('c', 'u')"""
+    ):
+        await connection.execute(
+            f'ALTER TABLE {constraint["table"]} DROP CONSTRAINT "{constraint["conname"]}" CASCADE'
+        )
+    for index in await connection.fetch(
+        """SELECT indexrelid::regclass::text AS name FROM pg_index
+            WHERE indrelid::regclass::text LIKE 'billing.%' AND indisunique AND NOT indisprimary"""
+    ):
+        await connection.execute(f"DROP INDEX {index['name']}")
+
+
+@asynccontextmanager
+async def undone(connection: asyncpg.Connection) -> AsyncIterator[None]:
+    """Undo what is done in the context, whether it succeeds or fails."""
+    transaction = connection.transaction()
+    await transaction.start()
+    try:
+        yield
+    finally:
+        await transaction.rollback()

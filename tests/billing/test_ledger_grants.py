@@ -1,0 +1,211 @@
+"""Purchases and promotions beside an admin's grants; and accounts that are erased."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from uuid import uuid4
+
+import asyncpg
+import pytest
+from ledger_building import (
+    BASIC_MS,
+    START,
+    a_pricing,
+    a_request,
+    adjust,
+    after,
+    assert_sound,
+    balance,
+    held,
+    open_account,
+    overage,
+    settle,
+    the_end,
+)
+
+from billing import accounts, admin, expiry, idempotency, plan_changes, refunds
+from billing.entries import Source
+from billing.refusals import UnknownAccount
+
+
+async def give(
+    connection: asyncpg.Connection, amount_ms: int, source: Source, *, expires_at: datetime | None = None
+) -> None:
+    async with connection.transaction():
+        await admin.adjust_balance(
+            connection,
+            "ann",
+            amount_ms,
+            actor="accounts/root",
+            reason="test",
+            request_id=str(uuid4()),
+            expires_at=expires_at,
+            at=START,
+            source=source,
+        )
+
+
+async def erase(connection: asyncpg.Connection, account: str = "ann", *, at: datetime = START) -> str:
+    async with connection.transaction():
+        return await accounts.erase(connection, account, at)
+
+
+async def texts(connection: asyncpg.Connection) -> str:
+    """Return every row of the ledger as text."""
+    tables = await connection.fetch("SELECT tablename FROM pg_tables WHERE schemaname = 'billing'")
+    found = [
+        await connection.fetchval(f"SELECT string_agg(row::text, ' ') FROM billing.{table} AS row")
+        for (table,) in tables
+    ]
+    return " ".join(text for text in found if text)
+
+
+async def test_a_promotion_burns_first_and_a_purchase_last(connection: asyncpg.Connection) -> None:
+    await open_account(connection, left_ms=100)
+    await give(connection, 100, Source.PURCHASE)
+    await give(connection, 100, Source.ADMIN)
+    await give(connection, 100, Source.PROMO, expires_at=after(days=10))
+    await settle(connection, the_end(await held(connection, a_request(350)), 350))
+
+    rows = await connection.fetch(
+        "SELECT source, used_ms FROM billing.grant_lot ORDER BY priority, expires_at, lot_id"
+    )
+    assert [tuple(row) for row in rows] == [("promo", 100), ("plan", 100), ("admin", 100), ("purchase", 50)]
+    await assert_sound(connection)
+
+
+async def test_the_journal_tells_where_granted_time_came_from(connection: asyncpg.Connection) -> None:
+    await open_account(connection)
+    await give(connection, 1, Source.PURCHASE)
+    await give(connection, 2, Source.PROMO)
+    await give(connection, 3, Source.ADMIN)
+    rows = await connection.fetch(
+        "SELECT code, amount FROM billing.transfer WHERE audit_id IS NOT NULL ORDER BY transfer_id"
+    )
+    assert [tuple(row) for row in rows] == [("purchase", 1), ("promo", 2), ("admin", 3)]
+
+
+async def test_a_purchase_is_taken_back_by_a_negative_adjustment(connection: asyncpg.Connection) -> None:
+    await open_account(connection)
+    await give(connection, 500, Source.PURCHASE)
+    await adjust(connection, -500)
+    purchase = await connection.fetchrow(
+        "SELECT granted_ms, revoked_ms FROM billing.grant_lot WHERE source = 'purchase'"
+    )
+    assert tuple(purchase) == (500, 500)
+    await assert_sound(connection)
+
+
+async def test_erasing_an_account_leaves_its_entries_and_none_of_its_name(
+    connection: asyncpg.Connection,
+) -> None:
+    account = "mary-smith"
+    await open_account(connection, account, left_ms=100)
+    await overage(connection, account=account)
+    job = a_request(5000, account=account, pricing=a_pricing(overage=True))
+    await settle(connection, the_end(await held(connection, job), 4000))
+    async with connection.transaction():
+        await refunds.refund(
+            connection,
+            account_id=account,
+            job_id=job.job_id,
+            amount_ms=10,
+            actor="accounts/root",
+            reason="test",
+            request_id="r",
+            at=START,
+        )
+        await plan_changes.change(
+            connection,
+            account,
+            "standard",
+            etag="",
+            actor=f"accounts/{account}",
+            reason="test",
+            request_id="p",
+            at=START,
+        )
+    for caller, outcome in ((account, {}), ("root", {"name": f"accounts/{account}", "key": "k"})):
+        await idempotency.claim(connection, caller, "CreateAccount", "r1", b"one")
+        await idempotency.store(connection, caller, "CreateAccount", "r1", outcome)
+    sums = "SELECT debit_account LIKE 'lot/%', unit, code, sum(amount) FROM billing.transfer GROUP BY 1, 2, 3"
+    before = set(await connection.fetch(sums))
+    assert account in await texts(connection)
+
+    pseudonym = await erase(connection, account)
+
+    assert account not in await texts(connection)
+    assert set(await connection.fetch(sums)) == before
+    assert await connection.fetchval("SELECT erased_at FROM billing.account") == START
+    assert await connection.fetchval("SELECT count(*) FROM billing.idempotency") == 1
+    assert (await balance(connection, pseudonym)).used_ms == 100
+    assert await connection.fetchval(
+        "SELECT EXISTS (SELECT FROM billing.transfer WHERE debit_account = $1)", f"metered/{pseudonym}"
+    )
+    await assert_sound(connection)
+
+
+async def test_a_name_that_is_part_of_another_is_left_alone(connection: asyncpg.Connection) -> None:
+    for account in ("ann", "anna", "ann-b"):
+        await open_account(connection, account, left_ms=5)
+    pseudonym = await erase(connection, "ann")
+    targets = await connection.fetch(
+        "SELECT DISTINCT target FROM billing.audit_event WHERE target LIKE 'accounts/%' ORDER BY target"
+    )
+    assert {target for (target,) in targets} == {
+        f"accounts/{pseudonym}",
+        "accounts/anna",
+        "accounts/ann-b",
+    }
+    assert (await balance(connection, "anna")).available_ms == 5
+    await assert_sound(connection)
+
+
+async def test_an_erased_account_is_renewed_no_more(connection: asyncpg.Connection) -> None:
+    await open_account(connection)
+    await open_account(connection, "bob")
+    pseudonym = await erase(connection)
+    for _ in range(2):
+        async with connection.transaction():
+            await expiry.expire(connection, after(days=40), 100)
+
+    assert await connection.fetchval("SELECT count(*) FROM billing.grant_lot") == 3
+    assert (await balance(connection, pseudonym, at=after(days=40))).available_ms == 0
+    async with connection.transaction():
+        assert await expiry.expire(connection, after(days=40), 100) == 0
+    await assert_sound(connection)
+
+
+async def test_an_account_is_erased_once_and_its_id_is_free_again(connection: asyncpg.Connection) -> None:
+    await open_account(connection)
+    pseudonym = await erase(connection)
+    with pytest.raises(UnknownAccount, match="ann"):
+        await erase(connection)
+    with pytest.raises(UnknownAccount, match=pseudonym):
+        await erase(connection, pseudonym)
+    await open_account(connection)
+    assert (await balance(connection)).available_ms == BASIC_MS
+    await assert_sound(connection)
+
+
+async def test_nothing_but_a_pseudonym_may_be_written_over_an_entry(
+    connection: asyncpg.Connection, subtests: pytest.Subtests
+) -> None:
+    await open_account(connection)
+    await open_account(connection, "bob")
+    await connection.execute("INSERT INTO billing.account VALUES ('erased-x', now())")
+    await settle(connection, the_end(await held(connection, a_request()), 10))
+    pseudonym = await erase(connection, "bob")
+
+    for statement in (
+        "UPDATE billing.transfer SET account_id = account_id",
+        "UPDATE billing.transfer SET account_id = 'bob' WHERE account_id = 'ann'",
+        "UPDATE billing.transfer SET account_id = 'erased-x', amount = amount + 1 WHERE account_id = 'ann'",
+        "UPDATE billing.transfer SET account_id = 'erased-x', debit_account = 'issued'",
+        f"UPDATE billing.transfer SET account_id = 'erased-x' WHERE account_id = '{pseudonym}'",
+        "UPDATE billing.settlement SET account_id = 'erased-x', billed_ms = 0",
+        "UPDATE billing.audit_event SET target = 'accounts/bob'",
+        "UPDATE billing.audit_event SET target = 'accounts/erased-x', reason = ''",
+    ):
+        with subtests.test(statement), pytest.raises(asyncpg.RestrictViolationError, match="append-only"):
+            await connection.execute(statement)
