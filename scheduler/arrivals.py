@@ -129,7 +129,7 @@ class Arrivals:
 
     def job(self, row: live.LiveJob) -> Job:
         """Return a row's job as the policy sees it."""
-        return Job(
+        job = Job(
             job_id=row.job_id,
             account_id=row.account_id,
             tier=row.tier,
@@ -139,6 +139,7 @@ class Arrivals:
             model=row.model,
             memory_bytes=memory_wanted(self._models, row.kind, row.model, row.width, row.height),
         )
+        return job.needing(memory_beyond(row.memory_above_bytes)) if row.memory_above_bytes else job
 
     async def _standings(self, account_ids: Iterable[str]) -> list[live.AccountStanding]:
         now_ms = self._clock.now_ms()
@@ -170,3 +171,11 @@ def memory_wanted(models: Models, kind: RenderKind, model: str, width: int, heig
         # It was offered when the job was accepted. The job waits and says that no worker can run it.
         needed = _MORE_THAN_ANY_GPU
     return -(-needed // _MEMORY_STEP) * _MEMORY_STEP
+
+
+def memory_beyond(memory_bytes: int) -> int:
+    """Return the memory that a worker needs where this much was too little: the next coarse step.
+
+    GPUs of one model differ by some MiB, and to try one after the other would tell nothing new.
+    """
+    return (memory_bytes // _MEMORY_STEP + 1) * _MEMORY_STEP

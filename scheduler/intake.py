@@ -27,6 +27,7 @@ from scheduler.policy.ids import Tier
 from scheduler.policy.parameters import Parameters
 from scheduler.policy.status import CONCURRENCY_LIMIT
 from scheduler.refusals import (
+    AccountBlocked,
     FastOnly,
     Impossible,
     JobFinished,
@@ -164,6 +165,27 @@ async def rehearse(
     )
 
 
+async def refuse_early(
+    pool: Pool,
+    metrics: FrontDoorMetrics,
+    *,
+    account_id: str,
+    submission: Submission,
+    parameters: Parameters,
+    at: datetime,
+) -> None:
+    """Raise what `submit` would raise now, and write nothing: for before work that would then be in vain.
+
+    A request that made a job meanwhile is not refused, whatever has changed since.
+    """
+    async with pool.rehearsal() as connection:
+        outcome = await idempotency.claim(
+            connection, account_id, "CreateJob", submission.request_id, submission.digest
+        )
+        if outcome is None:
+            await _accept(connection, metrics, account_id, submission, parameters, at)
+
+
 async def cancel(
     pool: Pool,
     link: SchedulerLink,
@@ -291,6 +313,9 @@ async def _accept(
     found = await jobs.settings_and_live_jobs(connection, account_id)
     assert found is not None, "a key's account has its settings"
     settings, live = found
+    if settings.blocked:
+        # Whoever let the caller in had looked a moment before: and an erased account must stay empty.
+        raise AccountBlocked
     if live.accepted >= terms.limits.accepted:
         raise QueueFull(account_id=account_id, depth=live.accepted, limit=terms.limits.accepted)
     tier = submission.tier or settings.mode
@@ -361,9 +386,28 @@ async def _first_job(connection: Connection, outcome: Mapping[str, str]) -> Stor
     return job
 
 
+async def withdraw_all(connection: Connection, account_id: str, at: datetime) -> list[str]:
+    """End an account's waiting jobs, note on its running ones that they are to end, and return them all.
+
+    Of the caller's transaction; `link.jobs_changed` belongs behind its commit. Locks the account, then the
+    jobs. Raises UnknownAccount.
+    """
+    terms = await ledger_accounts.lock_terms(connection, account_id, at)
+    live = await jobs.live_jobs(connection, account_id)
+    for job_id in live:
+        await _withdraw(connection, terms, job_id, at, "Cancelled before it started: its account was erased.")
+    return live
+
+
 async def _cancel(connection: Connection, account_id: str, job_id: str, at: datetime) -> None:
     # Before the job's row: everybody locks accounts before jobs.
     terms = await ledger_accounts.lock_terms(connection, account_id, at)
+    await _withdraw(connection, terms, job_id, at, "Cancelled by its owner before it started.")
+
+
+async def _withdraw(connection: Connection, terms: Terms, job_id: str, at: datetime, sentence: str) -> None:
+    """End a waiting job, which says `sentence`, or note on a running one; the account is locked."""
+    account_id = terms.account_id
     job = await jobs.lock_job(connection, job_id)
     if job is None or job.account_id != account_id:
         raise NotFoundOrNotYours
@@ -371,9 +415,7 @@ async def _cancel(connection: Connection, account_id: str, job_id: str, at: date
         case JobState.QUEUED:
             balance = await ledger.balance(connection, account_id, at)
             receipt = _receipt_of_nothing(balance.available_ms, terms.currency, at, job)
-            await jobs.cancel_waiting(
-                connection, job_id, receipt, "Cancelled by its owner before it started."
-            )
+            await jobs.cancel_waiting(connection, job_id, receipt, sentence)
         case JobState.RUNNING:
             await jobs.want_cancel(connection, job_id)
         case JobState.SUCCEEDED | JobState.FAILED | JobState.CANCELLED:

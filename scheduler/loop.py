@@ -183,6 +183,7 @@ class Loop:
             self._desk.updates.publish(update)
         for item in self._inbox.drain():
             self._take(item, set(), set())
+        self._roll_call.fleet_met()
         for one in list(self._desk.running):
             self._roll_call.adopt(one, specs[one.attempt_id])
 

@@ -23,6 +23,7 @@ import prometheus_client
 from google.protobuf.descriptor import FileDescriptor, MethodDescriptor
 from prometheus_client import CollectorRegistry, Counter, Gauge, GCCollector, Histogram, ProcessCollector
 
+from billing.thresholds import PERCENTS
 from billing.v1 import admin_pb2, billing_pb2
 from gpu_worker.contract import AttemptResult, Blame, Checkpoint, GpuTime, Outcome, StageTimes, WorkerReport
 from scheduler.policy.ids import Tier
@@ -83,9 +84,13 @@ class AdminAction(StrEnum):
     """What an admin did."""
 
     CREATE_ACCOUNT = "create_account"
+    ERASE_ACCOUNT = "erase_account"
     CREATE_API_KEY = "create_api_key"
+    REVOKE_API_KEY = "revoke_api_key"
+    CREATE_PLAN = "create_plan"
     UPDATE_PLAN = "update_plan"
     ADJUST_BALANCE = "adjust_balance"
+    REFUND_JOB = "refund_job"
     DRAIN_WORKER = "drain_worker"
     RESUME_WORKER = "resume_worker"
     PAUSE_TIER = "pause_tier"
@@ -380,6 +385,8 @@ class SchedulerMetrics:
     """worker"""
     billing_gpu_seconds: Counter
     """plan, kind"""
+    billing_thresholds: Counter
+    """plan, percent"""
     billing_holds: Gauge
     billing_held_gpu_seconds: Gauge
 
@@ -480,6 +487,13 @@ class SchedulerMetrics:
             billing_gpu_seconds=_counter(
                 registry, "billing_gpu_seconds", "Fast GPU time moved by settlements.", "plan", "kind"
             ),
+            billing_thresholds=_counter(
+                registry,
+                "billing_thresholds",
+                "Accounts that used up this percent of a period's fast time.",
+                "plan",
+                "percent",
+            ),
             billing_holds=_gauge(registry, "billing_holds", "Open holds."),
             billing_held_gpu_seconds=_gauge(registry, "billing_held_gpu_seconds", "GPU time in open holds."),
         )
@@ -514,6 +528,8 @@ class SchedulerMetrics:
         for plan in plans:
             for kind in BillingKind:
                 self.billing_gpu_seconds.labels(plan, kind)
+            for percent in PERCENTS:
+                self.billing_thresholds.labels(plan, str(percent))
 
     def queue_seen(
         self, *, tier: Tier, queued: int, running: int, oldest_ms: int | None, now_ms: int
@@ -604,8 +620,13 @@ class SchedulerMetrics:
         for use in GpuUse:
             self.gpu_time_seconds.labels(use).inc(_spent_ms(new, use) / 1000)
 
-    def settled(self, *, plan: str, billed_ms: int, released_ms: int) -> None:
-        """Add what one settlement debited from the plan's fast time, and what of its hold it gave back."""
+    def settled(self, *, plan: str, billed_ms: int, released_ms: int, thresholds: Iterable[int] = ()) -> None:
+        """Add what one settlement debited from the plan's fast time, and what of its hold it gave back.
+
+        `thresholds` are the percents of its account's time that are used up with it.
+        """
+        for percent in thresholds:
+            self.billing_thresholds.labels(plan, str(percent)).inc()
         self.billing_gpu_seconds.labels(plan, BillingKind.DEBIT).inc(billed_ms / 1000)
         self.billing_gpu_seconds.labels(plan, BillingKind.RELEASE).inc(released_ms / 1000)
 

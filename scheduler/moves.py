@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 
 import structlog
 
+from gpu_worker.contract import WorkerReport
 from scheduler.desk import Desk
 from scheduler.metrics import ResumedWhere
 from scheduler.policy.decisions import GiveUp, Migrate, Resume, Start, Stop
@@ -107,7 +108,14 @@ class Moves:
         return len(started) < len(planned) or len(migrated) < len(migrations)
 
     def _planned(self, start: Start) -> dispatch.PlannedAttempt:
-        decision = {"reason": start.reason, "warm": start.warm, **asdict(start.keys)}
+        limits = self._desk.board.limits(start.account_id)
+        decision = {
+            "reason": start.reason,
+            "warm": start.warm,
+            **asdict(start.keys),
+            "limit_running": limits.running,
+            "limit_relax_running": limits.relax_running,
+        }
         if start.parks is not None:
             decision["parks"] = start.parks
         if start.resume_from is not None:
@@ -119,10 +127,11 @@ class Moves:
             account_id=start.account_id,
             tier=start.tier,
             worker_id=start.worker_id,
-            incarnation=self._incarnation(start.worker_id),
+            incarnation=self._report(start.worker_id).incarnation,
             charge=start.charge,
             decision=decision,
             sentence=start.reason,
+            device=self._report(start.worker_id).device,
             parks=start.parks,
             sheltered=start.sheltered,
         )
@@ -133,15 +142,15 @@ class Moves:
             to_attempt_id=str(uuid.uuid4()),
             token=str(uuid.uuid4()),
             worker_id=move.to,
-            incarnation=self._incarnation(move.to),
+            incarnation=self._report(move.to).incarnation,
             decision={"reason": move.reason, "migrated_from": move.attempt_id},
             sentence=move.reason,
         )
 
-    def _incarnation(self, worker_id: str) -> str:
+    def _report(self, worker_id: str) -> WorkerReport:
         report = self._desk.workers.report(worker_id)
         assert report is not None, "the board gives nothing to a worker that is not there"
-        return report.incarnation
+        return report
 
     def _act(self, start: Start, started: dispatch.StartedAttempt, now_ms: int) -> None:
         plan = started.planned
@@ -184,7 +193,7 @@ class Moves:
             running,
             spec,
             started.checkpoint if start.resume_from is not None else None,
-            after_loss=started.losses > 0,
+            after_loss=started.after_loss,
         )
         self._publish(running, started.event_seq)
 

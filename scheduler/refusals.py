@@ -75,6 +75,21 @@ class QueueFull(Refusal):
         return {"depth": str(self.depth), "limit": str(self.limit)}
 
 
+class UnknownKey(Refusal):
+    """The account has no key of that id."""
+
+    reason = "UNKNOWN_KEY"
+
+    def __init__(self, *, account_id: str, key_id: str) -> None:
+        self.account_id = account_id
+        self.key_id = key_id
+        super().__init__(f"The account {account_id} has no key {key_id}. List its keys to see their names.")
+
+    def metadata(self) -> dict[str, str]:
+        """The account and the key."""
+        return {"account": self.account_id, "key": self.key_id}
+
+
 class NotFoundOrNotYours(Refusal):
     """There is no such thing, or it belongs to somebody else; who asks must not learn which."""
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 import structlog
 
 from gpu_worker.contract import AttemptResult, Blame, Outcome, RenderSpec, RunInHand, WorkerReport
+from scheduler.arrivals import memory_beyond
 from scheduler.clock import to_ms
 from scheduler.desk import Desk
 from scheduler.fleet import RenderRefused, WorkerFound, WorkerGone, WorkerHeard
@@ -22,6 +23,7 @@ from scheduler.policy.events import (
     AttemptFinished,
     AttemptLost,
     CheckpointSaved,
+    MemoryOutgrown,
     ModelEvicted,
     ModelLoaded,
     TierPaused,
@@ -29,10 +31,10 @@ from scheduler.policy.events import (
     WorkerJoined,
     WorkerLost,
 )
-from scheduler.policy.ids import AttemptId, Tier, WorkerId
+from scheduler.policy.ids import AttemptId, JobId, Tier, WorkerId
 from scheduler.policy.worker import Worker
 from scheduler.running import Running
-from scheduler.settlement import Settlement, end_of, end_of_lost
+from scheduler.settlement import Settlement, end_of, end_of_lost, end_of_too_large, ran_out_of_memory
 from scheduler.store import checkpoints
 from scheduler.store.checkpoints import SavedCheckpoint, as_policy_sees
 from scheduler.store.endings import AttemptEnd, Settled, Unknown, Verdict
@@ -57,6 +59,7 @@ class RollCall:
         self._settling: dict[str, AttemptResult | None] = {}
         """Attempts whose end is being settled, with what their workers said; None: they were given up."""
         self._paused: frozenset[Tier] = frozenset()
+        self._fleet_is_met = False
 
     def take(self, item: WorkerFound | WorkerHeard | WorkerGone | RenderRefused | AttemptSettled) -> None:
         """Take note of one thing that was heard."""
@@ -71,6 +74,10 @@ class RollCall:
                 self._render_refused(item)
             case AttemptSettled():
                 self._attempt_settled(item)
+
+    def fleet_met(self) -> None:
+        """Note that the workers that lived before this scheduler led have all joined."""
+        self._fleet_is_met = True
 
     def adopt(self, one: Running, spec: RenderSpec) -> None:
         """Bring a worker in step with the row of an attempt that ran before this scheduler led.
@@ -204,10 +211,12 @@ class RollCall:
         """Hold a worker's report against the rows: settle its results, end what is not ours."""
         self._desk.metrics.worker_heard(report, self._desk.clock.now_ms())
         for result in report.unacknowledged:
-            if result.attempt_id not in self._settling:
+            # Whether a larger worker is there is not known before all have joined; its next report says it
+            # again.
+            too_early = ran_out_of_memory(result) and not self._fleet_is_met
+            if result.attempt_id not in self._settling and not too_early:
                 running = self._desk.running.get(result.attempt_id)
-                end = end_of(result, device=report.device, speed_permille=report.speed_permille)
-                self._settle(running, report.worker_id, end, result)
+                self._settle(running, report.worker_id, self._end_of(result, report, running), result)
         at_odds = False
         for run in _in_hand(report):
             # Not ours, or given up already: its loss is being settled, and what it does counts for nothing.
@@ -226,6 +235,22 @@ class RollCall:
                 self._lose(running, "It ran far longer than any job may: the GPU hangs.", executed=True)
         self._desk.workers.heard(report, at_odds=at_odds)
         self._desk.look_at(report.worker_id)
+
+    def _end_of(self, result: AttemptResult, report: WorkerReport, running: Running | None) -> AttemptEnd:
+        """Return what a worker's result comes to, by what the fleet has."""
+        end = end_of(
+            result,
+            device=report.device,
+            speed_permille=report.speed_permille,
+            memory_bytes=report.memory_bytes,
+        )
+        if not end.outgrew_bytes or running is None:
+            return end
+        # Decided before it is settled, so that the job fails in the same transaction. Failed after that by a
+        # decision of the board, it would wait for ever if the scheduler died in between.
+        if self._desk.board.has_memory(running.model, memory_beyond(end.outgrew_bytes)):
+            return end
+        return end_of_too_large(end, running.model)
 
     def _worker_gone(self, gone: WorkerGone) -> None:
         report = self._desk.workers.report(gone.worker_id)
@@ -276,6 +301,11 @@ class RollCall:
             return
         now_ms = self._desk.clock.now_ms()
         if settled.job_state == "queued":
+            if item.end.outgrew_bytes:
+                needed_bytes = memory_beyond(item.end.outgrew_bytes)
+                self._desk.tell(
+                    MemoryOutgrown(at_ms=now_ms, job_id=JobId(running.job_id), memory_bytes=needed_bytes)
+                )
             self._desk.tell(
                 AttemptLost(at_ms=now_ms, attempt_id=AttemptId(attempt_id), executed=settled.counts_as_loss)
             )
@@ -332,7 +362,10 @@ class RollCall:
             )
         if running.tier is Tier.FAST:
             self._desk.metrics.settled(
-                plan=settled.plan, billed_ms=settled.billed_ms, released_ms=settled.released_ms
+                plan=settled.plan,
+                billed_ms=settled.billed_ms,
+                released_ms=settled.released_ms,
+                thresholds=settled.thresholds,
             )
 
 
@@ -346,7 +379,7 @@ def _in_hand(report: WorkerReport) -> Iterator[RunInHand]:
 def _requeue_reason(result: AttemptResult | None) -> RequeueReason:
     if result is not None and result.outcome is Outcome.HANDED_OVER:
         return RequeueReason.DRAIN
-    if result is not None and result.failure_reason == "OUT_OF_MEMORY":
+    if result is not None and ran_out_of_memory(result):
         return RequeueReason.OOM
     return RequeueReason.WORKER_LOST
 

@@ -10,7 +10,7 @@ import asyncio
 import zlib
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import structlog
@@ -39,13 +39,14 @@ _LONGEST_SENTENCE = 500
 _HANDED_OVER = "Its GPU worker saved it in the middle and gave it up."
 
 
-def end_of(result: AttemptResult, *, device: str, speed_permille: int) -> AttemptEnd:
-    """Return what the result of a worker of this device type and speed claims.
+def end_of(result: AttemptResult, *, device: str, speed_permille: int, memory_bytes: int) -> AttemptEnd:
+    """Return what the result of a worker of this device type, speed and memory claims.
 
     A failure that is the platform's counts as a loss and is tried again. One that was handed over is tried
-    again too, and counts as a loss of nobody's.
+    again too, and counts as a loss of nobody's; so is one that ran out of memory, on a larger worker.
     """
     handed_over = result.outcome is Outcome.HANDED_OVER
+    outgrew = ran_out_of_memory(result)
     if result.outcome is Outcome.SUCCEEDED:
         verdict = Verdict.SUCCEEDED
     elif result.outcome is Outcome.CANCELLED:
@@ -57,11 +58,15 @@ def end_of(result: AttemptResult, *, device: str, speed_permille: int) -> Attemp
     return AttemptEnd(
         attempt_id=result.attempt_id,
         token=result.token,
+        incarnation=result.incarnation,
         verdict=verdict,
         gpu_ms=result.times.gpu_ms,
         redone_ms=result.redone_ms,
         kept=result.kept,
-        counts=not handed_over,
+        # Losses are counted to end what might go on for ever. This does not: each try is on a larger worker,
+        # and to stop below the largest would fail a job that there is a GPU for.
+        counts=not handed_over and not outgrew,
+        outgrew_bytes=memory_bytes if outgrew else 0,
         # An artifact store or a hub that is away, or a picture too large, says nothing about this GPU.
         worker_at_fault=result.failure_reason == "ENGINE_ERROR" and result.blame is Blame.PLATFORM,
         times=result.times,
@@ -75,6 +80,23 @@ def end_of(result: AttemptResult, *, device: str, speed_permille: int) -> Attemp
         sentence=_HANDED_OVER
         if handed_over
         else _storable(result.failure_sentence or "")[:_LONGEST_SENTENCE],
+    )
+
+
+def ran_out_of_memory(result: AttemptResult) -> bool:
+    """Return whether a worker's GPU was too small for an attempt."""
+    return result.outcome is Outcome.FAILED and result.failure_reason == "OUT_OF_MEMORY"
+
+
+def end_of_too_large(end: AttemptEnd, model: str) -> AttemptEnd:
+    """Return the end of an attempt that ran out of memory, where no worker has more: its job fails."""
+    return replace(
+        end,
+        verdict=Verdict.FAILED,
+        sentence=(
+            f"The GPU worker ran out of memory with all of its {end.outgrew_bytes / 2**30:.1f} GiB, "
+            f"and no worker for the model {model} has noticeably more. The job costs nothing."
+        ),
     )
 
 

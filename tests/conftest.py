@@ -1,4 +1,7 @@
-"""What every test may ask for: a real PostgreSQL, and a fresh migrated database in it."""
+"""What every test may ask for: a real PostgreSQL, and a fresh migrated database in it.
+
+Every database that a test leaves behind is asked whether the ledger's promises still hold.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before anything imports ray
 import asyncio
 import itertools
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Collection, Iterator
 from pathlib import Path
 
 import asyncpg
@@ -17,6 +20,7 @@ import pytest
 import structlog
 from hypothesis import settings
 
+from scheduler.store import invariants
 from scheduler.store.embedded import embedded_postgresql, with_database
 from scheduler.store.migrate import migrate
 
@@ -56,16 +60,45 @@ def migrated_template(postgresql: str) -> str:
 
 
 @pytest.fixture
-async def database(postgresql: str, migrated_template: str) -> AsyncIterator[str]:
-    """DSN of an empty, migrated database of this test alone."""
+def promises() -> Collection[invariants.Invariant]:
+    """What must hold of the database when a test is over; a folder whose tests are of a part asks less."""
+    return invariants.INVARIANTS
+
+
+@pytest.fixture
+async def database(
+    postgresql: str,
+    migrated_template: str,
+    promises: Collection[invariants.Invariant],
+    request: pytest.FixtureRequest,
+) -> AsyncIterator[str]:
+    """DSN of an empty, migrated database of this test alone; in the end it must keep the promises.
+
+    A test marked `unsound` breaks some on purpose: those of the numbers it names, or any.
+    """
     name = f"test_{next(_numbers)}"
     server = await asyncpg.connect(postgresql)
     await server.execute(f"CREATE DATABASE {name} TEMPLATE {migrated_template}")
     try:
-        yield with_database(postgresql, name)
+        dsn = with_database(postgresql, name)
+        yield dsn
+        unsound = request.node.get_closest_marker("unsound")
+        if unsound is None or unsound.args:
+            excused = () if unsound is None else unsound.args
+            await _ask_whether_it_holds(dsn, [one for one in promises if one.number not in excused])
     finally:
         await server.execute(f"DROP DATABASE {name} WITH (FORCE)")
         await server.close()
+
+
+async def _ask_whether_it_holds(dsn: str, promises: Collection[invariants.Invariant]) -> None:
+    connection = await asyncpg.connect(dsn)
+    try:
+        # Without an account there is nothing to hold; asking all the same would take as long as such a test.
+        if await connection.fetchval("SELECT EXISTS (SELECT FROM billing.account)"):
+            assert await invariants.check(connection, invariants=promises) == []
+    finally:
+        await connection.close()
 
 
 @pytest.fixture

@@ -24,22 +24,45 @@ from typing import Any, Protocol, Self, TypeVar
 
 import grpc
 from google.protobuf.field_mask_pb2 import FieldMask
-from google.protobuf.timestamp_pb2 import Timestamp
 
+from billing.v1 import admin_pb2
 from billing.v1.admin_pb2 import (
     AdjustBalanceRequest,
     AdminAccount,
     ApiKey,
+    AuditEvent,
+    CheckInvariantsRequest,
+    CheckInvariantsResponse,
     CreateAccountRequest,
     CreateApiKeyRequest,
+    CreatePlanRequest,
     EffectiveFrom,
+    EraseAccountRequest,
+    GetPlanRequest,
+    GrantSource,
+    ListAccountsRequest,
+    ListApiKeysRequest,
+    ListAuditEventsRequest,
     ListPlansRequest,
     Plan,
+    Refund,
+    RefundJobRequest,
+    RevokeApiKeyRequest,
     Role,
     UpdatePlanRequest,
 )
 from billing.v1.admin_pb2_grpc import AdminServiceStub
-from billing.v1.billing_pb2 import Balance, GetBalanceRequest
+from billing.v1.billing_pb2 import (
+    Balance,
+    ChangePlanRequest,
+    GetBalanceRequest,
+    GetStatementRequest,
+    ListTransfersRequest,
+    PlanChange,
+    PreviewPlanChangeRequest,
+    Statement,
+    Transfer,
+)
 from billing.v1.billing_pb2_grpc import BillingServiceStub
 from scheduler.client.download import PartFile, announced_name
 from scheduler.client.errors import (
@@ -56,6 +79,7 @@ from scheduler.client.names import (
     account_name,
     image_name,
     job_name,
+    key_name,
     last_part,
     named,
     plan_name,
@@ -116,6 +140,11 @@ ENDED: frozenset[JobState.ValueType] = frozenset(
 _DEADLINE_S = 15.0
 # A day of a large fleet is replayed in about a minute.
 _AUDIT_DEADLINE_S = 600.0
+# How long a service looks at its invariants that is not told.
+_CHECK_WITHIN = timedelta(seconds=60)
+_ERASE_DEADLINE_S = 120.0  # every picture of the account is deleted
+_UPDATE_PLAN_DEADLINE_S = 60.0  # everybody on the plan is counted
+_STATEMENT_DEADLINE_S = 60.0  # a month of a busy account has a line for each of its jobs
 _ESTIMATE_DEADLINE_S = 30.0  # futures are played forward, which takes seconds where much waits
 _CREATE_DEADLINE_S = 60.0  # the front door may first fetch pictures that the prompt names
 
@@ -286,11 +315,19 @@ class DarkroomClient:
         tier: Tier.ValueType = job_pb2.TIER_UNSPECIFIED,
         visibility: Visibility.ValueType = job_pb2.VISIBILITY_UNSPECIFIED,
     ) -> JobHandle:
-        """Submit an upscale again with the other algorithm, light or detailed; reroll any other job."""
+        """Submit an upscale again with the other algorithm, light or detailed; reroll any other job.
+
+        What is made of a private job is private unless `visibility` says otherwise.
+        """
         source = await self.get(job)
-        if source.kind != job_pb2.JOB_KIND_UPSCALE:
-            return await self.reroll(job, tier=tier, visibility=visibility)
         light = source.upscale_algorithm == job_pb2.UPSCALE_ALGORITHM_LIGHT
+        if source.visibility == job_pb2.VISIBILITY_PRIVATE and visibility == job_pb2.VISIBILITY_UNSPECIFIED:
+            # Its grid may be public, and that is what a new upscale would go by.
+            visibility = job_pb2.VISIBILITY_PRIVATE
+        if source.upscale_algorithm == job_pb2.UPSCALE_ALGORITHM_UNSPECIFIED:
+            return await self.reroll(job, tier=tier, visibility=visibility)
+        while source.kind == job_pb2.JOB_KIND_REROLL:
+            source = await self.get(source.source_job)
         other = job_pb2.UPSCALE_ALGORITHM_DETAILED if light else job_pb2.UPSCALE_ALGORITHM_LIGHT
         return await self.upscale(
             source.source_job, source.source_image, algorithm=other, tier=tier, visibility=visibility
@@ -558,6 +595,52 @@ class DarkroomClient:
         """Return the key's own fast time: granted, used, held, left."""
         return await self._call(self._billing.GetBalance, GetBalanceRequest())
 
+    async def list_transfers(self, account: str = "", *, page_size: int = 100) -> AsyncIterator[Transfer]:
+        """Yield the journal's rows of an account, newest first, asking for pages as they are needed.
+
+        `account`, here and in the calls below, is the key's own unless it is given; only admins may give it.
+        """
+        token = ""
+        while True:
+            request = ListTransfersRequest(
+                account=_account_or_own(account), page_size=page_size, page_token=token
+            )
+            page = await self._call(self._billing.ListTransfers, request)
+            for transfer in page.transfers:
+                yield transfer
+            token = page.next_page_token
+            if not token:
+                return
+
+    async def statement(self, account: str = "", *, at: datetime | None = None) -> Statement:
+        """Return the period of an account that holds the moment `at`, aware; None: the present one."""
+        request = GetStatementRequest(account=_account_or_own(account))
+        if at is not None:
+            request.at.FromDatetime(at)
+        return await self._call(self._billing.GetStatement, request, _STATEMENT_DEADLINE_S)
+
+    async def preview_plan_change(self, plan: str, *, account: str = "") -> PlanChange:
+        """Return what a change to `plan` would give and cost now."""
+        request = PreviewPlanChangeRequest(account=_account_or_own(account), plan=plan_name(plan))
+        return await self._call(self._billing.PreviewPlanChange, request)
+
+    async def change_plan(
+        self, plan: str, *, etag: str = "", account: str = "", reason: str = ""
+    ) -> PlanChange:
+        """Change to `plan`: at once to one with more fast time, else at the end of the period.
+
+        With the `etag` of a preview it is done as that said, or refused with EtagMismatch. Naming the present
+        plan takes back a change that was to come. For another account than the key's own, say the `reason`.
+        """
+        request = ChangePlanRequest(
+            request_id=_new_request_id(),
+            account=_account_or_own(account),
+            plan=plan_name(plan),
+            etag=etag,
+            reason=reason,
+        )
+        return await self._call(self._billing.ChangePlan, request)
+
     # What operators do. The reason is kept with the audit event.
 
     async def workers(self) -> list[Worker]:
@@ -610,6 +693,30 @@ class DarkroomClient:
         )
         return await self._call(self._admin.CreateAccount, request)
 
+    async def admin_account(self, account: str) -> AdminAccount:
+        """Return an account as admins see it, with its balance."""
+        request = admin_pb2.GetAccountRequest(name=account_name(account))
+        return await self._call(self._admin.GetAccount, request)
+
+    async def accounts(self, *, plan: str = "", page_size: int = 100) -> AsyncIterator[AdminAccount]:
+        """Yield all accounts, or those of a plan, without balances, in the order of their ids."""
+        token = ""
+        while True:
+            request = ListAccountsRequest(
+                page_size=page_size, page_token=token, plan=plan_name(plan) if plan else ""
+            )
+            page = await self._call(self._admin.ListAccounts, request)
+            for account in page.accounts:
+                yield account
+            token = page.next_page_token
+            if not token:
+                return
+
+    async def erase_account(self, account: str, *, reason: str) -> AdminAccount:
+        """Delete an account's prompts, pictures and keys for good; the ledger keeps a pseudonym."""
+        request = EraseAccountRequest(request_id=_new_request_id(), name=account_name(account), reason=reason)
+        return await self._call(self._admin.EraseAccount, request, _ERASE_DEADLINE_S)
+
     async def create_api_key(self, account: str, *, role: Role.ValueType, reason: str) -> ApiKey:
         """Make a key of an account. Its secret is in this answer and nowhere else."""
         request = CreateApiKeyRequest(
@@ -617,29 +724,124 @@ class DarkroomClient:
         )
         return await self._call(self._admin.CreateApiKey, request)
 
+    async def api_keys(self, account: str) -> list[ApiKey]:
+        """Return an account's keys, without their secrets."""
+        request = ListApiKeysRequest(account=account_name(account))
+        return list((await self._call(self._admin.ListApiKeys, request)).keys)
+
+    async def revoke_api_key(self, account: str, key: str, *, reason: str) -> ApiKey:
+        """End a key of an account, given by its id or its resource name."""
+        request = RevokeApiKeyRequest(
+            request_id=_new_request_id(), name=key_name(account, key), reason=reason
+        )
+        return await self._call(self._admin.RevokeApiKey, request)
+
     async def plans(self) -> list[Plan]:
         """Return the newest version of every plan."""
         return list((await self._call(self._admin.ListPlans, ListPlansRequest())).plans)
 
-    async def update_plan(self, plan: Plan, *, effective_from: EffectiveFrom.ValueType, reason: str) -> Plan:
-        """Make a new version of a plan; `plan` is taken whole, and its etag must be the one that was read."""
+    async def plan(self, plan: str, *, version: int | None = None) -> Plan:
+        """Return the newest version of a plan, or the one that is given."""
+        name = plan_name(plan) + (f"/versions/{version}" if version is not None else "")
+        return await self._call(self._admin.GetPlan, GetPlanRequest(name=name))
+
+    async def create_plan(self, plan: Plan, *, reason: str) -> Plan:
+        """Make a plan; `plan` is taken whole, without version and etag."""
+        request = CreatePlanRequest(request_id=_new_request_id(), plan=plan, reason=reason)
+        return await self._call(self._admin.CreatePlan, request)
+
+    async def update_plan(
+        self,
+        plan: Plan,
+        *,
+        effective_from: EffectiveFrom.ValueType,
+        reason: str,
+        validate_only: bool = False,
+    ) -> Plan:
+        """Make a new version of a plan; `plan` is taken whole, and its etag must be the one that was read.
+
+        Its `impact` says who is touched. With `validate_only` it only says so, and nothing is changed.
+        """
         request = UpdatePlanRequest(
-            request_id=_new_request_id(), plan=plan, effective_from=effective_from, reason=reason
+            request_id=_new_request_id(),
+            plan=plan,
+            effective_from=effective_from,
+            reason=reason,
+            validate_only=validate_only,
         )
-        return await self._call(self._admin.UpdatePlan, request)
+        return await self._call(self._admin.UpdatePlan, request, _UPDATE_PLAN_DEADLINE_S)
 
     async def adjust_balance(
-        self, account: str, *, amount_ms: int, reason: str, expires: datetime | None = None
+        self,
+        account: str,
+        *,
+        amount_ms: int,
+        reason: str,
+        expires: datetime | None = None,
+        source: GrantSource.ValueType = admin_pb2.GRANT_SOURCE_UNSPECIFIED,
     ) -> Balance:
-        """Grant an account GPU milliseconds of fast time, or take unused ones away; return its balance."""
+        """Grant an account GPU milliseconds of fast time, or take unused ones away; return its balance.
+
+        `source` says what is granted, which decides when it burns; what is not used when it `expires`, an
+        aware time, is gone.
+        """
         request = AdjustBalanceRequest(
-            request_id=_new_request_id(), account=account_name(account), amount_ms=amount_ms, reason=reason
+            request_id=_new_request_id(),
+            account=account_name(account),
+            amount_ms=amount_ms,
+            reason=reason,
+            source=source,
         )
         if expires is not None:
-            at = Timestamp()
-            at.FromDatetime(expires)
-            request.expire_time.CopyFrom(at)
+            request.expire_time.FromDatetime(expires)
         return await self._call(self._admin.AdjustBalance, request)
+
+    async def refund(self, job: str, *, reason: str, amount_ms: int = 0) -> Refund:
+        """Give back `amount_ms` of the time a job was billed; 0: all that is not given back yet."""
+        request = RefundJobRequest(
+            request_id=_new_request_id(), job=job_name(job), reason=reason, amount_ms=amount_ms
+        )
+        return await self._call(self._admin.RefundJob, request)
+
+    async def audit_events(
+        self,
+        *,
+        target: str = "",
+        actor: str = "",
+        start: datetime | None = None,
+        end: datetime | None = None,
+        page_size: int = 100,
+    ) -> AsyncIterator[AuditEvent]:
+        """Yield what admins and operators did, newest first, asking for pages as they are needed.
+
+        `target` is a resource name and stands for all below it; `start` and `end` are aware.
+        """
+        request = ListAuditEventsRequest(page_size=page_size, target=target, actor=actor)
+        if start is not None:
+            getattr(request, "from").FromDatetime(start)  # the field's name is a keyword here
+        if end is not None:
+            request.until.FromDatetime(end)
+        while True:
+            page = await self._call(self._admin.ListAuditEvents, request)
+            for event in page.events:
+                yield event
+            request.page_token = page.next_page_token
+            if not request.page_token:
+                return
+
+    async def check_invariants(
+        self, *, within: timedelta | None = None, replay: bool = False
+    ) -> CheckInvariantsResponse:
+        """Ask every invariant of the ledger of the live database, within a time; None: a minute.
+
+        What was not asked by then has -1 violations. `replay` also replays the whole journal by a second
+        program, in the time that is left.
+        """
+        request = CheckInvariantsRequest(replay=replay)
+        if within is not None:
+            request.within_ms = within // timedelta(milliseconds=1)
+        deadline_s = (within or _CHECK_WITHIN).total_seconds() + _DEADLINE_S
+        return await self._call(self._admin.CheckInvariants, request, deadline_s)
 
     # Calls
 
@@ -738,6 +940,10 @@ async def _imagined(
 ) -> CreateJobRequest:
     imagine = Imagine(prompt=prompt, model=model, pictures=await contents(pictures))
     return CreateJobRequest(imagine=imagine, tier=tier, visibility=visibility)
+
+
+def _account_or_own(account: str) -> str:
+    return account_name(account) if account else OWN_ACCOUNT
 
 
 def _new_request_id() -> str:

@@ -2,7 +2,7 @@
 
 Exit status: 0 done; 1 the service refused; 2 the command was not understood; 3 the service cannot be
 reached, is overloaded or failed; 4 the job ended without pictures; 5 a job that was verified came out
-different; 130 interrupted.
+different; 6 a check found something that must not be; 130 interrupted.
 
 The commands that run a service live in the server's packages, which a client need not have installed; here
 they are only named, and handed over with their arguments as they came.
@@ -20,6 +20,7 @@ from typing import Annotated
 import typer
 
 from scheduler.client.aio import DarkroomClient, succeeded
+from scheduler.client.commands_account import add_to as add_account_to
 from scheduler.client.commands_admin import admin
 from scheduler.client.commands_making import (
     DEFAULT_FOLDER,
@@ -41,22 +42,21 @@ from scheduler.client.printing import Printer
 from scheduler.client.running import (
     JobArgument,
     Json,
+    WholeJobArgument,
     config_of,
     expected_trouble,
-    job_argument,
     named_argument,
     run,
 )
 from scheduler.client.terminal import kind_word, state_word
-from scheduler.v1 import job_pb2
-from scheduler.v1.job_pb2 import Job, JobState, Tier, Visibility
+from scheduler.v1.job_pb2 import Job, JobState
 
 app = typer.Typer(
     name="darkroom",
     help="Make pictures on a shared cluster of GPUs.",
     epilog=(
         "Exit status: 0 done, 1 refused, 2 not understood, 3 service unreachable or overloaded, "
-        "4 the job ended without pictures, 5 verified and different, 130 interrupted."
+        "4 the job ended without pictures, 5 verified and different, 6 checked and broken, 130 interrupted."
     ),
     no_args_is_help=True,
     add_completion=False,
@@ -67,10 +67,6 @@ app.add_typer(admin, name="admin")
 config_app = typer.Typer(help="Where the service is and which key to use.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 
-MovedJob = Annotated[
-    str | None,
-    typer.Argument(metavar="[JOB]", parser=job_argument, help="Only this job, which must be waiting."),
-]
 Limit = Annotated[int, typer.Option("--limit", min=1, help="At most so many.")]
 
 
@@ -211,7 +207,7 @@ def cancel(context: typer.Context, job: JobArgument, as_json: Json = False) -> N
 @app.command()
 def delete(
     context: typer.Context,
-    job: JobArgument,
+    job: WholeJobArgument,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -336,99 +332,7 @@ def download(
     run(context, printer, work)
 
 
-# The account
-
-
-@app.command()
-def info(context: typer.Context, as_json: Json = False) -> None:
-    """Print the account: plan, fast time left, mode, jobs."""
-    printer = Printer(as_json=as_json)
-
-    async def work(client: DarkroomClient) -> None:
-        printer.account(await client.account())
-
-    run(context, printer, work)
-
-
-@app.command()
-def fast(context: typer.Context, job: MovedJob = None, as_json: Json = False) -> None:
-    """Make fast the mode of jobs that do not say otherwise; or move a waiting job to it."""
-    _choose_tier(context, job, job_pb2.TIER_FAST, as_json)
-
-
-@app.command()
-def relax(context: typer.Context, job: MovedJob = None, as_json: Json = False) -> None:
-    """Make relax the mode of jobs that do not say otherwise; or move a waiting job to it."""
-    _choose_tier(context, job, job_pb2.TIER_RELAX, as_json)
-
-
-def _choose_tier(context: typer.Context, job: str | None, tier: Tier.ValueType, as_json: bool) -> None:
-    if job is None:
-        _update_account(context, as_json, mode=tier)
-        return
-    printer = Printer(as_json=as_json)
-
-    async def work(client: DarkroomClient) -> None:
-        printer.job(await client.move(job, tier))
-
-    run(context, printer, work)
-
-
-@app.command()
-def private(context: typer.Context, as_json: Json = False) -> None:
-    """Make pictures private unless a job says otherwise."""
-    _update_account(context, as_json, visibility=job_pb2.VISIBILITY_PRIVATE)
-
-
-@app.command()
-def public(context: typer.Context, as_json: Json = False) -> None:
-    """Make pictures public unless a job says otherwise."""
-    _update_account(context, as_json, visibility=job_pb2.VISIBILITY_PUBLIC)
-
-
-class Consent(StrEnum):
-    """Answers to whether fast jobs may be charged beyond the plan."""
-
-    ON = "on"
-    OFF = "off"
-
-
-@app.command()
-def overage(
-    context: typer.Context,
-    consent: Consent,
-    cap: Annotated[
-        float | None,
-        typer.Option(min=0, help="Most to be charged in a month, in the plan's currency; 0: no cap."),
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Say whether fast jobs go on, charged for each, once the plan's time is used up."""
-    cap_micros = round(cap * 1_000_000) if cap is not None else None
-    _update_account(context, as_json, overage_allowed=consent is Consent.ON, spend_cap_micros=cap_micros)
-
-
-def _update_account(
-    context: typer.Context,
-    as_json: bool,
-    *,
-    mode: Tier.ValueType | None = None,
-    visibility: Visibility.ValueType | None = None,
-    overage_allowed: bool | None = None,
-    spend_cap_micros: int | None = None,
-) -> None:
-    printer = Printer(as_json=as_json)
-
-    async def work(client: DarkroomClient) -> None:
-        account = await client.update_account(
-            mode=mode,
-            visibility=visibility,
-            overage_allowed=overage_allowed,
-            spend_cap_micros=spend_cap_micros,
-        )
-        printer.account(account)
-
-    run(context, printer, work)
+add_account_to(app)
 
 
 # The client's own settings

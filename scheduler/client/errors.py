@@ -34,6 +34,8 @@ class ExitCode(IntEnum):
     """The job ended without pictures."""
     DIFFERENT = 5
     """A job was made again to verify it, and the pictures are not the same bits."""
+    VIOLATED = 6
+    """A check found something that must not be, or could not ask everything."""
     INTERRUPTED = 130
 
 
@@ -271,14 +273,49 @@ class UnknownPlan(Refusal):
     """The service has no such plan."""
 
     reason = "UNKNOWN_PLAN"
-    advice = "`darkroom admin plans list` names them."
+    advice = "`darkroom admin plans show` names them."
+
+
+class PlanExists(Refusal):
+    """A plan of that name is there already."""
+
+    reason = "PLAN_EXISTS"
+    advice = "Change it, `darkroom admin plans set PLAN`, or choose another name."
+
+
+class NothingCharged(Refusal):
+    """The job was never charged: it was relax, failed, has not ended, or is not of that account."""
+
+    reason = "NOTHING_CHARGED"
+    advice = "`darkroom show JOB --receipt` says what a job cost."
+
+
+class RefundTooLarge(Refusal):
+    """No more can be given back than a job was charged, refunds before this one included."""
+
+    reason = "REFUND_TOO_LARGE"
+    advice = "Leave --minutes out to give back all that is left, or grant time: `darkroom admin grant`."
+
+
+class OutsidePeriods(Refusal):
+    """The account had no period at that moment: it was not open yet, or the moment is still to come."""
+
+    reason = "OUTSIDE_PERIODS"
+    advice = "Name a moment between those two with --at, or leave it out for the present period."
+
+
+class UnknownKey(Refusal):
+    """The account has no such key."""
+
+    reason = "UNKNOWN_KEY"
+    advice = "`darkroom admin keys list ACCOUNT` names them."
 
 
 class UnknownAccount(Refusal):
     """The service has no such account."""
 
     reason = "UNKNOWN_ACCOUNT"
-    advice = "Check the id, or open the account: `darkroom admin accounts create`."
+    advice = "`darkroom admin accounts list` names them; `darkroom admin accounts create` opens one."
 
 
 class AccountExists(Refusal):
@@ -352,6 +389,14 @@ class PictureNotSendable(DarkroomError):
 
     reason = "PICTURE_NOT_SENDABLE"
     advice = "Give PNG, JPEG or WebP files. A copy of 1024 pixels a side is as good: more is not looked at."
+    exit_code = ExitCode.USAGE
+
+
+class PlanNotUnderstood(DarkroomError):
+    """What was given for a plan cannot be used; nothing was sent."""
+
+    reason = "PLAN_NOT_UNDERSTOOD"
+    advice = "`darkroom admin plans show --toml` prints the plans as they are written."
     exit_code = ExitCode.USAGE
 
 

@@ -106,6 +106,14 @@ def plan_name(text: str) -> str:
     return text if text.startswith("plans/") else f"plans/{text.lower()}"
 
 
+def key_name(account: str, text: str) -> str:
+    """Return `accounts/{a}/keys/{id}` for a key given by name, by id, or by how it begins: `dk_{id}`."""
+    if text.startswith("accounts/"):
+        return text
+    key_id = text.removeprefix("dk_").partition("_")[0]
+    return f"{account_name(account)}/keys/{key_id}"
+
+
 def worker_name(text: str) -> str:
     """Return `workers/{w}` for a worker given by id or by name."""
     return text if text.startswith("workers/") else f"workers/{text}"

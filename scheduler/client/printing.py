@@ -20,8 +20,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from billing.v1.admin_pb2 import Plan
-from billing.v1.billing_pb2 import Balance
 from scheduler.client.aio import ENDED
 from scheduler.client.errors import DarkroomError
 from scheduler.client.names import last_part, worker_id
@@ -32,7 +30,6 @@ from scheduler.client.terminal import (
     duration,
     expected_start,
     kind_word,
-    money,
     plain,
     print_picture,
     receipt_sentence,
@@ -42,7 +39,6 @@ from scheduler.client.terminal import (
 )
 from scheduler.client.verify import Comparison, facts_of, record_of
 from scheduler.v1 import fleet_pb2, job_pb2
-from scheduler.v1.account_pb2 import Account
 from scheduler.v1.fleet_pb2 import (
     AuditFairnessResponse,
     FindingCase,
@@ -59,10 +55,11 @@ from scheduler.v1.job_pb2 import Estimate, EstimateOption, Explanation, Job, Vis
 class Printer:
     """Prints for one command."""
 
-    def __init__(self, *, as_json: bool = False, pictures: bool = False) -> None:
+    def __init__(self, *, as_json: bool = False, pictures: bool = False, to_stderr: bool = False) -> None:
         self.as_json = as_json
         self.pictures = pictures
-        self.out = Console(highlight=False, markup=False, emoji=False)
+        # What a question is about is not the answer of the command: it goes where the question goes.
+        self.out = Console(highlight=False, markup=False, emoji=False, stderr=to_stderr)
         self.err = Console(highlight=False, markup=False, emoji=False, stderr=True)
 
     def line(self, *cells: str) -> None:
@@ -422,71 +419,6 @@ class Printer:
         ]
         self.table(["tier", "waiting", "held", "running", "parked", "oldest waits", "state"], rows)
 
-    def account(self, account: Account) -> None:
-        """Print what `darkroom info` is asked for."""
-        if self.as_json:
-            self.document(account)
-            return
-        balance, limits = account.balance, account.limits
-        overage = "not allowed; fast jobs are refused when the plan's time is used up"
-        if account.overage_allowed:
-            cap = (
-                money(account.spend_cap_micros, balance.currency_code) if account.spend_cap_micros else "none"
-            )
-            overage = f"allowed, cap {cap}"
-        self.facts(
-            [
-                ("account", last_part(account.name) + (" (blocked)" if account.blocked else "")),
-                ("mode", tier_word(account.mode)),
-                ("visibility", visibility_word(account.visibility)),
-                *_balance_facts(balance),
-                ("overage", overage),
-                ("jobs", f"{account.jobs_running} running, {account.jobs_waiting} waiting"),
-                (
-                    "limits",
-                    f"{limits.running} running at once, {limits.relax_running} of them relax, "
-                    f"{limits.accepted} accepted",
-                ),
-            ]
-        )
-
-    def balance(self, balance: Balance) -> None:
-        """Print an account's fast time."""
-        if self.as_json:
-            self.document(balance)
-            return
-        self.facts([("account", last_part(balance.account)), *_balance_facts(balance)])
-
-    def plans(self, plans: Sequence[Plan]) -> None:
-        """Print plans, one a line."""
-        if self.as_json:
-            self.document({"plans": [to_json(plan) for plan in plans]})
-            return
-        rows = [
-            [
-                last_part(plan.name),
-                str(plan.version),
-                duration(plan.quota_ms),
-                f"{plan.limits.running}/{plan.limits.relax_running}/{plan.limits.accepted}",
-                f"{plan.relax_weight_milli / 1000:g}",
-                f"×{plan.private_multiplier_bp / 10_000:g}" if plan.private_allowed else "no",
-                money(plan.overage_micros_per_minute, plan.currency_code)
-                if plan.overage_micros_per_minute
-                else "no",
-            ]
-            for plan in plans
-        ]
-        header = [
-            "plan",
-            "version",
-            "fast a month",
-            "running/relax/accepted",
-            "relax weight",
-            "private",
-            "overage a minute",
-        ]
-        self.table(header, rows)
-
 
 def to_json(value: Message | dict[str, Any]) -> dict[str, Any]:
     """Return a message with protobuf's JSON names, fields without a value included."""
@@ -549,16 +481,3 @@ def _source(job: Job) -> str:
         return ""
     picture = f", picture {job.source_image}" if job.source_image else ""
     return last_part(job.source_job) + picture
-
-
-def _balance_facts(balance: Balance) -> list[tuple[str, str]]:
-    posted = balance.overage_posted_micros
-    return [
-        ("plan", last_part(balance.plan)),
-        ("fast time left", f"{duration(balance.available_ms)} of {duration(balance.granted_ms)}"),
-        ("used", duration(balance.used_ms)),
-        ("held by running jobs", duration(balance.held_ms)),
-        ("renews", when(balance, "renew_time")),
-        ("overage so far", money(posted, balance.currency_code) if posted else ""),
-        ("relax used", duration(balance.relax_used_ms)),
-    ]

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Annotated
 
 import typer
@@ -19,7 +21,30 @@ from scheduler.client.errors import DarkroomError, ExitCode
 from scheduler.client.names import Named, named
 from scheduler.client.printing import Printer
 
+DATES = ["%Y-%m-%d", "%Y-%m-%dT%H:%M", "%Y-%m-%dT%H:%M:%S"]
+"""How moments are typed, all of them UTC; a day is its beginning."""
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON: one document, or one a line for streams.")]
+
+
+Reason = Annotated[str, typer.Option(help="Why; kept with the audit event.")]
+
+_SPANS = {
+    "s": timedelta(seconds=1),
+    "m": timedelta(minutes=1),
+    "h": timedelta(hours=1),
+    "d": timedelta(days=1),
+}
+
+
+def span(text: str | timedelta) -> timedelta:
+    """Return a span of time that was typed. Raises typer.BadParameter."""
+    if isinstance(text, timedelta):
+        return text
+    match = re.fullmatch(r"(\d{1,6})([smhd])", text.strip(), re.ASCII)
+    if match is None or int(match[1]) == 0:
+        raise typer.BadParameter(f"{text!r} is no span of time: type 90m, 24h or 7d")
+    return int(match[1]) * _SPANS[match[2]]
 
 
 def named_argument(text: str | Named) -> Named:
@@ -42,6 +67,21 @@ JobArgument = Annotated[
     typer.Argument(
         metavar="JOB", parser=job_argument, help="Job id, resource name, or name of a file saved of it."
     ),
+]
+
+
+def whole_job_argument(text: str) -> str:
+    """Return the resource name of a job that was typed, and not a part of it. Raises typer.BadParameter."""
+    named = named_argument(text)
+    if named.image is not None or named.video is not None:
+        raise typer.BadParameter(
+            f"{text} names a part of a job, and only a whole job can be taken: give its id alone."
+        )
+    return named.job
+
+
+WholeJobArgument = Annotated[
+    str, typer.Argument(metavar="JOB", parser=whole_job_argument, help="Job id or resource name.")
 ]
 
 

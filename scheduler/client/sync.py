@@ -15,8 +15,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from billing.v1.admin_pb2 import AdminAccount, ApiKey, EffectiveFrom, Plan, Role
-from billing.v1.billing_pb2 import Balance
+from billing.v1 import admin_pb2
+from billing.v1.admin_pb2 import (
+    AdminAccount,
+    ApiKey,
+    AuditEvent,
+    CheckInvariantsResponse,
+    EffectiveFrom,
+    GrantSource,
+    Plan,
+    Refund,
+    Role,
+)
+from billing.v1.billing_pb2 import Balance, PlanChange, Statement, Transfer
 from scheduler.client import aio
 from scheduler.client.aio import RetryPolicy, Tls
 from scheduler.v1 import job_pb2
@@ -282,6 +293,22 @@ class DarkroomClient:
         """Return the key's own fast time: granted, used, held, left."""
         return self._loop.run(self._client.balance())
 
+    def list_transfers(self, account: str = "", *, page_size: int = 100) -> Iterator[Transfer]:
+        """Yield the journal's rows of an account, the key's own unless it is given, newest first."""
+        return self._loop.iterate(self._client.list_transfers(account, page_size=page_size))
+
+    def statement(self, account: str = "", *, at: datetime | None = None) -> Statement:
+        """Return the period of an account that holds the moment `at`; None: the present one."""
+        return self._loop.run(self._client.statement(account, at=at))
+
+    def preview_plan_change(self, plan: str, *, account: str = "") -> PlanChange:
+        """Return what a change to `plan` would give and cost now."""
+        return self._loop.run(self._client.preview_plan_change(plan, account=account))
+
+    def change_plan(self, plan: str, *, etag: str = "", account: str = "", reason: str = "") -> PlanChange:
+        """Change to `plan`, with the `etag` of a preview exactly as that said."""
+        return self._loop.run(self._client.change_plan(plan, etag=etag, account=account, reason=reason))
+
     def workers(self) -> list[Worker]:
         """Return every worker."""
         return self._loop.run(self._client.workers())
@@ -314,25 +341,96 @@ class DarkroomClient:
         """Open an account on a plan; without an id it gets a random one."""
         return self._loop.run(self._client.create_account(plan=plan, account_id=account_id, reason=reason))
 
+    def admin_account(self, account: str) -> AdminAccount:
+        """Return an account as admins see it, with its balance."""
+        return self._loop.run(self._client.admin_account(account))
+
+    def accounts(self, *, plan: str = "", page_size: int = 100) -> Iterator[AdminAccount]:
+        """Yield all accounts, or those of a plan, without balances, in the order of their ids."""
+        return self._loop.iterate(self._client.accounts(plan=plan, page_size=page_size))
+
+    def erase_account(self, account: str, *, reason: str) -> AdminAccount:
+        """Delete an account's prompts, pictures and keys for good; the ledger keeps a pseudonym."""
+        return self._loop.run(self._client.erase_account(account, reason=reason))
+
     def create_api_key(self, account: str, *, role: Role.ValueType, reason: str) -> ApiKey:
         """Make a key of an account. Its secret is in this answer and nowhere else."""
         return self._loop.run(self._client.create_api_key(account, role=role, reason=reason))
+
+    def api_keys(self, account: str) -> list[ApiKey]:
+        """Return an account's keys, without their secrets."""
+        return self._loop.run(self._client.api_keys(account))
+
+    def revoke_api_key(self, account: str, key: str, *, reason: str) -> ApiKey:
+        """End a key of an account, given by its id or its resource name."""
+        return self._loop.run(self._client.revoke_api_key(account, key, reason=reason))
 
     def plans(self) -> list[Plan]:
         """Return the newest version of every plan."""
         return self._loop.run(self._client.plans())
 
-    def update_plan(self, plan: Plan, *, effective_from: EffectiveFrom.ValueType, reason: str) -> Plan:
-        """Make a new version of a plan."""
-        return self._loop.run(self._client.update_plan(plan, effective_from=effective_from, reason=reason))
+    def plan(self, plan: str, *, version: int | None = None) -> Plan:
+        """Return the newest version of a plan, or the one that is given."""
+        return self._loop.run(self._client.plan(plan, version=version))
+
+    def create_plan(self, plan: Plan, *, reason: str) -> Plan:
+        """Make a plan; `plan` is taken whole, without version and etag."""
+        return self._loop.run(self._client.create_plan(plan, reason=reason))
+
+    def update_plan(
+        self,
+        plan: Plan,
+        *,
+        effective_from: EffectiveFrom.ValueType,
+        reason: str,
+        validate_only: bool = False,
+    ) -> Plan:
+        """Make a new version of a plan, or with `validate_only` say whom it would touch."""
+        return self._loop.run(
+            self._client.update_plan(
+                plan, effective_from=effective_from, reason=reason, validate_only=validate_only
+            )
+        )
 
     def adjust_balance(
-        self, account: str, *, amount_ms: int, reason: str, expires: datetime | None = None
+        self,
+        account: str,
+        *,
+        amount_ms: int,
+        reason: str,
+        expires: datetime | None = None,
+        source: GrantSource.ValueType = admin_pb2.GRANT_SOURCE_UNSPECIFIED,
     ) -> Balance:
         """Grant an account GPU milliseconds of fast time, or take unused ones away."""
         return self._loop.run(
-            self._client.adjust_balance(account, amount_ms=amount_ms, reason=reason, expires=expires)
+            self._client.adjust_balance(
+                account, amount_ms=amount_ms, reason=reason, expires=expires, source=source
+            )
         )
+
+    def refund(self, job: str, *, reason: str, amount_ms: int = 0) -> Refund:
+        """Give back `amount_ms` of the time a job was billed; 0: all that is not given back yet."""
+        return self._loop.run(self._client.refund(job, reason=reason, amount_ms=amount_ms))
+
+    def audit_events(
+        self,
+        *,
+        target: str = "",
+        actor: str = "",
+        start: datetime | None = None,
+        end: datetime | None = None,
+        page_size: int = 100,
+    ) -> Iterator[AuditEvent]:
+        """Yield what admins and operators did, newest first."""
+        return self._loop.iterate(
+            self._client.audit_events(target=target, actor=actor, start=start, end=end, page_size=page_size)
+        )
+
+    def check_invariants(
+        self, *, within: timedelta | None = None, replay: bool = False
+    ) -> CheckInvariantsResponse:
+        """Ask every invariant of the ledger of the live database, within a time; None: a minute."""
+        return self._loop.run(self._client.check_invariants(within=within, replay=replay))
 
     def _handle(self, made: Coroutine[Any, Any, aio.JobHandle]) -> JobHandle:
         return JobHandle(self._loop, self._loop.run(made))

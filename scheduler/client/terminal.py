@@ -66,6 +66,19 @@ def duration(ms: int) -> str:
     return sign + " ".join(parts)
 
 
+def exact_duration(ms: int) -> str:
+    """Return milliseconds for people who add them up: `3.421 s`, `14 h 59 min 56.579 s`, `15 h`."""
+    sign, ms = ("-", -ms) if ms < 0 else ("", ms)
+    minutes, ms = divmod(ms, 60_000)
+    hours, minutes = divmod(minutes, 60)
+    parts = [f"{hours} h"] if hours else []
+    if minutes:
+        parts.append(f"{minutes} min")
+    if ms or not parts:
+        parts.append(f"{ms // 1000}.{ms % 1000:03} s")
+    return sign + " ".join(parts)
+
+
 def about(ms: int) -> str:
     """Return an expected time for people, no finer than it can be known: `20 s`, `3 min`, `2 h 10 min`."""
     seconds = (max(ms, 0) + 500) // 1000

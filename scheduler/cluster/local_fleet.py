@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from gpu_worker.contract import (
@@ -54,6 +54,7 @@ class _Stub:
 
     worker_id: str
     incarnation: str
+    memory_bytes: int
     warm_models: tuple[str, ...] = ()
     stack: list[_Run] = field(default_factory=list)
     """The active run is the last, the others are parked."""
@@ -66,16 +67,27 @@ class LocalFleet:
     """Implements `scheduler.fleet.Fleet`."""
 
     def __init__(
-        self, *, workers: int, take_ms: int | None, gpu_ms: int | None = None, device: str = "stub"
+        self,
+        *,
+        workers: int,
+        take_ms: int | None,
+        gpu_ms: int | None = None,
+        device: str = "stub",
+        memory_bytes: Sequence[int] | None = None,
     ) -> None:
         """Make `workers` workers whose attempts end after `take_ms` with the GPU (None: when told)
-        and count `gpu_ms` (None: that).
+        and count `gpu_ms` (None: that). `memory_bytes`: of each.
         """
+        memory_bytes = memory_bytes or [_MEMORY_BYTES] * workers
         self._take_ms = take_ms
         self._gpu_ms = gpu_ms if gpu_ms is not None else (take_ms or 0)
         self._device = device
         self._stubs = {
-            f"here/gpu-{index}": _Stub(worker_id=f"here/gpu-{index}", incarnation=str(uuid.uuid4()))
+            f"here/gpu-{index}": _Stub(
+                worker_id=f"here/gpu-{index}",
+                incarnation=str(uuid.uuid4()),
+                memory_bytes=memory_bytes[index],
+            )
             for index in range(workers)
         }
         self._epoch = 0
@@ -319,7 +331,7 @@ class LocalFleet:
             epoch=self._epoch,
             device=self._device,
             speed_permille=1000,
-            memory_bytes=_MEMORY_BYTES,
+            memory_bytes=stub.memory_bytes,
             memory_used_bytes=0,
             warm_models=stub.warm_models,
             active=in_hand[-1] if in_hand else None,

@@ -12,7 +12,7 @@ import grpc
 from billing import accounts as ledger_accounts
 from billing import idempotency, ledger
 from billing.refusals import PlanLacksPrivate
-from scheduler.frontdoor import messages, translate
+from scheduler.frontdoor import ledger_messages, messages, translate
 from scheduler.frontdoor.fields import Violations, digest
 from scheduler.frontdoor.gate import caller
 from scheduler.link import SchedulerLink
@@ -140,4 +140,5 @@ async def _account(connection: Connection, account_id: str, at: datetime) -> acc
         jobs_waiting=live.waiting,
         limits=messages.limits(terms.limits),
         blocked=settings.blocked,
+        scheduled_plan=ledger_messages.plan_name(terms.scheduled_plan),
     )

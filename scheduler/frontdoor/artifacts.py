@@ -19,7 +19,7 @@ CHUNK_BYTES = 64 * 1024
 
 
 class Artifacts:
-    """The artifact store at an fsspec address."""
+    """The artifact store at an fsspec address. Overloaded is any trouble that it has."""
 
     def __init__(self, url: str) -> None:
         self._files, self._root = fsspec.core.url_to_fs(url)
@@ -36,14 +36,16 @@ class Artifacts:
                 await asyncio.to_thread(file.close)
         except FileNotFoundError as missing:
             raise PictureMissing(file_name=wanted.file_name) from missing
-        except OSError as away:
+        except Exception as away:
+            # Object stores have errors of their own libraries.
             raise _away() from away
 
     async def put(self, path: str, content: bytes) -> None:
         """Write a file whole, over one that may be there; durable when this returns. Raises Overloaded."""
+        full_path = self._below_root(path)
         try:
-            await asyncio.to_thread(self._put, self._below_root(path), content)
-        except OSError as away:
+            await asyncio.to_thread(self._put, full_path, content)
+        except Exception as away:
             raise _away() from away
 
     def _put(self, full_path: str, content: bytes) -> None:
@@ -60,10 +62,10 @@ class Artifacts:
 
     async def delete(self, path: str) -> None:
         """Delete a file, or a folder and all in it; it may be gone already. Raises Overloaded."""
+        full_path = self._below_root(path)
         try:
-            await asyncio.to_thread(self._delete, self._below_root(path))
+            await asyncio.to_thread(self._delete, full_path)
         except Exception as away:
-            # Object stores have errors of their own libraries, and a chore must outlive all of them.
             raise _away() from away
 
     def _delete(self, path: str) -> None:

@@ -99,6 +99,7 @@ _TABLE: Mapping[type[Refusal], _Row] = {
     refusals.QueueFull: _Row(code=grpc.StatusCode.RESOURCE_EXHAUSTED, details=_queue_full),
     money.FastTimeExhausted: _Row(code=grpc.StatusCode.RESOURCE_EXHAUSTED),
     money.SpendCapReached: _Row(code=grpc.StatusCode.RESOURCE_EXHAUSTED),
+    money.HoldRefusedBefore: _Row(code=grpc.StatusCode.RESOURCE_EXHAUSTED),
     refusals.RateLimited: _Row(code=grpc.StatusCode.RESOURCE_EXHAUSTED, details=lambda r: (_retry(r),)),
     money.PlanLacksPrivate: _Row(code=grpc.StatusCode.FAILED_PRECONDITION, details=_lacks_private),
     refusals.SourceNotReady: _Row(code=grpc.StatusCode.FAILED_PRECONDITION),
@@ -109,6 +110,8 @@ _TABLE: Mapping[type[Refusal], _Row] = {
     refusals.JobFinished: _Row(code=grpc.StatusCode.FAILED_PRECONDITION),
     refusals.SecretShownOnce: _Row(code=grpc.StatusCode.FAILED_PRECONDITION),
     money.AdjustmentTooLarge: _Row(code=grpc.StatusCode.FAILED_PRECONDITION),
+    money.NothingCharged: _Row(code=grpc.StatusCode.FAILED_PRECONDITION),
+    money.RefundTooLarge: _Row(code=grpc.StatusCode.FAILED_PRECONDITION),
     refusals.InvalidRequest: _Row(
         code=grpc.StatusCode.INVALID_ARGUMENT, details=lambda r: (_bad_request(r.violations),)
     ),
@@ -121,10 +124,15 @@ _TABLE: Mapping[type[Refusal], _Row] = {
     money.RequestIdReused: _Row(
         code=grpc.StatusCode.INVALID_ARGUMENT, details=lambda r: (_one_violation("request_id", r),)
     ),
+    money.OutsidePeriods: _Row(
+        code=grpc.StatusCode.INVALID_ARGUMENT, details=lambda r: (_one_violation("at", r),)
+    ),
     money.EtagMismatch: _Row(code=grpc.StatusCode.ABORTED),
     money.AccountExists: _Row(code=grpc.StatusCode.ALREADY_EXISTS),
+    money.PlanExists: _Row(code=grpc.StatusCode.ALREADY_EXISTS),
     money.UnknownPlan: _Row(code=grpc.StatusCode.NOT_FOUND),
     money.UnknownAccount: _Row(code=grpc.StatusCode.NOT_FOUND),
+    refusals.UnknownKey: _Row(code=grpc.StatusCode.NOT_FOUND),
     refusals.UnknownWorker: _Row(code=grpc.StatusCode.NOT_FOUND),
     refusals.NotFoundOrNotYours: _Row(code=grpc.StatusCode.PERMISSION_DENIED),
     refusals.RoleRequired: _Row(code=grpc.StatusCode.PERMISSION_DENIED),

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from billing.accounts import ERASED
 from scheduler.refusals import FieldViolation, InvalidRequest
 
 Place = TypeVar("Place")
@@ -36,9 +37,14 @@ _IS_IMAGE = re.compile(f"accounts/({_ACCOUNT_ID}|-)/jobs/({_UUID})/images/([1-4]
 # Slots are named as their machines are: `node-a/gpu-0`.
 _IS_WORKER = re.compile(r"workers/([A-Za-z0-9._-]{1,120}(?:/[A-Za-z0-9._-]{1,120}){0,3})", re.ASCII)
 _IS_PLAN = re.compile(r"plans/([a-z0-9-]{1,63})", re.ASCII)
+_IS_PLAN_VERSION = re.compile(r"plans/([a-z0-9-]{1,63})(?:/versions/([1-9][0-9]{0,8}))?", re.ASCII)
+_IS_KEY = re.compile(f"accounts/({_ACCOUNT_ID})/keys/([0-9a-f]{{16}})", re.ASCII)
 
 _USUAL_PAGE = 25
 _LONGEST_PAGE = 100
+# Of the ledger's lists, whose rows are short and often read to their end.
+_USUAL_LEDGER_PAGE = 100
+_LONGEST_LEDGER_PAGE = 1_000
 _LONGEST_REASON = 1_000
 
 
@@ -56,6 +62,14 @@ class JobName:
     def is_of(self, account_id: str) -> bool:
         """Return whether the name says nothing against the job being of this account."""
         return self.account_id in (OWN, account_id)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyName:
+    """A key of an account."""
+
+    account_id: str
+    key_id: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,11 +124,12 @@ class Violations:
         return match[1]
 
     def new_account_id(self, field: str, text: str) -> str:
-        """Return an id that an account may have."""
-        if not _IS_ACCOUNT_ID.fullmatch(text):
+        """Return an id that an account may be opened with."""
+        if not _IS_ACCOUNT_ID.fullmatch(text) or text.startswith(ERASED):
             self.add(
                 field,
-                f"{field} must be 1 to 63 lower-case letters, digits and dashes, with no dash at either end.",
+                f"{field} must be 1 to 63 lower-case letters, digits and dashes, with no dash at either end, "
+                f"and not begin with `{ERASED}`.",
             )
         return text
 
@@ -125,6 +140,22 @@ class Violations:
             self.add(field, f"{field} must be `plans/{{plan}}`.")
             return ""
         return match[1]
+
+    def plan_version(self, field: str, text: str) -> tuple[str, int | None]:
+        """Return the plan and the version in a resource name; without one, None for the newest."""
+        match = _IS_PLAN_VERSION.fullmatch(text)
+        if match is None:
+            self.add(field, f"{field} must be `plans/{{plan}}` or `plans/{{plan}}/versions/{{n}}`.")
+            return "", None
+        return match[1], None if match[2] is None else int(match[2])
+
+    def key(self, field: str, text: str) -> KeyName | None:
+        """Return the key that a name means."""
+        match = _IS_KEY.fullmatch(text)
+        if match is None:
+            self.add(field, f"{field} must be `accounts/{{account}}/keys/{{id}}`, as ListApiKeys gives it.")
+            return None
+        return KeyName(account_id=match[1], key_id=match[2])
 
     def worker(self, field: str, text: str) -> str:
         """Return the id in a worker's resource name."""
@@ -190,9 +221,16 @@ class Violations:
 
     def page_size(self, asked: int) -> int:
         """Return how many to show: 25 if nothing was asked, never more than 100."""
+        return self._page_size(asked, _USUAL_PAGE, _LONGEST_PAGE)
+
+    def ledger_page_size(self, asked: int) -> int:
+        """Return how many rows of the ledger to show: 100 if nothing was asked, never more than 1,000."""
+        return self._page_size(asked, _USUAL_LEDGER_PAGE, _LONGEST_LEDGER_PAGE)
+
+    def _page_size(self, asked: int, usual: int, longest: int) -> int:
         if asked < 0:
             self.add("page_size", "page_size must not be negative.")
-        return min(asked, _LONGEST_PAGE) or _USUAL_PAGE
+        return min(asked, longest) or usual
 
     def page_token(
         self, token: str, binding: Iterable[object], read: Callable[[Mapping[str, Any]], Place]

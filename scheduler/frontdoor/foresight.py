@@ -183,6 +183,7 @@ def _with_plan(own: Terms, version: PlanVersion) -> Terms:
         overage_allowed=own.overage_allowed and version.overage_micros_per_minute > 0,
         overage_micros_per_minute=version.overage_micros_per_minute,
         currency=version.currency,
+        gpu_class_bp=version.gpu_class_bp,
     )
 
 

@@ -97,9 +97,20 @@ class JobService(job_pb2_grpc.JobServiceServicer):
                 at=self.clock(),
             )
             return messages.job_not_made(foreseen.job, foreseen.queue_status)
-        if request.HasField("imagine"):
+        if request.HasField("imagine") and submission.spec.pictures:
+            # Reading pictures is work, which nobody gets for a job that would not be accepted anyway.
+            await intake.refuse_early(
+                self.pool,
+                self.metrics,
+                account_id=principal.account_id,
+                submission=submission,
+                parameters=self.parameters,
+                at=self.clock(),
+            )
             # Before the transaction: hosts may take their time, and an account is locked in it.
-            submission = await translate.with_pictures(submission, request.imagine, self.pictures, self.pool)
+            submission = await translate.with_pictures(
+                submission, request.imagine, principal.account_id, self.pictures, self.pool
+            )
         accepted = await intake.submit(
             self.pool,
             self.link,

@@ -10,16 +10,17 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from billing import prices
 from billing.ledger import Balance
-from billing.plans import PlanLimits, PlanVersion
+from billing.plans import PlanLimits
 from billing.prices import ChargeMode, PricingSnapshot
 from billing.refusals import Refusal
-from billing.v1 import admin_pb2, billing_pb2
+from billing.v1 import billing_pb2
 from gpu_worker.contract import ImageFile, Progress, RenderKind, VideoFile
+from gpu_worker.prompt import without_urls
 from scheduler.answers import Explained, QueuesView, TierView, WorkerRun, WorkerView
 from scheduler.frontdoor.foresight import Option
 from scheduler.policy.explain import Before, Bound, Place
 from scheduler.policy.ids import Tier
-from scheduler.store.accounts import Role, Visibility
+from scheduler.store.accounts import Visibility
 from scheduler.store.jobs import JobEvent, JobKind, JobReceipt, JobState, StoredJob
 from scheduler.store.operations import Pause, Slot
 from scheduler.updates import QueueReason, QueueStatus
@@ -67,13 +68,6 @@ _QUEUE_REASON: Mapping[QueueReason, job_pb2.QueueReason.ValueType] = {
     QueueReason.SCHEDULER_STARTING: job_pb2.QUEUE_REASON_SCHEDULER_STARTING,
     QueueReason.PARKED: job_pb2.QUEUE_REASON_PARKED,
 }
-_ROLE: Mapping[Role, admin_pb2.Role.ValueType] = {
-    Role.USER: admin_pb2.ROLE_USER,
-    Role.MODERATOR: admin_pb2.ROLE_MODERATOR,
-    Role.OPERATOR: admin_pb2.ROLE_OPERATOR,
-    Role.ADMIN: admin_pb2.ROLE_ADMIN,
-}
-ROLE_OF: Mapping[int, Role] = {number: role for role, number in _ROLE.items()}
 
 
 def timestamp(at: datetime | None) -> Timestamp | None:
@@ -93,11 +87,6 @@ def tier(value: Tier) -> job_pb2.Tier.ValueType:
 def visibility(value: Visibility) -> job_pb2.Visibility.ValueType:
     """Return the API's name of a visibility."""
     return _VISIBILITY[value]
-
-
-def role(value: Role) -> admin_pb2.Role.ValueType:
-    """Return the API's name of a role."""
-    return _ROLE[value]
 
 
 def job_name(account_id: str, job_id: str) -> str:
@@ -123,8 +112,13 @@ def job(stored: StoredJob, status: QueueStatus | None) -> job_pb2.Job:
 
 
 def job_in_feed(stored: StoredJob) -> job_pb2.Job:
-    """Return a finished public job as everybody sees it: what was drawn, and nothing about who paid what."""
-    return _job_without_money(stored)
+    """Return a finished public job as everybody sees it: what was drawn, and nothing about who paid what.
+
+    Nor the URLs of pictures in its prompt: they may let anybody in who has them.
+    """
+    message = _job_without_money(stored)
+    message.prompt = without_urls(stored.prompt)
+    return message
 
 
 def job_not_made(stored: StoredJob, status: QueueStatus | None) -> job_pb2.Job:
@@ -461,22 +455,6 @@ def balance(of: Balance) -> billing_pb2.Balance:
 def limits(of: PlanLimits) -> billing_pb2.PlanLimits:
     """Return how many jobs an account may have."""
     return billing_pb2.PlanLimits(running=of.running, relax_running=of.relax_running, accepted=of.accepted)
-
-
-def plan(version: PlanVersion) -> admin_pb2.Plan:
-    """Return one version of a plan."""
-    return admin_pb2.Plan(
-        name=f"plans/{version.plan}",
-        version=version.version,
-        quota_ms=version.quota_ms,
-        limits=limits(version.limits),
-        relax_weight_milli=version.relax_weight_milli,
-        private_allowed=version.private_allowed,
-        private_multiplier_bp=version.private_multiplier_bp,
-        overage_micros_per_minute=version.overage_micros_per_minute,
-        currency_code=version.currency,
-        etag=version.etag,
-    )
 
 
 def _money(micros: int, currency: str) -> str:

@@ -1,7 +1,7 @@
 """From a CreateJob request that starts from another job to a `Submission`: variation, upscale, reroll.
 
-The source was accepted once, so its prompt parses; the request's own words go before the prompt's flags,
-which nobody can edit any more. A job made of another keeps what its prompt says: text, weights, pictures.
+The request's own words go before the flags of the source's prompt, which nobody can edit any more. A job made
+of another keeps what its prompt says: text, weights, pictures.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import replace
 from gpu_worker import prompt as prompt_language
 from gpu_worker.contract import WHOLE_PPM, RenderKind, RenderSpec, SourceImage, TextPart
 from gpu_worker.models import ModelEntry, Models, UnknownModel, upscaled_size
-from gpu_worker.prompt import ParsedPrompt
+from gpu_worker.prompt import ParsedPrompt, PromptRefused
 from scheduler.estimator import Estimator, shape_of
 from scheduler.frontdoor.fields import JobName, Violations
 from scheduler.frontdoor.messages import ALGORITHM_OF
@@ -178,7 +178,13 @@ def _refuse_max_of_large(source: StoredJob) -> None:
 
 
 def _parsed(source: StoredJob) -> ParsedPrompt:
-    return prompt_language.parse(source.prompt, source.uploads)
+    """Return what the source's prompt says, as far as it is read at all."""
+    try:
+        return prompt_language.parse(source.prompt, source.uploads)
+    except PromptRefused:
+        # It was accepted under the rules of its day. What it draws is in its spec, and whether it is private
+        # in its row; its tier and algorithm are the usual ones then.
+        return ParsedPrompt(text=source.spec.prompt)
 
 
 def _without_pictures(spec: RenderSpec) -> tuple[TextPart, ...]:

@@ -22,6 +22,10 @@ from gpu_worker.models import Models
 from scheduler.frontdoor.accounts import AccountService
 from scheduler.frontdoor.admin import ACTION_OF as ACTION_OF_ADMIN
 from scheduler.frontdoor.admin import AdminService
+from scheduler.frontdoor.admin_accounts import AccountDeeds
+from scheduler.frontdoor.admin_balances import BalanceDeeds
+from scheduler.frontdoor.admin_plans import PlanDeeds
+from scheduler.frontdoor.admin_records import Records
 from scheduler.frontdoor.artifacts import Artifacts
 from scheduler.frontdoor.auth import SERVICES, Doorman, every_method_has_a_role
 from scheduler.frontdoor.billing import BillingService
@@ -35,6 +39,7 @@ from scheduler.frontdoor.gate import Gate, OnRefusal
 from scheduler.frontdoor.jobs import JobService, submission_refused
 from scheduler.frontdoor.moderation import Moderation
 from scheduler.frontdoor.pictures import Pictures
+from scheduler.frontdoor.renewals import Renewals
 from scheduler.frontdoor.standings import Standings
 from scheduler.frontdoor.watch import Watches
 from scheduler.link import SchedulerLink
@@ -109,7 +114,7 @@ async def serve(
     watches = Watches(pool, link, standings)
     estimates = Estimates(pool, models)
     artifacts = Artifacts(settings.artifacts)
-    deletions = Deletions(pool, artifacts)
+    deletions = Deletions(pool, artifacts, clock)
     server = grpc.aio.server(
         interceptors=[Gate(doorman, metrics, on_refusal)], options=_options(settings.frontdoor)
     )
@@ -134,9 +139,17 @@ async def serve(
     account_pb2_grpc.add_AccountServiceServicer_to_server(
         AccountService(pool=pool, link=link, clock=clock), server
     )
-    billing_pb2_grpc.add_BillingServiceServicer_to_server(BillingService(pool=pool, clock=clock), server)
+    billing_pb2_grpc.add_BillingServiceServicer_to_server(
+        BillingService(pool=pool, link=link, clock=clock), server
+    )
     admin_pb2_grpc.add_AdminServiceServicer_to_server(
-        AdminService(pool=pool, link=link, deeds=deeds, clock=clock), server
+        AdminService(
+            accounts=AccountDeeds(pool=pool, link=link, deeds=deeds, deletions=deletions, clock=clock),
+            plans=PlanDeeds(pool=pool, link=link, deeds=deeds, clock=clock),
+            balances=BalanceDeeds(link=link, deeds=deeds, clock=clock),
+            records=Records(pool=pool),
+        ),
+        server,
     )
     fleet_pb2_grpc.add_FleetServiceServicer_to_server(
         FleetService(
@@ -159,7 +172,9 @@ async def serve(
     port = _listen(server, settings.frontdoor)
     await _tell_health(pool, healths)
     await server.start()
-    background = asyncio.create_task(_background(standings, estimates, deletions, pool, healths))
+    background = asyncio.create_task(
+        _background(standings, estimates, deletions, Renewals(pool, clock), pool, healths)
+    )
     try:
         yield FrontDoor(host=settings.frontdoor.host, port=port, background=background)
     finally:
@@ -175,6 +190,7 @@ async def _background(
     standings: Standings,
     estimates: Estimates,
     deletions: Deletions,
+    renewals: Renewals,
     pool: Pool,
     healths: health.aio.HealthServicer,
 ) -> None:
@@ -182,6 +198,7 @@ async def _background(
         group.create_task(standings.run())
         group.create_task(estimates.run())
         group.create_task(deletions.run())
+        group.create_task(renewals.run())
         group.create_task(_keep_telling_health(pool, healths))
 
 

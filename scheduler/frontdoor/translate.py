@@ -7,7 +7,7 @@ and only of what may be drawn are the pictures fetched. Jobs that start from ano
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
@@ -108,18 +108,19 @@ def imagine(request: job_pb2.CreateJobRequest, models: Models, estimator: Estima
 
 
 async def with_pictures(
-    submission: Submission, asked: job_pb2.Imagine, pictures: Pictures, pool: Pool
+    submission: Submission, asked: job_pb2.Imagine, account_id: str, pictures: Pictures, pool: Pool
 ) -> Submission:
     """Return what `imagine` made of `asked` with its pictures stored: the uploaded, then those behind URLs.
 
     They are strays until a job has them. Raises PictureUnreadable or Overloaded.
     """
-    if not submission.spec.pictures:
-        return submission
     parsed = prompt_language.parse(asked.prompt, len(asked.pictures))
-    paths = await pictures.stored(asked.pictures, parsed.urls)
-    async with pool.reading() as connection:
-        await stray_pictures.note(connection, paths)
+
+    async def note(paths: Sequence[str]) -> None:
+        async with pool.reading() as connection:
+            await stray_pictures.note(connection, paths)
+
+    paths = await pictures.stored(account_id, asked.pictures, parsed.urls, note)
     stored = tuple(
         replace(part, path=path) for part, path in zip(submission.spec.pictures, paths, strict=True)
     )

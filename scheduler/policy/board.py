@@ -41,6 +41,7 @@ from scheduler.policy.events import (
     JobGivenUp,
     JobSubmitted,
     LimitsChanged,
+    MemoryOutgrown,
     MigrationRefused,
     ModelEvicted,
     ModelLoaded,
@@ -62,6 +63,7 @@ from scheduler.policy.explain import Explanation, explain
 from scheduler.policy.facts import facts
 from scheduler.policy.ids import AccountId, AttemptId, JobId, Tier
 from scheduler.policy.job import Fit, Job
+from scheduler.policy.limits import Limits
 from scheduler.policy.parameters import Parameters
 from scheduler.policy.placement import Hands
 from scheduler.policy.planning import Plan
@@ -115,6 +117,8 @@ class Board:
                 self._checkpoint_saved(event)
             case AttemptFinished():
                 self._attempt_ended(event.attempt_id, event.gpu_ms)
+            case MemoryOutgrown():
+                self._memory_outgrown(event)
             case AttemptLost():
                 self._attempt_lost(event)
             case TagsStored():
@@ -229,6 +233,10 @@ class Board:
             return None
         return self._cell.fleet.lacks(Fit(model, memory_bytes), draining_count=True)
 
+    def has_memory(self, model: str, memory_bytes: int) -> bool:
+        """Return whether a worker that could load a model, though it may drain, has this much memory."""
+        return self._cell.fleet.lacks(Fit(model, memory_bytes), draining_count=True) is None
+
     def unstored_tags(self) -> list[tuple[AccountId, Tier, int | None]]:
         """Return the tags that were set or dropped by the board itself and are not known to be stored.
 
@@ -243,6 +251,10 @@ class Board:
     def share(self, account_id: AccountId, tier: Tier) -> FairShare:
         """Return what the fair queue remembers of an account, as the database has it."""
         return self._cell.accounts[account_id].share(tier)
+
+    def limits(self, account_id: AccountId) -> Limits:
+        """Return what an account may run at once, as the board was told last."""
+        return self._cell.accounts[account_id].limits
 
     def virtual_time(self, tier: Tier) -> int:
         """Return the largest point of a tier that a start was charged from, aged starts apart."""
@@ -519,6 +531,11 @@ class Board:
         if attempt is not None:
             attempt.checkpoint = event.checkpoint
             self._cell.jobs[attempt.job.job_id].checkpoint = event.checkpoint
+
+    def _memory_outgrown(self, event: MemoryOutgrown) -> None:
+        live = self._cell.jobs[event.job_id]
+        assert live.state is State.RUNNING, "it waits by what it needs, so that may not change meanwhile"
+        live.job = live.job.needing(event.memory_bytes)
 
     def _attempt_lost(self, event: AttemptLost) -> None:
         live = self._attempt_ended(event.attempt_id, 0)

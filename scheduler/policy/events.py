@@ -233,6 +233,19 @@ class AttemptFinished:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryOutgrown:
+    """A running attempt ran out of its worker's memory, so its job needs a larger worker. It is lost next.
+
+    An event of its own, of the job: whoever looks up in the journal what a job needs finds it there.
+    """
+
+    at_ms: int
+    job_id: JobId
+    memory_bytes: int
+    """As in `Job`: of the next larger kind of worker."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class AttemptLost:
     """An attempt was voided through our fault. Its job waits again at its old place, and nothing is charged.
 
@@ -242,7 +255,8 @@ class AttemptLost:
     at_ms: int
     attempt_id: AttemptId
     executed: bool = True
-    """False: no worker ever took it, so it is none of the losses after which a job is given up."""
+    """False: no worker took it, or it was handed over, or it ran out of memory, so it is none of the losses
+    after which a job is given up."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -356,6 +370,7 @@ Event = (
     | CheckpointSaved
     | AttemptRestored
     | AttemptFinished
+    | MemoryOutgrown
     | AttemptLost
     | StopAsked
     | JobGivenUp

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from scheduler.policy.ids import AccountId, JobId, Tier
@@ -32,7 +32,8 @@ class Checkpoint:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """What is fixed about a job from its acceptance on, but for its tier while it waits."""
+    """What is fixed about a job from its acceptance on, but for its tier while it waits, and for the memory
+    that it needs, which is more than was thought once it ran out of some."""
 
     job_id: JobId
     account_id: AccountId
@@ -51,6 +52,10 @@ class Job:
     def __post_init__(self) -> None:
         """Keep the fit."""
         object.__setattr__(self, "fit", _the_fit(self.model, self.memory_bytes))
+
+    def needing(self, memory_bytes: int) -> Job:
+        """Return it with a need of at least so much memory."""
+        return replace(self, memory_bytes=max(self.memory_bytes, memory_bytes))
 
 
 @functools.cache

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 
+import asyncpg
+
+from billing.plans import PlanLimits
 from scheduler.policy.ids import Tier
 from scheduler.store.pool import Connection
 
@@ -59,6 +62,30 @@ class ApiKey:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KeyRecord:
+    """A key as it is listed: good or revoked, without its secret."""
+
+    key_id: str
+    account_id: str
+    role: Role
+    created_at: datetime
+    revoked_at: datetime | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccountRecord:
+    """An account as admins list it."""
+
+    account_id: str
+    plan: str
+    scheduled_plan: str | None
+    """That it changes to at the end of its period."""
+    created_at: datetime
+    blocked: bool
+    erased_at: datetime | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class NewKey:
     """A key just made."""
 
@@ -92,6 +119,45 @@ async def settings(connection: Connection, account_id: str) -> AccountSettings |
         visibility=Visibility(row["visibility"]),
         blocked=row["blocked"],
     )
+
+
+async def record(connection: Connection, account_id: str) -> AccountRecord | None:
+    """Return an account as admins see it, None if there is no such account."""
+    row = await connection.fetchrow(f"{_RECORD} WHERE account_id = $1", account_id)
+    return None if row is None else AccountRecord(**row)
+
+
+async def records(connection: Connection, *, plan: str | None, after: str, limit: int) -> list[AccountRecord]:
+    """Return up to `limit` accounts with ids behind `after`, in their order; None: of any plan."""
+    rows = await connection.fetch(
+        f"""{_RECORD} WHERE account_id > $1 AND ($2::text IS NULL OR plan = $2)
+            ORDER BY account_id LIMIT $3""",
+        after,
+        plan,
+        limit,
+    )
+    return [AccountRecord(**row) for row in rows]
+
+
+_RECORD = """SELECT account_id, plan, scheduled_plan, created_at, blocked, erased_at
+             FROM scheduler.account JOIN billing.account USING (account_id)
+                  JOIN billing.subscription USING (account_id)"""
+
+
+async def over_limits(connection: Connection, plan: str, limits: PlanLimits) -> int:
+    """Return how many accounts of a plan have more jobs running or accepted than these limits allow."""
+    count: int = await connection.fetchval(
+        """SELECT count(*) FROM (
+               SELECT FROM scheduler.job JOIN billing.subscription USING (account_id)
+               WHERE plan = $1 AND state IN ('queued', 'running') GROUP BY account_id
+               HAVING count(*) > $2 OR count(*) FILTER (WHERE state = 'running') > $3
+                      OR count(*) FILTER (WHERE state = 'running' AND tier = 'relax') > $4) AS over""",
+        plan,
+        limits.accepted,
+        limits.running,
+        limits.relax_running,
+    )
+    return count
 
 
 async def change_settings(
@@ -128,6 +194,44 @@ async def create_key(connection: Connection, account_id: str, role: Role) -> New
         role,
     )
     return NewKey(key_id=key_id, secret=f"dk_{key_id}_{secret}", created_at=created_at)
+
+
+async def keys(connection: Connection, account_id: str) -> list[KeyRecord]:
+    """Return an account's keys, revoked ones included, oldest first."""
+    rows = await connection.fetch(
+        f"SELECT {_KEY} FROM scheduler.api_key WHERE account_id = $1 ORDER BY created_at, key_id",  # noqa: S608 - a constant
+        account_id,
+    )
+    return [_key_record(row) for row in rows]
+
+
+async def revoke_key(connection: Connection, account_id: str, key_id: str, at: datetime) -> KeyRecord | None:
+    """End a key and return it, None if the account has none of that id; a revoked one stays as it is."""
+    row = await connection.fetchrow(
+        f"""UPDATE scheduler.api_key SET revoked_at = coalesce(revoked_at, $3)
+            WHERE account_id = $1 AND key_id = $2 RETURNING {_KEY}""",  # noqa: S608 - a constant
+        account_id,
+        key_id,
+        at,
+    )
+    return None if row is None else _key_record(row)
+
+
+_KEY = "key_id, account_id, role, created_at, revoked_at"
+
+
+def _key_record(row: asyncpg.Record) -> KeyRecord:
+    return KeyRecord(**{**row, "role": Role(row["role"])})
+
+
+async def forget(connection: Connection, account_id: str) -> None:
+    """Delete an account's keys, block it, and note that its jobs are to be deleted; its row stays."""
+    await connection.execute("DELETE FROM scheduler.api_key WHERE account_id = $1", account_id)
+    await connection.execute(
+        """UPDATE scheduler.account SET blocked = true, erasing = true, mode = 'fast', visibility = 'public'
+           WHERE account_id = $1""",
+        account_id,
+    )
 
 
 async def find_key(connection: Connection, key_id: str) -> ApiKey | None:

@@ -16,7 +16,6 @@ from typing import Any
 
 import asyncpg
 
-from billing import accounts as billing_accounts
 from billing import ledger
 from billing.prices import PricingSnapshot
 from gpu_worker.contract import Checkpoint
@@ -31,6 +30,8 @@ from scheduler.store.leadership import require_leader
 from scheduler.store.parking import MigratedAttempt, PlannedMigration, PlannedResume
 from scheduler.store.shares import TagChange, ends_unheard_of, store_charges, store_tags
 
+# What was handed over was saved before; who ran out of memory was not.
+_AFTER_LOSS = "(job.losses > 0 OR job.memory_above_bytes > 0) AS after_loss"
 _PARKED_SENTENCE = (
     "A fast job has its GPU for a while. It goes on from where it is, and nothing is drawn twice."
 )
@@ -50,6 +51,8 @@ class PlannedAttempt:
     charge: Charge
     decision: Mapping[str, Any]
     sentence: str
+    device: str = ""
+    """The type of the worker's GPU, which may have a price of its own."""
     parks: str | None = None
     """The attempt whose GPU it takes."""
     sheltered: bool = False
@@ -64,8 +67,8 @@ class StartedAttempt:
     spec: Mapping[str, Any]
     checkpoint: Checkpoint | None
     """The newest of its job."""
-    losses: int
-    """How many attempts at its job were lost before."""
+    after_loss: bool
+    """An attempt at its job was lost before, with what it had done since its newest checkpoint."""
     waited_ms: int | None
     """From acceptance to its first start; None for a later one."""
 
@@ -150,8 +153,8 @@ async def _outcome_of_before(
     rows = {
         row["attempt_id"]: row
         for row in await connection.fetch(
-            """SELECT attempt_id::text, job.spec, job.checkpoint, job.event_seq, job.losses
-               FROM scheduler.attempt JOIN scheduler.job USING (job_id) WHERE attempt_id = ANY($1::uuid[])""",
+            f"""SELECT attempt_id::text, job.spec, job.checkpoint, job.event_seq, {_AFTER_LOSS}
+               FROM scheduler.attempt JOIN scheduler.job USING (job_id) WHERE attempt_id = ANY($1::uuid[])""",  # noqa: S608
             [plan.attempt_id for plan in planned] + [one.to_attempt_id for one in migrations],
         )
     }
@@ -163,7 +166,7 @@ async def _outcome_of_before(
             event_seq=rows[plan.attempt_id]["event_seq"],
             spec=json.loads(rows[plan.attempt_id]["spec"]),
             checkpoint=checkpoint_from_json(rows[plan.attempt_id]["checkpoint"]),
-            losses=rows[plan.attempt_id]["losses"],
+            after_loss=rows[plan.attempt_id]["after_loss"],
             waited_ms=None,
         )
         for plan in planned
@@ -202,7 +205,7 @@ async def _write_all(
                 event_seq=sequences[plan.job_id],
                 spec=json.loads(rows[plan.job_id]["spec"]),
                 checkpoint=checkpoint_from_json(rows[plan.job_id]["checkpoint"]),
-                losses=rows[plan.job_id]["losses"],
+                after_loss=rows[plan.job_id]["after_loss"],
                 waited_ms=rows[plan.job_id]["waited_ms"],
             )
             for plan in prefix
@@ -238,10 +241,10 @@ async def _job_rows(
     if not planned:
         return {}
     rows = await connection.fetch(
-        """SELECT job_id::text, state, tier, pricing, spec, checkpoint, losses,
+        f"""SELECT job_id::text, state, tier, pricing, spec, checkpoint, {_AFTER_LOSS},
                   CASE WHEN started_at IS NULL
                        THEN (extract(epoch FROM now() - created_at) * 1000)::bigint END AS waited_ms
-           FROM scheduler.job WHERE job_id = ANY($1::uuid[])""",
+           FROM scheduler.job WHERE job_id = ANY($1::uuid[])""",  # noqa: S608
         [plan.job_id for plan in planned],
     )
     return {row["job_id"]: row for row in rows}
@@ -261,8 +264,9 @@ async def _hold(
     if not fast:
         return planned, []
 
-    def requests(plans: Sequence[PlannedAttempt]) -> list[ledger.HoldRequest]:
-        return [
+    outcomes = await ledger.place_holds(
+        connection,
+        [
             ledger.HoldRequest(
                 job_id=plan.job_id,
                 attempt_id=plan.attempt_id,
@@ -270,28 +274,18 @@ async def _hold(
                 predicted_ms=plan.charge.predicted_ms,
                 pricing=PricingSnapshot.from_json(json.loads(rows[plan.job_id]["pricing"])),
                 at=at,
+                device=plan.device,
             )
-            for plan in plans
-        ]
-
-    # Before the savepoint: rolling back to it releases the locks taken behind it, and somebody else could
-    # take the time that the first pass found.
-    await billing_accounts.lock(connection, {plan.account_id for plan in fast}, at)
-    savepoint = connection.transaction()
-    await savepoint.start()
-    outcomes = await ledger.place_holds(connection, requests(fast))
-    poor = [(p, o.refusal) for p, o in zip(fast, outcomes, strict=True) if isinstance(o, ledger.HoldRefused)]
-    if not poor:
-        await savepoint.commit()
-        return planned, []
-    await savepoint.rollback()
-    first, refusal = poor[0]
-    prefix = planned[: planned.index(first)]
-    again = await ledger.place_holds(
-        connection, requests([plan for plan in prefix if plan.tier is Tier.FAST])
+            for plan in fast
+        ],
+        until_refused=True,
     )
-    assert all(isinstance(one, ledger.HoldPlaced) for one in again), "what was there under the lock is there"
-    return prefix, [RefusedStart(job_id=first.job_id, because=RefusedBecause.FUNDS, sentence=str(refusal))]
+    last = outcomes[-1]
+    if isinstance(last, ledger.HoldPlaced):
+        return planned, []
+    first = fast[len(outcomes) - 1]
+    refused = RefusedStart(job_id=first.job_id, because=RefusedBecause.FUNDS, sentence=str(last.refusal))
+    return planned[: planned.index(first)], [refused]
 
 
 async def _insert(
@@ -305,19 +299,14 @@ async def _insert(
     if not planned:
         return
     job_ids = [plan.job_id for plan in planned]
-    updated = await connection.fetch(
-        """UPDATE scheduler.job SET state = 'running', started_at = coalesce(started_at, $3)
-           FROM unnest($1::uuid[], $2::text[]) AS plan (job_id, tier)
-           WHERE job.job_id = plan.job_id AND state = 'queued' AND job.tier = plan.tier RETURNING 1""",
-        job_ids,
-        [plan.tier.value for plan in planned],
-        at,
-    )
-    if len(updated) < len(planned):
-        raise _Changed
     checkpoints = [checkpoint_from_json(rows[job_id]["checkpoint"]) for job_id in job_ids]
-    await connection.execute(
-        """INSERT INTO scheduler.attempt (attempt_id, job_id, number, token, epoch, worker_id, incarnation,
+    inserted = await connection.execute(
+        """WITH started AS (
+               UPDATE scheduler.job SET state = 'running', started_at = coalesce(started_at, $10)
+               FROM unnest($2::uuid[], $14::text[]) AS plan (job_id, tier)
+               WHERE job.job_id = plan.job_id AND state = 'queued' AND job.tier = plan.tier
+               RETURNING job.job_id)
+           INSERT INTO scheduler.attempt (attempt_id, job_id, number, token, epoch, worker_id, incarnation,
                                           started_at, predicted_ms, charged_at_ms, weight_milli, decision,
                                           sheltered, kept_ms)
            SELECT attempt_id, job_id,
@@ -327,7 +316,8 @@ async def _insert(
            FROM unnest($1::uuid[], $2::uuid[], $3::uuid[], $4::text[], $5::text[], $6::integer[],
                        $7::bigint[], $8::integer[], $9::jsonb[], $12::boolean[], $13::integer[])
                 AS new (attempt_id, job_id, token, worker_id, incarnation, predicted_ms, charged_at_ms,
-                        weight_milli, decision, sheltered, kept_ms)""",
+                        weight_milli, decision, sheltered, kept_ms)
+           JOIN started USING (job_id)""",
         [plan.attempt_id for plan in planned],
         job_ids,
         [plan.token for plan in planned],
@@ -341,7 +331,10 @@ async def _insert(
         epoch,
         [plan.sheltered for plan in planned],
         [0 if checkpoint is None else checkpoint.kept.gpu_ms for checkpoint in checkpoints],
+        [plan.tier.value for plan in planned],
     )
+    if inserted != f"INSERT 0 {len(planned)}":
+        raise _Changed
 
 
 async def record_events(

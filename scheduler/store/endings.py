@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum
@@ -25,6 +25,7 @@ import asyncpg
 
 from billing import accounts as billing_accounts
 from billing import ledger
+from billing.accounts import Terms
 from billing.prices import PricingSnapshot
 from gpu_worker.contract import ImageFile, StageTimes, VideoFile
 from scheduler.clock import from_ms
@@ -64,6 +65,8 @@ class AttemptEnd:
 
     attempt_id: str
     token: str
+    incarnation: str | None = None
+    """The life of the worker that reported it; None: no worker did, it was given up."""
     verdict: Verdict
     gpu_ms: int | None
     """Measured of this attempt alone; None for a lost one, which counts with the time it had its GPU."""
@@ -72,7 +75,10 @@ class AttemptEnd:
     kept: StageTimes = field(default_factory=StageTimes)
     """Of earlier attempts, in the checkpoint that it went on from: charged with it."""
     counts: bool = True
-    """False: no worker ever took it, or it was handed over, so a loss counts against nobody."""
+    """False: no worker ever took it, or it was handed over or ran out of memory, so a loss counts against
+    nobody."""
+    outgrew_bytes: int = 0
+    """All the memory of its worker, which was too little for it; 0: it did not run out of any."""
     worker_at_fault: bool = False
     """The loss counts against the worker's slot."""
     times: StageTimes = field(default_factory=StageTimes)
@@ -106,6 +112,8 @@ class Settled:
     billed_ms: int
     released_ms: int
     """Held and given back."""
+    thresholds: tuple[int, ...] = ()
+    """Percents of the account's fast time in this period that are used up with it."""
     counts_as_loss: bool = False
     set_aside_until: datetime | None = None
     """The worker's slot lost so many jobs in a row that it gets none until then."""
@@ -135,11 +143,10 @@ async def settle_attempts(
         await require_leader(connection, epoch)
         # A cancel takes the account's lock before it marks a job, and a migration takes no lock but the
         # attempt's; what is read under both locks stays true.
-        accounts = {row["account_id"] for row in (await _attempt_rows(connection, ends)).values()}
-        await billing_accounts.lock(connection, accounts, at)
+        locked = await billing_accounts.lock(connection, await _accounts(connection, ends), at)
         rows = {
             attempt_id: row
-            for attempt_id, row in (await _attempt_rows(connection, ends, lock=True)).items()
+            for attempt_id, row in (await _attempt_rows(connection, ends)).items()
             if row["state"] != "migrated"  # its run is another attempt's
         }
         # A repeat of what was settled before, or a second claim in the same batch, changes nothing.
@@ -150,7 +157,7 @@ async def settle_attempts(
                 fresh[end.attempt_id] = end
         closed = {
             settled.attempt_id: settled
-            for settled in await _close(connection, list(fresh.values()), rows, parameters, at)
+            for settled in await _close(connection, list(fresh.values()), rows, locked, parameters, at)
         }
     return [
         closed.get(end.attempt_id) or _settled_before(rows[end.attempt_id])
@@ -160,11 +167,21 @@ async def settle_attempts(
     ]
 
 
-async def _attempt_rows(
-    connection: asyncpg.Connection, ends: Sequence[AttemptEnd], *, lock: bool = False
-) -> dict[str, asyncpg.Record]:
+async def _accounts(connection: asyncpg.Connection, ends: Sequence[AttemptEnd]) -> list[str]:
     rows = await connection.fetch(
-        f"""SELECT attempt.attempt_id::text, attempt.job_id::text, attempt.number, attempt.state,
+        """SELECT DISTINCT account_id FROM scheduler.attempt JOIN scheduler.job USING (job_id)
+           WHERE attempt_id = ANY($1::uuid[])""",
+        [end.attempt_id for end in ends],
+    )
+    return [row["account_id"] for row in rows]
+
+
+async def _attempt_rows(
+    connection: asyncpg.Connection, ends: Sequence[AttemptEnd]
+) -> dict[str, asyncpg.Record]:
+    """Lock the attempts that the ends name rightly, and return them with their jobs."""
+    rows = await connection.fetch(
+        """SELECT attempt.attempt_id::text, attempt.job_id::text, attempt.number, attempt.state,
                   attempt.worker_id, attempt.started_at, attempt.predicted_ms, attempt.charged_at_ms,
                   attempt.weight_milli, attempt.gpu_ms, attempt.parked_at, attempt.parked_ms,
                   attempt.kept_ms, job.account_id, job.tier, job.pricing, job.spec, job.checkpoint,
@@ -174,7 +191,7 @@ async def _attempt_rows(
            JOIN scheduler.attempt USING (attempt_id, token)
            JOIN scheduler.job USING (job_id)
            JOIN scheduler.cell ON cell.tier = 'relax'
-           {"ORDER BY attempt.attempt_id FOR NO KEY UPDATE OF attempt" if lock else ""}""",  # noqa: S608
+           ORDER BY attempt.attempt_id FOR NO KEY UPDATE OF attempt""",
         [end.attempt_id for end in ends],
         [end.token for end in ends],
     )
@@ -281,6 +298,7 @@ async def _close(
     connection: asyncpg.Connection,
     ends: Sequence[AttemptEnd],
     rows: Mapping[str, asyncpg.Record],
+    locked: Mapping[str, Terms],
     parameters: Parameters,
     at: datetime,
 ) -> list[Settled]:
@@ -303,12 +321,18 @@ async def _close(
             )
             for closing in closings
         ],
+        locked=locked,
     )
     await _close_attempts(connection, closings, at)
     await _move_jobs(connection, closings, charges, at)
     await _correct_usage(connection, closings, parameters)
     sequences = await record_events(
-        connection, [(c.row["job_id"], c.job_state, _sentence(c)) for c in closings], at
+        connection,
+        [
+            (closing.row["job_id"], closing.job_state, _sentence(closing) + _used_up(charge))
+            for closing, charge in zip(closings, charges, strict=True)
+        ],
+        at,
     )
     set_aside = await _count_losses(connection, closings, at)
     await estimates.learn(connection, [_observed(c) for c in closings if c.teaches])
@@ -327,6 +351,7 @@ async def _close(
             absorbed_ms=closing.absorbed_ms,
             billed_ms=charge.billed_ms,
             released_ms=max(0, closing.row["predicted_ms"] - charge.billed_ms),
+            thresholds=charge.thresholds,
             counts_as_loss=closing.counts_as_loss,
             set_aside_until=set_aside.get(closing.row["worker_id"]),
         )
@@ -348,9 +373,10 @@ def _sentence(closing: _Closing) -> str:
     match closing.job_state:
         case "queued":
             goes_on = ", and goes on from where it was saved last" if closing.goes_on else ""
+            larger = " for a GPU with more memory" if closing.end.outgrew_bytes else ""
             return (
                 f"{closing.end.sentence or 'The GPU worker was lost.'} "
-                f"The job waits at its old place{goes_on}. It costs nothing so far."
+                f"The job waits at its old place{larger}{goes_on}. It costs nothing so far."
             )
         case "cancelled":
             return "Cancelled by its owner."
@@ -360,13 +386,21 @@ def _sentence(closing: _Closing) -> str:
             return "Done."
 
 
+def _used_up(charge: ledger.Settled) -> str:
+    if not charge.thresholds:
+        return ""
+    return f" With it, {charge.thresholds[-1]} % of the fast time of this period are used."
+
+
 async def _close_attempts(connection: asyncpg.Connection, closings: Sequence[_Closing], at: datetime) -> None:
     done = await connection.execute(
         """UPDATE scheduler.attempt
            SET state = new.state, ended_at = $5, gpu_ms = new.gpu_ms, times = new.times,
-               kept_ms = new.kept_ms, parked_at = NULL
-           FROM unnest($1::uuid[], $2::text[], $3::integer[], $4::jsonb[], $6::integer[])
-                AS new (attempt_id, state, gpu_ms, times, kept_ms)
+               kept_ms = new.kept_ms, parked_at = NULL,
+               reported_token = new.token, reported_incarnation = new.incarnation
+           FROM unnest($1::uuid[], $2::text[], $3::integer[], $4::jsonb[], $6::integer[], $7::uuid[],
+                       $8::text[])
+                AS new (attempt_id, state, gpu_ms, times, kept_ms, token, incarnation)
            WHERE attempt.attempt_id = new.attempt_id AND attempt.state = 'running'""",
         [closing.end.attempt_id for closing in closings],
         [closing.verdict.value for closing in closings],
@@ -374,6 +408,8 @@ async def _close_attempts(connection: asyncpg.Connection, closings: Sequence[_Cl
         [json.dumps(asdict(closing.end.times)) for closing in closings],
         at,
         [closing.kept.gpu_ms for closing in closings],
+        [closing.end.token for closing in closings],
+        [closing.end.incarnation for closing in closings],
     )
     # They were read as running in this transaction, and are locked since.
     assert done == f"UPDATE {len(closings)}", f"{done}, not {len(closings)}: two settlements of one attempt"
@@ -393,11 +429,12 @@ async def _move_jobs(
                receipt = new.receipt, losses = job.losses + new.losses,
                failure_reason = new.failure_reason, failure_sentence = new.failure_sentence,
                -- Not what was read: a newer one may be there by now.
-               checkpoint = CASE WHEN new.goes_on THEN job.checkpoint END
+               checkpoint = CASE WHEN new.goes_on THEN job.checkpoint END,
+               memory_above_bytes = greatest(job.memory_above_bytes, new.outgrew_bytes)
            FROM unnest($1::uuid[], $2::text[], $3::jsonb[], $4::text[], $5::jsonb[], $6::smallint[],
-                       $7::text[], $9::text[], $10::boolean[], $11::jsonb[])
+                       $7::text[], $9::text[], $10::boolean[], $11::jsonb[], $12::bigint[])
                 AS new (job_id, state, images, latents_path, receipt, losses, failure_reason,
-                        failure_sentence, goes_on, videos)
+                        failure_sentence, goes_on, videos, outgrew_bytes)
            WHERE job.job_id = new.job_id""",
         [closing.row["job_id"] for closing in closings],
         [closing.job_state for closing in closings],
@@ -413,6 +450,7 @@ async def _move_jobs(
         [_if_state(c, "failed", c.end.sentence) for c in closings],
         [closing.goes_on for closing in closings],
         [_if_state(c, "succeeded", _videos(c.end.videos)) for c in closings],
+        [closing.end.outgrew_bytes for closing in closings],
     )
 
 
@@ -456,20 +494,22 @@ async def _correct_usage(
         tags[row["account_id"], row["tier"]] += change.tag_delta
         usage[row["account_id"]] += change.usage_delta
     await lock_shares(connection, list(usage))
+    # Usage is kept in the rows of relax, whichever tier it was of.
+    changes = {
+        key: (tags[key], usage[key[0]] if key[1] == "relax" else 0.0)
+        for key in sorted(tags.keys() | {(account_id, "relax") for account_id in usage})
+    }
     await connection.execute(
-        """UPDATE scheduler.fair_share SET finish_tag = finish_tag + new.delta, tag = tag + new.delta
-           FROM unnest($1::text[], $2::text[], $3::bigint[]) AS new (account_id, tier, delta)
+        """UPDATE scheduler.fair_share
+           SET finish_tag = finish_tag + new.tag_delta, tag = tag + new.tag_delta,
+               usage = greatest(0, usage + new.usage_delta)
+           FROM unnest($1::text[], $2::text[], $3::bigint[], $4::float8[])
+                AS new (account_id, tier, tag_delta, usage_delta)
            WHERE (fair_share.account_id, fair_share.tier) = (new.account_id, new.tier)""",
-        [account_id for account_id, _ in tags],
-        [tier for _, tier in tags],
-        list(tags.values()),
-    )
-    await connection.execute(
-        """UPDATE scheduler.fair_share SET usage = greatest(0, usage + new.delta)
-           FROM unnest($1::text[], $2::float8[]) AS new (account_id, delta)
-           WHERE fair_share.account_id = new.account_id AND fair_share.tier = 'relax'""",
-        list(usage),
-        list(usage.values()),
+        [account_id for account_id, _ in changes],
+        [tier for _, tier in changes],
+        [tag_delta for tag_delta, _ in changes.values()],
+        [usage_delta for _, usage_delta in changes.values()],
     )
 
 
@@ -484,14 +524,19 @@ async def _count_losses(
 ) -> dict[str, datetime]:
     """Count losses per slot in a row; returns until when which slots are to be set aside now."""
     set_aside: dict[str, datetime] = {}
+    at_fault = {one.row["worker_id"] for one in closings if one.end.worker_at_fault}
+    # Nearly every end is of a worker that lost nothing: one statement for all of those. Where a batch has
+    # both of one worker, their order counts.
+    await _end_losses(
+        connection,
+        {one.row["worker_id"] for one in closings if one.verdict in _PAID} - at_fault,
+    )
     for closing in closings:
         row, end = closing.row, closing.end
+        if row["worker_id"] not in at_fault:
+            continue
         if closing.verdict in _PAID:
-            await connection.execute(
-                """UPDATE scheduler.worker_slot SET losses_in_row = 0, last_lost_job = NULL
-                   WHERE worker_id = $1 AND losses_in_row > 0""",
-                row["worker_id"],
-            )
+            await _end_losses(connection, {row["worker_id"]})
         elif end.worker_at_fault and row["parked_at"] is None:
             losses = await connection.fetchval(
                 """INSERT INTO scheduler.worker_slot (worker_id, losses_in_row, last_lost_job)
@@ -512,6 +557,16 @@ async def _count_losses(
                     at + _SET_ASIDE,
                 )
     return set_aside
+
+
+async def _end_losses(connection: asyncpg.Connection, worker_ids: Set[str]) -> None:
+    """Remember that these workers' newest jobs were not lost."""
+    if worker_ids:
+        await connection.execute(
+            """UPDATE scheduler.worker_slot SET losses_in_row = 0, last_lost_job = NULL
+               WHERE worker_id = ANY($1::text[]) AND losses_in_row > 0""",
+            list(worker_ids),
+        )
 
 
 async def give_up(

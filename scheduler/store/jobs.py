@@ -404,6 +404,24 @@ async def settings_and_live_jobs(
     return settings, live
 
 
+async def owner(connection: Connection, job_id: str) -> str | None:
+    """Return the account of a job, deleted or not; None if there is none of that id."""
+    account_id: str | None = await connection.fetchval(
+        "SELECT account_id FROM scheduler.job WHERE job_id = $1", UUID(job_id)
+    )
+    return account_id
+
+
+async def live_jobs(connection: Connection, account_id: str) -> list[str]:
+    """Return the jobs of an account that wait or run, by id."""
+    rows = await connection.fetch(
+        """SELECT job_id::text FROM scheduler.job
+           WHERE account_id = $1 AND state IN ('queued', 'running') ORDER BY job_id""",
+        account_id,
+    )
+    return [row["job_id"] for row in rows]
+
+
 async def live_places(connection: Connection, job_ids: Sequence[str]) -> dict[str, LivePlace]:
     """Return how many older jobs of its account are live, for each of these that exists."""
     rows = await connection.fetch(

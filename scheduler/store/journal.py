@@ -40,6 +40,7 @@ from scheduler.policy.events import (
     JobGivenUp,
     JobSubmitted,
     LimitsChanged,
+    MemoryOutgrown,
     RefusedBecause,
     StartRefused,
     TierChanged,
@@ -344,6 +345,8 @@ class _Before:
                     jobs[job.job_id] = job
                 case TierChanged(job_id=job_id, tier=tier) if job_id in jobs:
                     jobs[job_id] = replace(jobs[job_id], tier=tier)
+                case MemoryOutgrown(job_id=job_id, memory_bytes=memory_bytes) if job_id in jobs:
+                    jobs[job_id] = jobs[job_id].needing(memory_bytes)
                 case StartRefused(job_id=job_id, reason=RefusedBecause.MOVED) if job_id in jobs:
                     tier = Tier.RELAX if jobs[job_id].tier is Tier.FAST else Tier.FAST
                     jobs[job_id] = replace(jobs[job_id], tier=tier)

@@ -7,13 +7,14 @@ the rows it was told of, and once in a while those that nobody told it of.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
 import asyncpg
 
 from billing import accounts as billing_accounts
+from billing.refusals import UnknownAccount
 from gpu_worker.contract import Checkpoint, RenderKind, RenderSpec
 from scheduler.clock import from_ms
 from scheduler.estimator import steps_done
@@ -32,7 +33,7 @@ _JOB_COLUMNS = """job_id::text, account_id, tier, state, arrival, predicted_ms, 
                   spec ->> 'kind' AS render_kind,
                   coalesce((spec ->> 'stop_percent')::int, 100) AS stop_percent,
                   coalesce(jsonb_array_length(spec -> 'parts') + jsonb_array_length(spec -> 'pictures'), 0)
-                  AS parts, checkpoint"""
+                  AS parts, checkpoint, memory_above_bytes"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,8 @@ class LiveJob:
     steps: int
     """Of the estimator: what its denoising steps take, in plain ones."""
     checkpoint: Checkpoint | None
+    memory_above_bytes: int
+    """All the memory of the largest worker that had too little for it; 0: none had."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +159,7 @@ def _job(row: asyncpg.Record) -> LiveJob:
             parts=row["parts"],
         ),
         checkpoint=checkpoint_from_json(row["checkpoint"]),
+        memory_above_bytes=row["memory_above_bytes"],
     )
 
 
@@ -210,13 +214,16 @@ async def running_attempts(connection: asyncpg.Connection) -> list[RunningAttemp
 async def standings(
     connection: asyncpg.Connection, account_ids: Sequence[str], now_ms: int
 ) -> list[AccountStanding]:
-    """Return what these accounts may have and where they stand."""
+    """Return what these accounts may have and where they stand.
+
+    One that was erased is left out: it has another id by now.
+    """
     if not account_ids:
         return []
     # It may open a period, which is several writes.
     async with connection.transaction():
-        terms = await billing_accounts.terms(connection, account_ids, from_ms(now_ms))
-    shares: dict[str, dict[Tier, FairShare]] = {account_id: {} for account_id in account_ids}
+        terms = await _terms(connection, account_ids, from_ms(now_ms))
+    shares: dict[str, dict[Tier, FairShare]] = {account_id: {} for account_id in terms}
     usage_since: dict[str, datetime] = {}
     for row in await connection.fetch(
         """SELECT account_id, tier, finish_tag, tag, usage, usage_since
@@ -245,6 +252,17 @@ async def standings(
         )
         for account_id, term in terms.items()
     ]
+
+
+async def _terms(
+    connection: asyncpg.Connection, account_ids: Iterable[str], at: datetime
+) -> dict[str, billing_accounts.Terms]:
+    there = set(account_ids)
+    while True:
+        try:
+            return await billing_accounts.terms(connection, there, at)
+        except UnknownAccount as gone:
+            there.remove(gone.account_id)
 
 
 async def forget_usage(

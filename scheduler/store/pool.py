@@ -63,6 +63,18 @@ class Pool:
             yield connection
 
     @asynccontextmanager
+    async def snapshot(self) -> AsyncIterator[Connection]:
+        """Lend a connection in a transaction that only reads, and reads one moment all through.
+
+        Raises Overloaded.
+        """
+        async with (
+            self._lent() as connection,
+            connection.transaction(isolation="repeatable_read", readonly=True),
+        ):
+            yield connection
+
+    @asynccontextmanager
     async def rehearsal(self) -> AsyncIterator[Connection]:
         """Like `transaction`, but whatever was written is rolled back. Raises Overloaded."""
         async with self._lent() as connection:

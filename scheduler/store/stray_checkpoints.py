@@ -24,6 +24,11 @@ async def due(connection: Connection, *, limit: int) -> list[str]:
     return [row["path"] for row in rows]
 
 
+async def try_later(connection: Connection, path: str) -> None:
+    """Put off a path whose file cannot go now: it is due again in ten minutes."""
+    await connection.execute("UPDATE scheduler.stray_checkpoint SET since = now() WHERE path = $1", path)
+
+
 async def gone(connection: Connection, path: str) -> None:
     """Take a path off the list: its file is not in the store any more."""
     await connection.execute("DELETE FROM scheduler.stray_checkpoint WHERE path = $1", path)

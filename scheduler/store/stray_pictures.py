@@ -1,7 +1,8 @@
-"""Pictures of prompts that perhaps no job has: noted when they are stored and when their job is deleted.
+"""Pictures of prompts that perhaps no job has: noted before they are stored and when their job is deleted.
 
 They are named by their content, so that jobs of several accounts may have the same one; it goes with the
-last of them.
+last of them. Whoever removes a file keeps its row locked until the file is gone, and whoever stores it notes
+it first, waiting for that row: so nobody's file is removed right after it was written.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ _UNTOUCHED_FOR = timedelta(hours=1)
 
 
 async def note(connection: Connection, paths: Sequence[str]) -> None:
-    """Note pictures that no row has yet; whoever looks for strays leaves them alone for an hour."""
+    """Note pictures that no row has yet; whoever looks for strays leaves them alone for an hour.
+
+    Waits until files of them that are being removed are gone.
+    """
     await connection.execute(
         """INSERT INTO scheduler.stray_picture (path) SELECT DISTINCT unnest($1::text[]) ORDER BY 1
            ON CONFLICT (path) DO UPDATE SET since = now()""",
@@ -34,10 +38,16 @@ async def due(connection: Connection, *, limit: int) -> list[str]:
     return [row["path"] for row in rows]
 
 
+async def try_later(connection: Connection, path: str) -> None:
+    """Put off a picture whose file cannot go now: it is due again in an hour."""
+    await connection.execute("UPDATE scheduler.stray_picture SET since = now() WHERE path = $1", path)
+
+
 async def take(connection: Connection, path: str) -> bool:
     """Take a picture off the list; returns whether no job has it, so that its file is to go.
 
-    False too if it was noted again, or if another transaction takes it.
+    It goes in the caller's transaction, which holds the lock on its row. False too if it was noted again, or
+    if another transaction takes it.
     """
     taken = await connection.fetchval(
         """DELETE FROM scheduler.stray_picture WHERE path = (

@@ -78,17 +78,17 @@ def test_every_bound_is_a_line_and_what_was_widened_or_unknown_is_said_beside(
     ]
 
 
-def test_a_broken_bound_ends_with_1(service: ScriptedService, environment: dict[str, str]) -> None:
+def test_a_broken_bound_ends_with_6(service: ScriptedService, environment: dict[str, str]) -> None:
     service.says("AuditFairness", AuditFairnessResponse(findings=[HOLDS, BROKEN]))
     result = audit(environment)
-    assert result.exit_code == 1
+    assert result.exit_code == 6
     assert "B10\tviolated\t9\t-1 jobs" in result.stdout
 
 
 def test_as_json_it_is_one_document(service: ScriptedService, environment: dict[str, str]) -> None:
     service.says("AuditFairness", AuditFairnessResponse(findings=[BROKEN], starts=9))
     result = audit(environment, "--json")
-    assert result.exit_code == 1
+    assert result.exit_code == 6
     document = json.loads(result.stdout)
     assert (document["starts"], document["findings"][0]["verdict"]) == ("9", "VERDICT_VIOLATED")
 

@@ -16,8 +16,6 @@ import pytest
 from google.protobuf.json_format import ParseDict
 from typer.testing import CliRunner, Result
 
-from billing.v1.admin_pb2 import AdminAccount, ApiKey, ListPlansResponse, Plan, Role
-from billing.v1.billing_pb2 import Balance, PlanLimits
 from scheduler.client.commands import app
 from scheduler.v1 import job_pb2
 from scheduler.v1.account_pb2 import Account
@@ -142,15 +140,6 @@ def test_watch_in_a_pipe_prints_a_line_an_event(
     assert [line.split("\t")[1:] for line in lines[:2]] == [["queued", "Event 1."], ["succeeded", "Event 3."]]
 
 
-def test_info_shows_what_is_left(service: ScriptedService, environment: dict[str, str]) -> None:
-    balance = Balance(plan="plans/basic", granted_ms=12_000_000, available_ms=11_000_000)
-    account = Account(name="accounts/ada", mode=job_pb2.TIER_FAST, balance=balance, jobs_running=2)
-    service.says("GetAccount", account)
-    lines = darkroom(environment, "info").stdout.splitlines()
-    assert "fast time left\t3 h 3 min 20.0 s of 3 h 20 min" in lines
-    assert "mode\tfast" in lines
-
-
 @pytest.mark.parametrize(
     ("command", "field", "value"),
     [
@@ -188,41 +177,6 @@ def test_other_peoples_text_cannot_control_the_terminal(
     result = darkroom(environment, "feed")
     assert "a cat [2J [red]loud[/red] line" in result.stdout
     assert "\x1b" not in result.output
-
-
-def test_admins_make_accounts_keys_plans_and_grants(
-    service: ScriptedService, environment: dict[str, str]
-) -> None:
-    plan = Plan(name="plans/basic", etag="7", quota_ms=1, limits=PlanLimits(running=3), currency_code="EUR")
-    service.says("CreateAccount", AdminAccount(name="accounts/ada", plan="plans/basic"))
-    service.says("CreateApiKey", ApiKey(secret="dk_x_y"))
-    service.says("ListPlans", *[ListPlansResponse(plans=[plan])] * 3)
-    service.says("UpdatePlan", plan)
-    service.says("AdjustBalance", Balance(account="accounts/ada", available_ms=60_000))
-    why = ("--reason", "a new lab")
-    accounts = darkroom(environment, "admin", "accounts", "create", "ada", "--plan", "basic", *why)
-    assert accounts.stdout == "ada on basic\n"
-    keys = darkroom(environment, "admin", "keys", "create", "ada", "--role", "operator", *why)
-    assert keys.stdout == "dk_x_y\n"
-    assert service.asked("CreateApiKey")[0].role == Role.ROLE_OPERATOR
-    assert darkroom(environment, "admin", "plans", "list").stdout.startswith("basic\t")
-    darkroom(environment, "admin", "plans", "set", "Basic", "--minutes", "200.5", "--private", *why)
-    (update,) = service.asked("UpdatePlan")
-    assert (update.plan.quota_ms, update.plan.private_allowed) == (12_030_000, True)
-    assert (update.plan.etag, update.plan.limits.running) == ("7", 3)
-    assert darkroom(environment, "admin", "plans", "set", "gold", *why).exit_code == 2
-    grant = darkroom(environment, "admin", "grant", "ada", "-30", "--expires", "2027-01-31", *why)
-    assert grant.exit_code == 0, grant.output
-    (adjust,) = service.asked("AdjustBalance")
-    assert adjust.amount_ms == -1_800_000
-    assert adjust.expire_time.ToJsonString() == "2027-01-31T00:00:00Z"
-    asked = ("CreateAccount", "CreateApiKey", "UpdatePlan", "AdjustBalance")
-    assert [service.asked(each)[0].reason for each in asked] == ["a new lab"] * 4
-
-
-@pytest.mark.parametrize("command", [["admin", "grant", "ada", "5"], ["admin", "accounts", "create", "ada"]])
-def test_what_an_admin_does_needs_a_reason(environment: dict[str, str], command: list[str]) -> None:
-    assert darkroom(environment, *command).exit_code == 2
 
 
 # JSON

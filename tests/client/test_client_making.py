@@ -236,6 +236,33 @@ def test_redo_of_an_upscale_takes_the_other_algorithm_on_the_same_picture(
     assert request.tier == job_pb2.TIER_RELAX
 
 
+def test_redo_of_a_rerolled_upscale_takes_the_other_algorithm_too(
+    service: ScriptedService, environment: dict[str, str]
+) -> None:
+    upscaled = a_job(
+        kind=job_pb2.JOB_KIND_UPSCALE, upscale_algorithm=DETAILED, source_job=JOB, source_image=3, uid=AGAIN
+    )
+    again = a_job(kind=job_pb2.JOB_KIND_REROLL, upscale_algorithm=DETAILED, source_job=upscaled.name)
+    service.says("GetJob", again, upscaled)
+    request = submitted(service, environment, "redo", UID)
+    assert (request.upscale.source_image, request.upscale.algorithm) == (f"{JOB}/images/3", LIGHT)
+
+
+def test_redo_of_a_private_upscale_of_a_public_grid_stays_private(
+    service: ScriptedService, environment: dict[str, str]
+) -> None:
+    private = a_job(
+        kind=job_pb2.JOB_KIND_UPSCALE,
+        upscale_algorithm=LIGHT,
+        source_job=JOB,
+        source_image=3,
+        visibility=job_pb2.VISIBILITY_PRIVATE,
+    )
+    service.says("GetJob", private, private)
+    assert submitted(service, environment, "redo", UID).visibility == job_pb2.VISIBILITY_PRIVATE
+    assert submitted(service, environment, "redo", UID, "--public").visibility == job_pb2.VISIBILITY_PUBLIC
+
+
 @pytest.mark.parametrize(
     "kind", [job_pb2.JOB_KIND_IMAGINE, job_pb2.JOB_KIND_VARIATION, job_pb2.JOB_KIND_REROLL]
 )
@@ -332,9 +359,19 @@ def test_delete_asks_first_and_says_what_it_will_delete(
 
 def test_delete_can_be_told_not_to_ask(service: ScriptedService, environment: dict[str, str]) -> None:
     service.says("DeleteJob", DeleteJobResponse(), DeleteJobResponse())
-    assert darkroom(environment, "delete", f"{UID}_a_lighthouse_2.png", "--yes").exit_code == 0
+    assert darkroom(environment, "delete", SOURCE, "--yes").exit_code == 0
     assert json.loads(darkroom(environment, "delete", UID, "-y", "--json").stdout) == {"deleted": UID}
     assert {request.name for request in service.asked("DeleteJob")} == {SOURCE}
+
+
+@pytest.mark.parametrize("part", [f"{UID}/2", f"{UID}_a_lighthouse_2.png", f"{UID}/mp4"])
+def test_a_name_of_one_picture_does_not_delete_its_whole_job(
+    service: ScriptedService, environment: dict[str, str], part: str
+) -> None:
+    result = darkroom(environment, "delete", part, "--yes")
+    assert result.exit_code == 2
+    assert "give its id alone" in result.stderr
+    assert not service.asked("DeleteJob")
 
 
 def test_a_job_that_runs_is_not_deleted(service: ScriptedService, environment: dict[str, str]) -> None:

@@ -25,7 +25,9 @@ from PIL import Image
 from billing import accounts as ledger_accounts
 from billing import admin, ledger
 from billing.v1 import admin_pb2_grpc, billing_pb2_grpc
+from gpu_worker import outputs
 from gpu_worker.contract import ImageFile, Progress, RenderSpec, VideoFile
+from gpu_worker.prompt import file_stem
 from scheduler.answers import Explained, Outlook, QueuesView, WhatIf, WorkerView
 from scheduler.metrics import FrontDoorMetrics
 from scheduler.policy.ids import Tier
@@ -381,16 +383,18 @@ class Door:
         videos: Mapping[str, bytes] = MappingProxyType({}),
     ) -> None:
         """Let a job end with these pictures in the artifact store, as settlement does."""
+        stem = file_stem((await self.spec(job_id)).prompt)
         images = []
         for index, content in enumerate(pictures, start=1):
-            path = f"jobs/{job_id}/{index}.png"
+            name = outputs.image_name(job_id, stem, index)
+            path = f"jobs/{job_id}/{name}"
             (self.artifacts / path).parent.mkdir(parents=True, exist_ok=True)
             (self.artifacts / path).write_bytes(content)
             images.append(
                 ImageFile(
                     index=index,
                     path=path,
-                    file_name=f"{job_id}_a_fox_{index}.png",
+                    file_name=name,
                     content_type="image/png",
                     size_bytes=len(content),
                     sha256=hashlib.sha256(content).hexdigest(),
@@ -401,7 +405,7 @@ class Door:
             )
         films = []
         for content_type, content in videos.items():
-            name = f"{job_id}_a_fox.{content_type.rpartition('/')[2]}"
+            name = f"{job_id}_{stem}.{content_type.rpartition('/')[2]}"
             (self.artifacts / f"jobs/{job_id}/{name}").write_bytes(content)
             films.append(
                 VideoFile(

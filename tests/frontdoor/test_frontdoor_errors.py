@@ -359,7 +359,7 @@ async def test_a_picture_that_the_store_has_lost(door: Door) -> None:
     ann = await door.caller("ann")
     job = await ann.create()
     await door.succeed(job.uid)
-    (door.artifacts / f"jobs/{job.uid}/1.png").unlink()
+    (door.artifacts / f"jobs/{job.uid}/{job.uid}_a_fox_1.png").unlink()
     refused = await refusal(ann.download(job.name))
     assert (refused.code, refused.reason) == (Code.DATA_LOSS, "PICTURE_MISSING")
     assert refused.metadata == {"file": f"{job.uid}_a_fox_1.png"}

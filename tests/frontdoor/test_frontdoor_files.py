@@ -42,6 +42,16 @@ async def test_the_feed_shows_finished_public_upscales_of_all_without_money(door
         assert job.charge_mode == job_pb2.CHARGE_MODE_UNSPECIFIED
 
 
+async def test_the_feed_shows_nobody_where_pictures_of_a_prompt_were(door: Door) -> None:
+    ann, ben = await door.caller("ann"), await door.caller("ben")
+    job = await an_upscale(door, ann)
+    prompt = "  https://host/a.png?key=SECRET <HTTPS://host/b.png>,  a  fox\nin snow --uplight"
+    await door.sql("UPDATE scheduler.job SET prompt = $1 RETURNING 1", prompt)
+    (shown,) = (await ben.jobs.ListFeed(job_pb2.ListFeedRequest())).jobs
+    assert shown.prompt == "a  fox\nin snow --uplight"
+    assert (await ann.get(job.name)).prompt == prompt
+
+
 async def test_the_feed_is_read_from_its_index(door: Door) -> None:
     ann = await door.caller("ann")
     await an_upscale(door, ann)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from dataclasses import replace
 
@@ -57,6 +58,30 @@ async def test_asking_only_stores_no_picture(door: Door) -> None:
     imagine = job_pb2.Imagine(prompt="a fox", model="seeing", pictures=[a_png()])
     await ann.estimate(create=job_pb2.CreateJobRequest(imagine=imagine))
     assert list(door.artifacts.rglob("*")) == []
+
+
+@pytest.mark.parametrize("why", ["QUEUE_FULL", "FAST_TIME_EXHAUSTED"])
+async def test_no_picture_is_read_for_a_job_that_would_not_be_accepted(door: Door, why: str) -> None:
+    ann = await door.caller("ann")
+    if why == "QUEUE_FULL":
+        for _ in range(10):
+            await ann.create()
+    else:
+        await door.use_up("ann")
+    refused = await refusal(ann.create("a fox", model="seeing", pictures=[b"<html>"], tier=job_pb2.TIER_FAST))
+    assert refused.reason == why
+    assert await door.sql("SELECT count(*) FROM scheduler.stray_picture") == 0
+
+
+async def test_a_request_with_pictures_sent_twice_at_once_is_one_job_though_it_takes_the_last_place(
+    door: Door,
+) -> None:
+    ann = await door.caller("ann")
+    for _ in range(9):
+        await ann.create()
+    fields = {"model": "seeing", "pictures": [a_png()], "request_id": str(uuid.uuid4())}
+    jobs = await asyncio.gather(*(ann.create("a fox", **fields) for _ in range(2)))
+    assert jobs[0].uid == jobs[1].uid
 
 
 async def test_what_is_no_picture_is_refused_as_that(door: Door) -> None:
@@ -142,7 +167,8 @@ async def test_the_request_decides_the_algorithm_of_an_upscale_then_the_prompt(
     )
     assert spec.images == 1
     assert spec.source is not None
-    assert (spec.source.picture_path, spec.source.latents_path) == (f"jobs/{source.uid}/3.png", "")
+    path = f"jobs/{source.uid}/{source.uid}_a_fox_3.png"
+    assert (spec.source.picture_path, spec.source.latents_path) == (path, "")
 
 
 async def test_nothing_exceeds_three_megapixels(door: Door) -> None:
@@ -301,3 +327,16 @@ async def test_a_job_with_pictures_of_a_model_that_takes_none_any_more(door: Doo
     await door.sql("UPDATE scheduler.job SET spec = jsonb_set(spec, '{model}', '\"small\"') RETURNING 1")
     refused = await refusal(ann.reroll(source.name))
     assert (refused.reason, refused.metadata) == ("IMPOSSIBLE", {"missing": "pictures"})
+
+
+@pytest.mark.parametrize("prompt", ["a fox,--uplight", "a fox ftp://host/fox.png", "a fox --w 128 --w 128"])
+async def test_what_was_made_of_a_prompt_that_is_refused_by_now_can_still_be_gone_on_from(
+    door: Door, prompt: str
+) -> None:
+    ann = await door.caller("ann", plan="pro")
+    source = await a_grid(door, ann)
+    await door.sql("UPDATE scheduler.job SET prompt = $1, visibility = 'private' RETURNING 1", prompt)
+    assert (await refusal(ann.create(prompt))).reason == "INVALID_PARAMETER"
+    image = f"{source.name}/images/1"
+    for made in (await ann.vary(image), await ann.upscale(image), await ann.reroll(source.name)):
+        assert (made.prompt, made.visibility) == (prompt, job_pb2.VISIBILITY_PRIVATE)

@@ -28,7 +28,7 @@ from scheduler.frontdoor.artifacts import Artifacts
 from scheduler.frontdoor.errors import status_of
 from scheduler.frontdoor.picture_urls import Address, Reachable, is_public
 from scheduler.frontdoor.pictures import Pictures
-from scheduler.refusals import InvalidRequest, Overloaded, PictureUnreadable
+from scheduler.refusals import Overloaded, PictureUnreadable
 from scheduler.settings import Pictures as PictureSettings
 
 LOOPBACK = "127.0.0.1"
@@ -144,9 +144,24 @@ def kept(tmp_path: Path) -> Callable[[], set[str]]:
     return lambda: {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
 
 
+async def stored(
+    pictures: Pictures, uploads: Sequence[bytes], urls: Sequence[str], account_id: str = "ann"
+) -> tuple[str, ...]:
+    async def note(paths: Sequence[str]) -> None:
+        pass
+
+    return await pictures.stored(account_id, uploads, urls, note)
+
+
+async def cancelled(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
 async def refused(pictures: Pictures, *urls: str, uploads: Sequence[bytes] = ()) -> list[str]:
     with pytest.raises(PictureUnreadable) as caught:
-        await pictures.stored(uploads, urls)
+        await stored(pictures, uploads, urls)
     return [violation.sentence for violation in caught.value.violations]
 
 
@@ -158,8 +173,8 @@ async def test_pictures_are_stored_by_their_hash_uploads_first(
 ) -> None:
     site.picture("/blue.webp", a_picture("blue", "WEBP"), Content_Type="image/webp")
     site.picture("/lime.jpg", a_picture("lime", "JPEG"), Content_Type="image/jpeg")
-    paths = await pictures().stored(
-        [a_picture("red")], ["http://site.test/blue.webp", "http://site.test/lime.jpg?x=Y"]
+    paths = await stored(
+        pictures(), [a_picture("red")], ["http://site.test/blue.webp", "http://site.test/lime.jpg?x=Y"]
     )
     colours = []
     for path in paths:
@@ -177,28 +192,41 @@ async def test_the_same_picture_is_one_file(
     pictures: Callable[..., Pictures], kept: Callable[[], set[str]]
 ) -> None:
     made = pictures()
-    first = await made.stored([a_picture(), a_picture()], [])
-    assert first == await made.stored([a_picture(), a_picture()], [])
+    first = await stored(made, [a_picture(), a_picture()], [])
+    assert first == await stored(made, [a_picture(), a_picture()], [])
     assert set(first) == kept()
     assert len(kept()) == 1
 
 
 async def test_an_object_store_gets_them_too() -> None:
     store = fsspec.filesystem("memory")
-    (path,) = await Pictures(Artifacts("memory://prompts"), PictureSettings()).stored([a_picture()], [])
+    (path,) = await stored(Pictures(Artifacts("memory://prompts"), PictureSettings()), [a_picture()], [])
     assert hashlib.sha256(store.cat_file(f"/prompts/{path}")).hexdigest() in path
 
 
-async def test_no_pictures_are_no_work(pictures: Callable[..., Pictures]) -> None:
-    assert await pictures().stored([], []) == ()
+async def test_pictures_are_noted_before_any_is_written(
+    pictures: Callable[..., Pictures], kept: Callable[[], set[str]]
+) -> None:
+    noted: list[str] = []
+
+    async def note(paths: Sequence[str]) -> None:
+        assert kept() == set()
+        noted.extend(paths)
+
+    paths = await pictures().stored("ann", [a_picture("red"), a_picture("blue")], [], note)
+    assert tuple(noted) == paths
+    assert set(paths) == kept()
 
 
-async def test_six_pictures_are_too_many(pictures: Callable[..., Pictures], site: Site) -> None:
-    with pytest.raises(InvalidRequest) as caught:
-        await pictures().stored([a_picture()] * 2, ["http://site.test/a.png"] * 4)
-    assert "At most 5 pictures" in str(caught.value)
-    assert site.asked == []
-    assert len(await pictures().stored([a_picture()] * 5, [])) == 5
+async def test_pictures_that_cannot_be_noted_are_not_written(
+    pictures: Callable[..., Pictures], kept: Callable[[], set[str]]
+) -> None:
+    async def note(paths: Sequence[str]) -> None:
+        raise Overloaded(sentence="the database is away")
+
+    with pytest.raises(Overloaded):
+        await pictures().stored("ann", [a_picture()], [], note)
+    assert kept() == set()
 
 
 async def test_all_unreadable_pictures_are_named_at_once_and_none_is_stored(
@@ -206,7 +234,8 @@ async def test_all_unreadable_pictures_are_named_at_once_and_none_is_stored(
 ) -> None:
     site.picture("/sound.png")
     with pytest.raises(PictureUnreadable) as caught:
-        await pictures().stored(
+        await stored(
+            pictures(),
             [a_picture(), b"no picture"],
             ["http://site.test/nothing.png", "http://site.test/sound.png", "ftp://x"],
         )
@@ -231,7 +260,7 @@ async def test_a_store_that_cannot_be_written_is_no_fault_of_the_picture(
 ) -> None:
     (tmp_path / "artifacts").write_text("not a folder")
     with pytest.raises(Overloaded):
-        await pictures().stored([a_picture()], [])
+        await stored(pictures(), [a_picture()], [])
 
 
 async def test_requests_that_would_wait_too_long_are_sent_away(
@@ -240,13 +269,48 @@ async def test_requests_that_would_wait_too_long_are_sent_away(
     site.pages["/never.png"] = lambda _: asyncio.Event().wait()
     made = pictures(fetch_ms=300)
     outcomes = await asyncio.gather(
-        *(made.stored([], ["http://site.test/never.png"]) for _ in range(20)), return_exceptions=True
+        *(stored(made, [], ["http://site.test/never.png"], f"account-{n}") for n in range(16)),
+        return_exceptions=True,
     )
     kinds = [type(outcome) for outcome in outcomes]
     assert set(kinds) <= {PictureUnreadable, Overloaded}
     assert kinds.count(PictureUnreadable) >= 8
-    assert kinds.count(Overloaded) >= 4
-    assert await made.stored([a_picture()], [])
+    assert await stored(made, [a_picture()], [])
+
+
+async def test_no_more_than_sixteen_requests_are_read_or_wait(
+    pictures: Callable[..., Pictures], site: Site
+) -> None:
+    site.pages["/never.png"] = lambda _: asyncio.Event().wait()
+    made = pictures()
+    others = [
+        asyncio.create_task(stored(made, [], ["http://site.test/never.png"], f"account-{n // 2}"))
+        for n in range(16)
+    ]
+    await asyncio.sleep(0)
+    try:
+        with pytest.raises(Overloaded):
+            await stored(made, [a_picture()], [], "ann")
+    finally:
+        await cancelled(others)
+    assert await stored(made, [a_picture()], [], "ann"), "their places are free again"
+
+
+async def test_an_account_that_sends_many_requests_keeps_nobody_else_from_theirs(
+    pictures: Callable[..., Pictures], site: Site
+) -> None:
+    site.pages["/never.png"] = lambda _: asyncio.Event().wait()
+    made = pictures()
+    anns = [asyncio.create_task(stored(made, [], ["http://site.test/never.png"], "ann")) for _ in range(2)]
+    await asyncio.sleep(0)
+    try:
+        for _ in range(20):
+            with pytest.raises(Overloaded):
+                await stored(made, [a_picture()], [], "ann")
+        assert await stored(made, [a_picture()], [], "ben")
+    finally:
+        await cancelled(anns)
+    assert await stored(made, [a_picture()], [], "ann")
 
 
 # Which addresses may be reached.
@@ -382,7 +446,7 @@ async def test_a_name_that_leads_inside_is_not_followed(
     site.picture("/a.png")
     assert await refused(pictures(reachable=None), "http://site.test/a.png") == [CANNOT]
     assert site.asked == []
-    assert await pictures().stored([], ["http://site.test/a.png"]), "or nothing was shown"
+    assert await stored(pictures(), [], ["http://site.test/a.png"]), "or nothing was shown"
 
 
 async def test_a_name_that_leads_outside_and_inside_is_only_followed_outside(
@@ -404,7 +468,7 @@ async def test_a_name_that_leads_outside_and_inside_is_only_followed_outside(
 
     names.resolve = both  # type: ignore[method-assign]
     site.picture("/a.png")
-    assert await pictures(reachable).stored([], ["http://site.test/a.png"])
+    assert await stored(pictures(reachable), [], ["http://site.test/a.png"])
     assert judged[0] == "10.0.0.1"
     assert judged[-1] == LOOPBACK
 
@@ -463,7 +527,7 @@ async def test_three_redirects_are_followed_and_no_more(
         f"Picture URL 1 leads on more than 3 times: {DIRECT}"
     ]
     assert site.asked == ["/0", "/1", "/2", "/3"]
-    assert await made.stored([], ["http://site.test/1"])
+    assert await stored(made, [], ["http://site.test/1"])
 
 
 # What a URL may be.
@@ -557,7 +621,7 @@ async def test_a_certificate_must_be_for_the_name_in_the_url(
         (sentence,) = await refused(made, "https://other.test/a.png")
         assert sentence.startswith(untrusted), "it is somebody else's"
         assert secure.asked == []
-        assert await made.stored([], ["https://secure.test/a.png"])
+        assert await stored(made, [], ["https://secure.test/a.png"])
     finally:
         await runner.cleanup()
 
@@ -575,8 +639,8 @@ async def test_a_host_learns_nothing_but_the_url(
     )
     site.picture("/b.png")
     made = pictures()
-    assert await made.stored([], ["http://site.test/a.png"])
-    assert await made.stored([], ["http://site.test/b.png"])
+    assert await stored(made, [], ["http://site.test/a.png"])
+    assert await stored(made, [], ["http://site.test/b.png"])
     for request in site.requests:
         assert set(request.headers) == {"Host", "Accept", "Accept-Encoding", "User-Agent", "Connection"}
         assert request.headers["Accept-Encoding"] == "identity"
@@ -610,7 +674,7 @@ async def test_a_picture_that_calls_itself_bytes_is_one(
     pictures: Callable[..., Pictures], site: Site
 ) -> None:
     site.picture("/a", Content_Type="application/octet-stream")
-    assert await pictures().stored([], ["http://site.test/a"])
+    assert await stored(pictures(), [], ["http://site.test/a"])
 
 
 @pytest.mark.parametrize("status", [204, 206, 300, 401, 404, 500])

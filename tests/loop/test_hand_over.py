@@ -5,11 +5,12 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 
 from billing import invariants, ledger
-from gpu_worker.contract import Outcome
+from gpu_worker.contract import Checkpoint, Outcome, StageTimes
 from gpu_worker.outputs import checkpoint_path
 from scheduler.cluster.local_fleet import LocalFleet
 from scheduler.policy.ids import Tier
 from scheduler.store import operations, stray_checkpoints
+from scheduler.store.checkpoints import SavedCheckpoint, store_checkpoints
 from tests.loop.conftest import Stage
 
 FIRST, SECOND = "here/gpu-0", "here/gpu-1"
@@ -207,15 +208,42 @@ async def test_file_of_a_checkpoint_that_no_job_will_go_on_from_is_left_to_nobod
         assert await strays(stage) == []
 
 
-async def test_checkpoints_of_a_job_that_succeeds_are_its_workers_to_delete(stage: Stage) -> None:
+async def test_what_the_attempt_that_ends_a_job_had_saved_itself_is_its_worker_s_to_delete(
+    stage: Stage,
+) -> None:
     fleet = LocalFleet(workers=1, take_ms=None, gpu_ms=PICTURE_MS)
     await stage.open_account("ada")
     async with stage.leading(fleet) as leader:
         job_id = await stage.submit("ada", Tier.FAST)
         await stage.until(leader, lambda: fleet.busy)
-        fleet.hand_over(FIRST, fleet.busy[FIRST].attempt_id)
+        request = fleet.busy[FIRST]
+        saved = SavedCheckpoint(
+            attempt_id=request.attempt_id,
+            token=request.token,
+            checkpoint=Checkpoint(
+                path=checkpoint_path(job_id, request.attempt_id),
+                step=5,
+                steps=20,
+                kept=StageTimes(),
+                device="cuda",
+            ),
+        )
+        assert await store_checkpoints(stage.connection, epoch=request.epoch, saved=[saved])
+        fleet.finish(FIRST)
+        await stage.until_state(leader, job_id, "succeeded")
+        assert await strays(stage) == []
+
+
+async def test_file_of_a_checkpoint_that_its_job_succeeded_without_is_left_to_nobody(stage: Stage) -> None:
+    fleet = LocalFleet(workers=1, take_ms=None, gpu_ms=PICTURE_MS)
+    await stage.open_account("ada")
+    async with stage.leading(fleet) as leader:
+        job_id = await stage.submit("ada", Tier.FAST)
+        await stage.until(leader, lambda: fleet.busy)
+        first = fleet.busy[FIRST].attempt_id
+        fleet.hand_over(FIRST, first)
         await stage.until_attempts(leader, job_id, 2)
         await stage.until(leader, lambda: fleet.busy)
         fleet.finish(FIRST)
         await stage.until_state(leader, job_id, "succeeded")
-        assert await strays(stage) == []
+        assert await strays(stage) == [checkpoint_path(job_id, first)]

@@ -5,15 +5,17 @@ from __future__ import annotations
 import uuid
 from dataclasses import replace
 
-from gpu_worker.contract import AttemptResult, Outcome, StageTimes, VideoFile
+from billing import invariants
+from gpu_worker.contract import AttemptResult, Blame, Outcome, StageTimes, VideoFile
 from scheduler.policy.decisions import Charge
 from scheduler.policy.ids import AccountId, JobId, Tier
 from scheduler.policy.parameters import Parameters
-from scheduler.settlement import end_of
+from scheduler.settlement import end_of, end_of_too_large
 from scheduler.store import dispatch, endings, jobs, leadership
 from scheduler.store.jobs import JobState
 from tests.loop.conftest import PREDICTED_MS, Stage
 
+GIB = 2**30
 VIDEO = VideoFile(
     path="p",
     file_name="f",
@@ -41,7 +43,7 @@ async def test_videos_and_the_time_an_upscale_took_are_kept_with_the_job(stage: 
     (settled,) = await endings.settle_attempts(
         stage.connection,
         epoch=epoch,
-        ends=[end_of(result, device="gpu-a", speed_permille=1_000)],
+        ends=[end_of(result, device="gpu-a", speed_permille=1_000, memory_bytes=24 * GIB)],
         parameters=Parameters(),
         now_ms=now_ms,
     )
@@ -57,6 +59,68 @@ async def test_videos_and_the_time_an_upscale_took_are_kept_with_the_job(stage: 
         "SELECT step_us * steps AS steps_us, rest_us FROM scheduler.estimate"
     )
     assert tuple(learned) == (100_000, 2_010_000)
+
+
+async def test_a_job_that_ran_out_of_memory_waits_with_what_was_too_little_in_its_row(stage: Stage) -> None:
+    await stage.open_account("ada")
+    epoch, now_ms, planned = await _started(stage)
+    end = end_of(_out_of_memory(planned), device="gpu-a", speed_permille=1_000, memory_bytes=24 * GIB)
+    for _ in range(2):  # the second time, its answer was lost
+        (settled,) = await endings.settle_attempts(
+            stage.connection, epoch=epoch, ends=[end], parameters=Parameters(), now_ms=now_ms
+        )
+        assert isinstance(settled, endings.Settled)
+        assert (settled.verdict, settled.job_state) == (endings.Verdict.LOST, "queued")
+        assert not settled.counts_as_loss
+    row = await stage.job(planned.job_id)
+    assert (row["state"], row["losses"], row["memory_above_bytes"]) == ("queued", 0, 24 * GIB)
+    sentence = await stage.connection.fetchval(
+        "SELECT sentence FROM scheduler.job_event WHERE job_id = $1 ORDER BY seq DESC LIMIT 1", planned.job_id
+    )
+    assert sentence == (
+        "Too little for it. The job waits at its old place for a GPU with more memory. "
+        "It costs nothing so far."
+    )
+    assert await stage.connection.fetchval("SELECT count(*) FROM scheduler.worker_slot") == 0
+    assert await invariants.check(stage.connection) == []
+
+
+async def test_a_job_that_is_too_large_for_every_worker_fails_with_its_attempt_and_costs_nothing(
+    stage: Stage,
+) -> None:
+    await stage.open_account("ada")
+    epoch, now_ms, planned = await _started(stage)
+    end = end_of(_out_of_memory(planned), device="gpu-a", speed_permille=1_000, memory_bytes=24 * GIB)
+    (settled,) = await endings.settle_attempts(
+        stage.connection,
+        epoch=epoch,
+        ends=[end_of_too_large(end, "sdxl")],
+        parameters=Parameters(),
+        now_ms=now_ms,
+    )
+    assert isinstance(settled, endings.Settled)
+    assert (settled.job_state, settled.billed_ms, settled.absorbed_ms) == ("failed", 0, 700)
+    row = await stage.job(planned.job_id)
+    assert row["failure_reason"] == "OUT_OF_MEMORY"
+    assert row["failure_sentence"] == (
+        "The GPU worker ran out of memory with all of its 24.0 GiB, and no worker for the model sdxl has "
+        "noticeably more. The job costs nothing."
+    )
+    assert await invariants.check(stage.connection) == []
+
+
+def _out_of_memory(planned: dispatch.PlannedAttempt) -> AttemptResult:
+    return AttemptResult(
+        attempt_id=planned.attempt_id,
+        incarnation="first",
+        job_id=planned.job_id,
+        token=planned.token,
+        outcome=Outcome.FAILED,
+        times=StageTimes(denoise_ms=700),
+        blame=Blame.PLATFORM,
+        failure_reason="OUT_OF_MEMORY",
+        failure_sentence="Too little for it.",
+    )
 
 
 async def _started(stage: Stage) -> tuple[int, int, dispatch.PlannedAttempt]:

@@ -29,6 +29,7 @@ from scheduler.policy.events import (
     FairShare,
     JobGivenUp,
     JobSubmitted,
+    MemoryOutgrown,
     MigrationRefused,
     Outcome,
     RefusedBecause,
@@ -333,6 +334,18 @@ class Cell:
         else:
             self.waiting.add(job_id)
         self.apply(AttemptLost(at_ms=self.now_ms, attempt_id=attempt_id))
+
+    def outgrow(self, attempt_id: AttemptId, gib: int) -> None:
+        """Void an attempt that ran out of memory; its job needs so much from now on."""
+        running = self.running.pop(attempt_id)
+        job_id = running.job.job_id
+        self._correct(running, 0)
+        if job_id in self.unwanted:
+            self.unwanted.remove(job_id)
+        else:
+            self.waiting.add(job_id)
+        self.apply(MemoryOutgrown(at_ms=self.now_ms, job_id=job_id, memory_bytes=gib * GIB))
+        self.apply(AttemptLost(at_ms=self.now_ms, attempt_id=attempt_id, executed=False))
 
     def stop(self, running: Running) -> None:
         """Have a worker answer at once that it stopped."""

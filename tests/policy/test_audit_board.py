@@ -142,7 +142,9 @@ def test_every_bound_holds_unwidened_where_its_assumptions_do(
     troubles=st.lists(
         st.tuples(
             st.integers(0, 400_000),
-            st.sampled_from(["lose", "drain", "pause", "limits", "reset", "gone", "move", "cancel"]),
+            st.sampled_from(
+                ["lose", "outgrow", "drain", "pause", "limits", "reset", "gone", "move", "cancel"]
+            ),
             st.integers(0, 20),
         ),
         max_size=8,
@@ -172,6 +174,9 @@ def trouble(cell: Cell, what: str, number: int) -> None:
     match what:
         case "lose" if running:
             cell.lose(running[number % len(running)])
+        case "outgrow":
+            for attempt in [key for key, one in cell.running.items() if one.worker_id == "w0"]:
+                cell.outgrow(attempt, 9)
         case "drain":
             cell.apply(WorkerDraining(at_ms=cell.now_ms, worker_id=worker))
         case "gone":
@@ -214,6 +219,24 @@ def mend(cell: Cell, workers: int) -> None:
             cell.join(a_worker(f"w{number}", gib=8 if number == 0 else 16))
     for tier in Tier:
         cell.apply(TierResumed(at_ms=cell.now_ms, tier=tier))
+
+
+def test_a_job_that_outgrew_a_worker_is_not_owed_its_like() -> None:
+    cell = Cell(PLAIN, workers=0)
+    cell.join(a_worker("w0", gib=8))
+    cell.join(a_worker("w1", gib=16))
+    large = cell.submit("a", 10_000, gib=12)
+    job = cell.submit("b", 10_000)
+    cell.decide()
+    assert (cell.worker_of(large), cell.worker_of(job)) == ("w1", "w0")
+    cell.outgrow(cell.attempt(job), 9)
+    cell.run()
+    assert cell.started_ms(large) == 0
+    assert [(one.at_ms, one.start.worker_id) for one in cell.served if one.job == job] == [
+        (0, "w0"),
+        (10_000, "w1"),
+    ], "w0 was idle meanwhile"
+    assert not broken(journal_of(cell), PLAIN)
 
 
 def test_the_bounds_are_met_with_cases_of_each() -> None:

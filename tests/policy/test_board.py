@@ -532,6 +532,67 @@ def test_the_third_loss_is_the_last() -> None:
     assert cell.used_ms("a") == 0
 
 
+def test_a_job_that_ran_out_of_memory_is_tried_on_a_larger_worker_only() -> None:
+    cell = Cell(workers=0)
+    for name, gib in (("w0", 16), ("w1", 16), ("w2", 24)):
+        cell.join(a_worker(name, gib=gib))
+    job = cell.submit("a")
+    cell.decide()
+    assert cell.worker_of(job) == "w0"
+    cell.outgrow(cell.attempt(job), 17)
+    cell.decide()
+    assert cell.worker_of(job) == "w2"
+    cell.check_rows()
+    assert cell.used_ms("a") == pytest.approx(1000), "charged for the second try alone"
+
+
+def test_a_job_that_ran_out_of_memory_waits_for_the_larger_worker_and_holds_up_nobody() -> None:
+    cell = Cell(workers=0)
+    cell.join(a_worker("w0", gib=16))
+    cell.join(a_worker("w1", gib=24))
+    large = cell.submit("a", 10_000, gib=20)
+    job = cell.submit("a")
+    cell.decide()
+    assert (cell.worker_of(large), cell.worker_of(job)) == ("w1", "w0")
+    cell.outgrow(cell.attempt(job), 17)
+    behind = cell.submit("a")
+    assert [one.job for one in cell.decide()] == [behind]
+    for _ in range(4):
+        assert cell.board.decide(0) == [], (
+            "it is no loss of the job's, and no worker but the larger one will do"
+        )
+    cell.end(cell.attempt(large), 10_000)
+    assert [one.job for one in cell.decide()] == [job]
+    assert cell.worker_of(job) == "w1"
+
+
+def test_what_a_job_needs_does_not_shrink_and_outlives_a_change_of_tier() -> None:
+    cell = Cell(workers=0)
+    cell.join(a_worker("w0", gib=24))
+    job = cell.submit("a", gib=20)
+    cell.decide()
+    cell.outgrow(cell.attempt(job), 9)
+    assert cell.board.waiting_job(JobId(job)).memory_bytes == 20 * GIB
+    cell.decide()
+    cell.outgrow(cell.attempt(job), 25)
+    cell.move(job)
+    cell.apply(TierChanged(at_ms=0, job_id=JobId(job), tier=FAST))
+    assert cell.board.waiting_job(JobId(job)).memory_bytes == 25 * GIB
+    assert cell.decide() == []
+
+
+def test_draining_workers_have_memory_and_those_that_left_have_none() -> None:
+    cell = Cell(workers=0)
+    cell.join(a_worker("w0", gib=16))
+    cell.join(a_worker("w1", gib=24, models=("m",)))
+    cell.apply(WorkerDraining(at_ms=0, worker_id=WorkerId("w1")))
+    assert cell.board.has_memory("m", 24 * GIB)
+    assert not cell.board.has_memory("m", 25 * GIB)
+    assert not cell.board.has_memory("n", 24 * GIB), "the larger one cannot load it"
+    cell.apply(WorkerLost(at_ms=0, worker_id=WorkerId("w1")))
+    assert not cell.board.has_memory("m", 24 * GIB)
+
+
 def test_losses_of_an_earlier_life_count() -> None:
     cell = Cell()
     job = cell.submit("a")

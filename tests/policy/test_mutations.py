@@ -253,6 +253,13 @@ MUTANTS = [
         new="if losses < 99:",
         broken="test_board.test_the_third_loss_is_the_last",
     ),
+    Mutant(
+        what="a job is tried again where its memory was too little",
+        file="board.py",
+        old="        live.job = live.job.needing(event.memory_bytes)\n",
+        new="",
+        broken="test_board.test_a_job_that_ran_out_of_memory_is_tried_on_a_larger_worker_only",
+    ),
     # -- placement -------------------------------------------------------------------------------------
     Mutant(
         what="affinity knows no theta",

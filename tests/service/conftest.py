@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.service.people import People
-from tests.service.process import ServiceProcess, service
+from tests.service.process import ServiceProcess, assert_promises_hold, service
 
 
 @pytest.fixture
@@ -32,3 +32,12 @@ def running() -> Iterator[ServiceProcess]:
 @pytest.fixture
 def people(running: ServiceProcess) -> People:
     return People(running.address, running.admin_key)
+
+
+@pytest.fixture(autouse=True)
+def promises_hold(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Ask after each test of the shared service whether all that it promises of the ledger still holds."""
+    shared = request.getfixturevalue("running") if "running" in request.fixturenames else None
+    yield
+    if shared is not None:
+        assert_promises_hold(shared.dsn)

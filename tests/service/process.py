@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -10,11 +11,15 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import psutil
+
+from scheduler.store import invariants
 
 _START_S = 120.0
 _STOP_S = 60.0
@@ -121,6 +126,21 @@ class ServiceProcess:
         return matches[0]
 
 
+def assert_promises_hold(dsn: str) -> None:
+    """Ask every invariant that holds at any moment, of a database that may be in use."""
+
+    async def broken() -> list[invariants.InvariantResult]:
+        connection = await asyncpg.connect(dsn)
+        try:
+            return await invariants.check(connection)
+        finally:
+            await connection.close()
+
+    # Of its own thread: the caller may be in an event loop.
+    with ThreadPoolExecutor(1) as aside:
+        assert aside.submit(lambda: asyncio.run(broken())).result() == []
+
+
 @contextmanager
 def service(
     data_dir: Path,
@@ -129,7 +149,10 @@ def service(
     engine: str = "timed",
     timed_step_ms: int = 20,
 ) -> Iterator[ServiceProcess]:
-    """Run the service on `data_dir` while the context is open, then stop it and ask that it stopped well."""
+    """Run the service on `data_dir` while the context is open, then stop it and ask that it stopped well.
+
+    Before that, what it promises of the ledger has to hold, unless the test has killed it.
+    """
     data_dir.mkdir(parents=True, exist_ok=True)
     process = subprocess.Popen(
         [
@@ -145,6 +168,8 @@ def service(
         running = ServiceProcess(process, data_dir)
         yield running
         killed = process.poll() is not None
+        if not killed:
+            assert_promises_hold(running.dsn)
         status = running.stop()
         assert status == 0 or killed, f"exit status {status}\n{running.said}"
     finally:

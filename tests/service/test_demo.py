@@ -21,7 +21,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from billing import invariants
+from scheduler.store import invariants
 from scheduler.store.embedded import embedded_postgresql
 
 pytestmark = [pytest.mark.engine, pytest.mark.ray, pytest.mark.faults, pytest.mark.timeout(300)]

@@ -5,13 +5,9 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,53 +16,18 @@ from PIL import Image
 
 from tests.service.people import People
 from tests.service.process import ServiceProcess, service
+from tests.service.shell import Person
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
-_DARKROOM = str(Path(sys.executable).with_name("darkroom"))
 _SMALL = "--w 64 --h 64"
 
 
-@dataclass(frozen=True)
-class Person:
-    """Somebody at a shell, with a key and a folder."""
-
-    address: str
-    key: str
-    folder: Path
-
-    def types(self, *arguments: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
-        """Run a command and return it, having seen its exit status."""
-        environment = {**os.environ, "DARKROOM_ADDRESS": self.address, "DARKROOM_KEY": self.key}
-        done = subprocess.run(
-            [_DARKROOM, *arguments],
-            cwd=self.folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=200,
-            check=False,
-        )
-        assert done.returncode == expect, f"{arguments}\n{done.stdout}\n{done.stderr}"
-        assert "Traceback" not in done.stderr
-        return done
-
-    def made(self, *arguments: str) -> dict[str, Any]:
-        """Run a command that makes something, and return the finished job."""
-        made: dict[str, Any] = json.loads(self.types(*arguments, "--json").stdout)
-        assert all((self.folder / file).stat().st_size > 0 for file in made["files"])
-        job: dict[str, Any] = made["job"]
-        assert job["state"] == "JOB_STATE_SUCCEEDED"
-        return job
+class Artist(Person):
+    """Somebody who draws small pictures."""
 
     def drew(self, prompt: str, *options: str) -> dict[str, Any]:
         return self.made("imagine", *options, *prompt.split(), *_SMALL.split())
-
-    def refusal(self, *arguments: str) -> dict[str, Any]:
-        """Run a command that the service refuses, and return what it said."""
-        said = json.loads(self.types(*arguments, "--json", expect=1).stderr.splitlines()[-1])
-        refused: dict[str, Any] = said["error"]
-        return refused
 
 
 def bits(job: dict[str, Any]) -> list[str]:
@@ -83,28 +44,28 @@ def drawing() -> Iterator[ServiceProcess]:
 
 
 @pytest.fixture(scope="module")
-def ann(drawing: ServiceProcess, tmp_path_factory: pytest.TempPathFactory) -> Person:
+def ann(drawing: ServiceProcess, tmp_path_factory: pytest.TempPathFactory) -> Artist:
     return a_person(drawing, "ann", tmp_path_factory.mktemp("ann"))
 
 
 @pytest.fixture(scope="module")
-def ben(drawing: ServiceProcess, tmp_path_factory: pytest.TempPathFactory) -> Person:
+def ben(drawing: ServiceProcess, tmp_path_factory: pytest.TempPathFactory) -> Artist:
     return a_person(drawing, "ben", tmp_path_factory.mktemp("ben"))
 
 
-def a_person(drawing: ServiceProcess, name: str, folder: Path) -> Person:
+def a_person(drawing: ServiceProcess, name: str, folder: Path) -> Artist:
     key = asyncio.run(People(drawing.address, drawing.admin_key).key(name, plan="pro"))
-    return Person(address=drawing.address, key=key, folder=folder)
+    return Artist(address=drawing.address, key=key, folder=folder)
 
 
 @pytest.fixture(scope="module")
-def grid(ann: Person) -> dict[str, Any]:
+def grid(ann: Artist) -> dict[str, Any]:
     """A finished public grid of ann's."""
     return ann.drew("a lighthouse in fog --seed 5 --public")
 
 
 @pytest.fixture(scope="module")
-def picture(ann: Person) -> str:
+def picture(ann: Artist) -> str:
     """A file to draw after."""
     file = ann.folder / "after.png"
     Image.linear_gradient("L").convert("RGB").resize((96, 64)).save(file)
@@ -114,13 +75,13 @@ def picture(ann: Person) -> str:
 # -- the prompt language -----------------------------------------------------------------------------------
 
 
-def test_a_seed_fixes_the_grid_and_case_does_not_matter(ann: Person, grid: dict[str, Any]) -> None:
+def test_a_seed_fixes_the_grid_and_case_does_not_matter(ann: Artist, grid: dict[str, Any]) -> None:
     assert len(set(bits(grid))) == 4, "each of the four has its own noise"
     assert bits(ann.drew("a lighthouse in fog --SEED 5 --Public")) == bits(grid)
     assert bits(ann.drew("a lighthouse in fog --seed 6")) != bits(grid)
 
 
-def test_weights_and_no_change_what_is_drawn(ann: Person) -> None:
+def test_weights_and_no_change_what_is_drawn(ann: Artist) -> None:
     plain = ann.drew("hot dog food --seed 5")
     weighed = ann.drew("hot dog::2 food::-1 --seed 5")
     assert bits(weighed) != bits(plain)
@@ -129,7 +90,7 @@ def test_weights_and_no_change_what_is_drawn(ann: Person) -> None:
     assert bits(without) == bits(ann.drew("a lighthouse:: trees::-0.5 --seed 5"))
 
 
-def test_a_size_or_a_shape(ann: Person) -> None:
+def test_a_size_or_a_shape(ann: Artist) -> None:
     job = ann.made("imagine", "a", "boat", "--w", "64", "--h", "128", "--seed", "1")
     assert (job["width"], job["height"]) == (64, 128)
     dry = json.loads(ann.types("imagine", "a", "boat", "--ar", "3:2", "--dry-run", "--json").stdout)
@@ -137,7 +98,7 @@ def test_a_size_or_a_shape(ann: Person) -> None:
     assert dry["width"] % 64 == dry["height"] % 64 == 0
 
 
-def test_a_picture_to_draw_after_and_its_weight(ann: Person, picture: str) -> None:
+def test_a_picture_to_draw_after_and_its_weight(ann: Artist, picture: str) -> None:
     plain = ann.drew("a boat --seed 5")
     after = ann.drew("a boat --seed 5", "--image", picture)
     more = ann.drew("a boat --seed 5 --iw 1", "--image", picture)
@@ -146,19 +107,19 @@ def test_a_picture_to_draw_after_and_its_weight(ann: Person, picture: str) -> No
     assert bits(ann.drew("a boat --seed 5 --iw 1", "--image", picture)) == bits(more)
 
 
-def test_an_address_that_is_no_picture_to_be_had_is_refused_with_what_to_do(ann: Person) -> None:
+def test_an_address_that_is_no_picture_to_be_had_is_refused_with_what_to_do(ann: Artist) -> None:
     refused = ann.refusal("imagine", "https://127.0.0.1/inside.png", "a", "boat")
     assert refused["reason"] == "PICTURE_UNREADABLE"
     assert refused["violations"]
 
 
-def test_stop_shows_it_as_it_is_then(ann: Person, grid: dict[str, Any]) -> None:
+def test_stop_shows_it_as_it_is_then(ann: Artist, grid: dict[str, Any]) -> None:
     stopped = ann.drew("a lighthouse in fog --seed 5 --stop 50")
     assert bits(stopped) != bits(grid)
     assert int(stopped["receipt"]["gpuMs"]) < int(grid["receipt"]["gpuMs"])
 
 
-def test_a_video_of_how_it_came_to_be(ann: Person) -> None:
+def test_a_video_of_how_it_came_to_be(ann: Artist) -> None:
     job = ann.drew("a lighthouse in fog --seed 5 --video")
     assert {video["contentType"] for video in job["videos"]} == {"video/mp4", "image/webp"}
     (webp,) = (ann.folder / "darkroom-images").glob(f"{job['uid']}*.webp")
@@ -169,7 +130,7 @@ def test_a_video_of_how_it_came_to_be(ann: Person) -> None:
     assert mp4.read_bytes()[4:8] == b"ftyp"
 
 
-def test_everything_wrong_with_a_prompt_is_said_at_once(ann: Person) -> None:
+def test_everything_wrong_with_a_prompt_is_said_at_once(ann: Artist) -> None:
     refused = ann.refusal("imagine", "a", "boat", "--w", "65", "--sed", "3", "--iw", "x")
     assert refused["reason"] == "INVALID_PARAMETER"
     said = {each["field"]: each["sentence"] for each in refused["violations"]}
@@ -180,7 +141,7 @@ def test_everything_wrong_with_a_prompt_is_said_at_once(ann: Person) -> None:
 # -- jobs --------------------------------------------------------------------------------------------------
 
 
-def test_a_variation_is_near_its_source_and_a_strong_one_farther(ann: Person, grid: dict[str, Any]) -> None:
+def test_a_variation_is_near_its_source_and_a_strong_one_farther(ann: Artist, grid: dict[str, Any]) -> None:
     near = ann.made("vary", grid["uid"], "2")
     far = ann.made("vary", f"{grid['uid']}/2", "--strong")
     assert near["sourceJob"] == far["sourceJob"] == grid["name"]
@@ -194,7 +155,7 @@ def test_a_variation_is_near_its_source_and_a_strong_one_farther(ann: Person, gr
     assert near_by < others
 
 
-def test_light_and_detailed_upscales_and_redo(ann: Person, grid: dict[str, Any]) -> None:
+def test_light_and_detailed_upscales_and_redo(ann: Artist, grid: dict[str, Any]) -> None:
     detailed = ann.made("upscale", grid["uid"], "3")
     light = ann.made("redo", detailed["uid"])
     assert detailed["upscaleAlgorithm"] == "UPSCALE_ALGORITHM_DETAILED"
@@ -207,13 +168,13 @@ def test_light_and_detailed_upscales_and_redo(ann: Person, grid: dict[str, Any])
     assert added[0] < added[1], "light adds less"
 
 
-def test_uplight_makes_upscales_light(ann: Person) -> None:
+def test_uplight_makes_upscales_light(ann: Artist) -> None:
     job = ann.drew("a boat --uplight")
     assert ann.made("upscale", job["uid"], "1")["upscaleAlgorithm"] == "UPSCALE_ALGORITHM_LIGHT"
 
 
 def test_a_max_upscale_is_fast_only_and_of_small_grids_and_within_three_megapixels(
-    ann: Person, grid: dict[str, Any]
+    ann: Artist, grid: dict[str, Any]
 ) -> None:
     assert ann.refusal("upscale", grid["uid"], "1", "--max", "--relax")["reason"] == "FAST_ONLY"
     made = json.loads(ann.types("upscale", grid["uid"], "1", "--max", "--no-wait", "--json").stdout)["job"]
@@ -222,12 +183,12 @@ def test_a_max_upscale_is_fast_only_and_of_small_grids_and_within_three_megapixe
 
 
 @pytest.mark.long
-def test_a_max_upscale(ann: Person, grid: dict[str, Any]) -> None:
+def test_a_max_upscale(ann: Artist, grid: dict[str, Any]) -> None:
     (image,) = ann.made("upscale", grid["uid"], "1", "--max")["images"]
     assert 2_900_000 < image["width"] * image["height"] <= 3_000_000
 
 
-def test_a_reroll_has_a_new_seed_unless_the_prompt_fixes_one(ann: Person, grid: dict[str, Any]) -> None:
+def test_a_reroll_has_a_new_seed_unless_the_prompt_fixes_one(ann: Artist, grid: dict[str, Any]) -> None:
     assert bits(ann.made("reroll", grid["uid"])) == bits(grid)
     free = ann.drew("a boat")
     again = ann.made("redo", free["uid"])
@@ -235,7 +196,7 @@ def test_a_reroll_has_a_new_seed_unless_the_prompt_fixes_one(ann: Person, grid: 
     assert bits(again) != bits(free)
 
 
-def test_the_same_bits_come_out_again(ann: Person, grid: dict[str, Any]) -> None:
+def test_the_same_bits_come_out_again(ann: Artist, grid: dict[str, Any]) -> None:
     said = json.loads(ann.types("verify", grid["uid"], "--json").stdout)
     assert said["equal"]
     assert [pair["equal"] for pair in said["pictures"]] == [True] * 4
@@ -245,7 +206,7 @@ def test_the_same_bits_come_out_again(ann: Person, grid: dict[str, Any]) -> None
 
 
 def test_only_its_author_sees_a_job_and_can_go_on_from_it(
-    ann: Person, ben: Person, grid: dict[str, Any]
+    ann: Artist, ben: Artist, grid: dict[str, Any]
 ) -> None:
     assert ann.types("show", grid["uid"]).stdout
     for command in (("show", grid["uid"]), ("vary", grid["uid"], "1"), ("upscale", grid["uid"], "1")):
@@ -253,7 +214,7 @@ def test_only_its_author_sees_a_job_and_can_go_on_from_it(
 
 
 def test_the_feed_shows_upscales_of_others_and_no_private_ones(
-    ann: Person, ben: Person, grid: dict[str, Any]
+    ann: Artist, ben: Artist, grid: dict[str, Any]
 ) -> None:
     shown = ann.made("upscale", grid["uid"], "4", "--light", "--public")
     hidden = ann.made("upscale", grid["uid"], "4", "--light", "--private")
@@ -265,7 +226,7 @@ def test_the_feed_shows_upscales_of_others_and_no_private_ones(
     assert ben.refusal("download", hidden["uid"])["reason"] == "NOT_FOUND_OR_NOT_YOURS"
 
 
-def test_downloads_of_one_of_a_job_and_of_all(ann: Person, grid: dict[str, Any]) -> None:
+def test_downloads_of_one_of_a_job_and_of_all(ann: Artist, grid: dict[str, Any]) -> None:
     ann.types("download", grid["uid"], "2", "--out", "one")
     ann.types("download", grid["uid"], "--out", "four")
     assert [len(list((ann.folder / folder).iterdir())) for folder in ("one", "four")] == [1, 4]
@@ -278,7 +239,7 @@ def test_downloads_of_one_of_a_job_and_of_all(ann: Person, grid: dict[str, Any])
         assert image.size == (64, 64)
 
 
-def test_a_deleted_job_is_gone_and_what_was_made_of_it_stays(ann: Person) -> None:
+def test_a_deleted_job_is_gone_and_what_was_made_of_it_stays(ann: Artist) -> None:
     job = ann.drew("a boat")
     variation = ann.made("vary", job["uid"], "1")
     ann.types("delete", job["uid"], "--yes")
@@ -287,7 +248,7 @@ def test_a_deleted_job_is_gone_and_what_was_made_of_it_stays(ann: Person) -> Non
     ann.types("download", variation["uid"], "--out", "kept")
 
 
-def pixels(person: Person, job: dict[str, Any], number: int) -> Image.Image:
+def pixels(person: Artist, job: dict[str, Any], number: int) -> Image.Image:
     name = job["images"][number - 1]["fileName"]
     with Image.open(person.folder / "darkroom-images" / name) as image:
         return image.convert("RGB")

@@ -227,6 +227,7 @@ def test_specs_survive_their_column_also_those_of_an_older_release() -> None:
     assert jobs.spec_from_json(document) == SPEC
 
 
+@pytest.mark.unsound(22)
 async def test_live_jobs_are_counted_by_what_they_are(connection: asyncpg.Connection) -> None:
     await _a_job(connection, "ann")
     relax = await _a_job(connection, "ann", tier=Tier.RELAX)

@@ -16,12 +16,15 @@ from scheduler.policy.decisions import Start
 from scheduler.policy.events import (
     AccountRestored,
     AttemptFinished,
+    AttemptLost,
     AttemptParked,
     AttemptStarted,
+    CancelWanted,
     CellRestored,
     Event,
     FairShare,
     JobSubmitted,
+    MemoryOutgrown,
     Outcome,
     StopAsked,
     TierPaused,
@@ -176,6 +179,22 @@ async def test_a_period_in_the_middle_is_audited_without_its_beginning(
     assert findings[Bound.B10].cases >= 5, "starts in the period"
     assert findings[Bound.B11].cases >= 5
     assert findings[Bound.TAGS].cases > 10
+
+
+async def test_what_a_job_ran_out_of_before_a_period_is_known_in_it(
+    connection: asyncpg.Connection, epoch: int
+) -> None:
+    service = Service()
+    service.submit("ann", 0)
+    service.cycle()
+    job_id = JobId("ann-0")
+    service.tell(MemoryOutgrown(at_ms=START_MS, job_id=job_id, memory_bytes=2**35))
+    service.tell(AttemptLost(at_ms=START_MS, attempt_id=AttemptId("ann-0/1"), executed=False))
+    service.tell(CancelWanted(at_ms=START_MS + 2, job_id=job_id))
+    await journal.write(connection, epoch=epoch, lines=service.notes.lines())
+    period = await read(connection, START_MS + 1, START_MS + 3)
+    (submitted,) = [one for one in period.journal.records if isinstance(one, JobSubmitted)]
+    assert (submitted.job.job_id, submitted.job.memory_bytes) == (job_id, 2**35)
 
 
 async def test_a_job_that_waits_before_a_period_and_starts_in_it_is_known_from_its_submission(

@@ -12,6 +12,7 @@ from billing import refusals as money
 from billing.refusals import Refusal
 from gpu_worker.models import read_models
 from scheduler import refusals
+from scheduler.client.plan_file import read_file
 from scheduler.frontdoor.errors import code_of
 from scheduler.settings import Settings
 
@@ -33,13 +34,21 @@ def test_links_inside_the_repository_lead_somewhere(text: Path) -> None:
     assert broken == []
 
 
+def test_the_readmes_plans_file_can_be_read(tmp_path: Path) -> None:
+    plans, _, _ = blocks("toml")
+    path = tmp_path / "plans.toml"
+    path.write_text(plans)
+    (edit,) = read_file(path)
+    assert set(edit.values) == {"minutes", "running"}
+
+
 def test_the_readmes_settings_are_settings() -> None:
-    settings, _ = blocks("toml")
+    _, settings, _ = blocks("toml")
     Settings(**tomllib.loads(settings))
 
 
 def test_the_readmes_models_file_can_be_read(tmp_path: Path) -> None:
-    _, models = blocks("toml")
+    _, _, models = blocks("toml")
     path = tmp_path / "models.toml"
     path.write_text(models)
     assert read_models(path).default.name == "sdxl"

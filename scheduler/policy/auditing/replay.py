@@ -43,6 +43,7 @@ from scheduler.policy.events import (
     JobGivenUp,
     JobSubmitted,
     LimitsChanged,
+    MemoryOutgrown,
     RecoveryEnded,
     RefusedBecause,
     StartRefused,
@@ -199,6 +200,11 @@ class Replay:
                 self._job_submitted(record)
             case AttemptFinished():
                 self._ended(record.attempt_id, record.gpu_ms)
+            case MemoryOutgrown():
+                attempt_id = self.running_jobs.get(record.job_id)
+                if attempt_id is not None:
+                    run = self.runs[attempt_id]
+                    run.job = run.job.needing(record.memory_bytes)
             case AttemptLost():
                 self._lost(record)
             case AttemptParked():

@@ -9,14 +9,13 @@ ALTER TABLE scheduler.job
     ADD COLUMN videos jsonb,
     -- Its text and its pictures are gone from the row, which stays for the ledger and for what was made of it.
     ADD COLUMN deleted_at timestamptz,
-    -- And so are its files.
-    ADD COLUMN files_deleted_at timestamptz,
+    -- When its files are to be removed next; absent once they are gone for good.
+    ADD COLUMN files_due_at timestamptz,
     ADD CHECK (deleted_at IS NULL OR ended_at IS NOT NULL),
-    ADD CHECK (files_deleted_at IS NULL OR deleted_at IS NOT NULL);
+    ADD CHECK (files_due_at IS NULL OR deleted_at IS NOT NULL);
 
--- Deleted jobs whose files are there still.
-CREATE INDEX job_leftovers ON scheduler.job (deleted_at)
-    WHERE deleted_at IS NOT NULL AND files_deleted_at IS NULL;
+-- Deleted jobs whose files are there still, or may be again.
+CREATE INDEX job_leftovers ON scheduler.job (files_due_at) WHERE files_due_at IS NOT NULL;
 -- Live jobs by the job whose files they start from: these files have to stay until they end.
 CREATE INDEX job_live_by_origin ON scheduler.job ((spec -> 'source' ->> 'job_id'))
     WHERE state IN ('queued', 'running') AND spec -> 'source' ->> 'job_id' IS NOT NULL;

@@ -15,13 +15,21 @@ CREATE INDEX stray_checkpoint_by_time ON scheduler.stray_checkpoint (since);
 
 CREATE FUNCTION scheduler.note_stray_checkpoint() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
+    -- Jobs that succeed are many. What the last attempt stored itself, its worker is there to delete; but an
+    -- earlier one's, of another device type, that worker may never have been told of.
+    IF NEW.state = 'succeeded' AND EXISTS (
+        SELECT FROM scheduler.attempt
+        WHERE job_id = NEW.job_id AND state = 'succeeded'
+              AND position(attempt_id::text IN OLD.checkpoint ->> 'path') > 0
+    ) THEN
+        RETURN NULL;
+    END IF;
     INSERT INTO scheduler.stray_checkpoint (path) VALUES (OLD.checkpoint ->> 'path') ON CONFLICT DO NOTHING;
     RETURN NULL;
 END
 $$;
 
--- Not of jobs that succeed, which are many: their workers are there to delete what they stored.
 CREATE TRIGGER stray_checkpoint AFTER UPDATE OF checkpoint ON scheduler.job FOR EACH ROW
-    WHEN (OLD.checkpoint IS NOT NULL AND NEW.state <> 'succeeded'
+    WHEN (OLD.checkpoint IS NOT NULL
           AND OLD.checkpoint ->> 'path' IS DISTINCT FROM NEW.checkpoint ->> 'path')
     EXECUTE FUNCTION scheduler.note_stray_checkpoint();

@@ -1,0 +1,133 @@
+"""What admins do with an account's time and money: they grant, take and give back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+
+from google.protobuf import json_format
+
+from billing import admin, ledger, refunds
+from billing.entries import Source
+from billing.refusals import NothingCharged
+from billing.v1 import admin_pb2, billing_pb2
+from scheduler.frontdoor import ledger_messages
+from scheduler.frontdoor.deeds import Deeds
+from scheduler.frontdoor.fields import OWN, Violations
+from scheduler.frontdoor.messages import balance as balance_message
+from scheduler.link import SchedulerLink
+from scheduler.metrics import AdminAction
+from scheduler.store import jobs
+
+# Far beyond any use, and far within the bigints in which the ledger adds such numbers up.
+_LARGEST = 2**53
+
+_SOURCE = {
+    admin_pb2.GRANT_SOURCE_UNSPECIFIED: Source.ADMIN,
+    admin_pb2.GRANT_SOURCE_ADMIN: Source.ADMIN,
+    admin_pb2.GRANT_SOURCE_PROMO: Source.PROMO,
+    admin_pb2.GRANT_SOURCE_PURCHASE: Source.PURCHASE,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BalanceDeeds:
+    """The methods of AdminService that move time and money. `clock` returns the present time, aware."""
+
+    link: SchedulerLink
+    deeds: Deeds
+    clock: Callable[[], datetime]
+
+    async def adjust(self, request: admin_pb2.AdjustBalanceRequest) -> billing_pb2.Balance:
+        """Grant or take fast time. Raises UnknownAccount or AdjustmentTooLarge."""
+        now = self.clock()
+        violations = Violations()
+        request_id = violations.request_id(request.request_id)
+        account_id = violations.named_account("account", request.account)
+        if request.amount_ms == 0 or abs(request.amount_ms) > _LARGEST:
+            violations.add(
+                "amount_ms",
+                "amount_ms must be 1 or more GPU milliseconds to grant, -1 or less to take unused ones, and "
+                f"at most {_LARGEST} either way.",
+            )
+        expires_at = None
+        if request.HasField("expire_time"):
+            expires_at = violations.time("expire_time", request.expire_time)
+            if expires_at is not None and expires_at <= now:
+                violations.add(
+                    "expire_time",
+                    "expire_time must lie in the future; leave it out for time that does not expire.",
+                )
+            if request.amount_ms < 0:
+                violations.add(
+                    "expire_time", "expire_time is for time that is granted; leave it out when taking."
+                )
+        source = _SOURCE.get(request.source)
+        if source is None:
+            violations.add("source", "source must be admin, promo or purchase.")
+        elif request.source and request.amount_ms < 0:
+            violations.add("source", "source is for time that is granted; leave it out when taking.")
+        reason = violations.reason(request.reason)
+        violations.refuse()
+        assert source is not None, "whatever made it None is a violation"
+        async with self.deeds.open(AdminAction.ADJUST_BALANCE, request, request_id) as deed:
+            if deed.first_answer is None:
+                balance = await admin.adjust_balance(
+                    deed.connection,
+                    account_id,
+                    request.amount_ms,
+                    deed.actor,
+                    reason,
+                    request_id,
+                    expires_at,
+                    deed.at,
+                    source=source,
+                )
+                answer = balance_message(balance)
+                deed.answer = json_format.MessageToDict(answer)
+            else:
+                answer = json_format.ParseDict(deed.first_answer, billing_pb2.Balance())
+        # Told also of a repeated request: the front door that did it may have died before it told.
+        self.link.accounts_changed([account_id])
+        return answer
+
+    async def refund(self, request: admin_pb2.RefundJobRequest) -> admin_pb2.Refund:
+        """Give back what a job was charged. Raises NothingCharged or RefundTooLarge."""
+        violations = Violations()
+        request_id = violations.request_id(request.request_id)
+        name = violations.job("job", request.job)
+        if not 0 <= request.amount_ms <= _LARGEST:
+            violations.add(
+                "amount_ms",
+                f"amount_ms must be 1 to {_LARGEST} milliseconds of the billed time, or 0 for all of it.",
+            )
+        reason = violations.reason(request.reason)
+        violations.refuse()
+        assert name is not None, "whatever made it None is a violation"
+        async with self.deeds.open(AdminAction.REFUND_JOB, request, request_id) as deed:
+            if deed.first_answer is None:
+                account_id = name.account_id
+                if account_id == OWN:
+                    owner = await jobs.owner(deed.connection, name.job_id)
+                    if owner is None:
+                        raise NothingCharged(job_id=name.job_id)
+                    account_id = owner
+                refunded = await refunds.refund(
+                    deed.connection,
+                    account_id=account_id,
+                    job_id=name.job_id,
+                    amount_ms=request.amount_ms or None,
+                    actor=deed.actor,
+                    reason=reason,
+                    request_id=request_id,
+                    at=deed.at,
+                )
+                balance = await ledger.balance(deed.connection, account_id, deed.at)
+                answer = ledger_messages.refund(refunded, account_id, name.job_id, balance)
+                deed.answer = json_format.MessageToDict(answer)
+            else:
+                answer = json_format.ParseDict(deed.first_answer, admin_pb2.Refund())
+        # Told also of a repeated request: the front door that did it may have died before it told.
+        self.link.accounts_changed([answer.balance.account.removeprefix(ledger_messages.account_name(""))])
+        return answer
