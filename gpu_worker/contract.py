@@ -155,8 +155,8 @@ class RenderRequest:
     file_stem: str
     """Image files are named `<job_id>_<file_stem>_<index>.png`."""
     parks: str | None = None
-    """Attempt that gives up the GPU at its next boundary and waits, parked, until this one ends. It may be
-    parked already, or have ended: then this one begins at once."""
+    """Attempt that gives up the GPU at its next boundary and waits, parked, until this one ends: the newest
+    that still draws. Where none does any more, this one begins at once; where another does, it is refused."""
     checkpoint: Checkpoint | None = None
     """Where an earlier attempt at the job got to. It costs an encode to go on from there, and no step."""
     after_loss: bool = False
@@ -239,10 +239,10 @@ class AttemptResult:
     receipt: Mapping[str, object] = field(default_factory=dict)
     """What is needed to make the same bits again; JSON values only."""
     steps_redone: int = 0
-    """At most so many denoising steps were done a second time. Nobody knows how far an attempt was when its
-    GPU died; it had not come to the checkpoint that would have been next."""
+    """So many denoising steps were done a second time, up to those between two checkpoints. Nobody knows how
+    far an attempt was when its GPU died: what it did while a checkpoint was being stored is not counted."""
     park_waits: tuple[int, ...] = ()
-    """For each time that it was parked, how many steps it ended after it was asked to."""
+    """For each time that it was parked, how many steps it ended after the one that parks it was ready."""
     checkpoint: Checkpoint | None = None
     """Of one that was handed over: the newest that is stored; None: it begins at the beginning."""
     blame: Blame = Blame.NONE
@@ -327,7 +327,8 @@ class Progress:
     step: int
     steps: int
     preview: bytes = b""
-    """The grid so far as one picture; empty when no preview is due."""
+    """The grid so far as one picture; empty when there is no new one. It is made beside the run, so that its
+    step may have been told without it."""
     preview_content_type: str = ""
 
 

@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from gpu_worker.contract import Checkpoint, RenderRequest, RunInHand, StageTimes
 from gpu_worker.gpu_account import Doing, GpuAccount
-from gpu_worker.run import RunStopped, Snapshot, StageClock
+from gpu_worker.run import CutState, Preview, RunStopped, StageClock
 from gpu_worker.run_stack import Place, RunStack
 from gpu_worker.settings import WorkerSettings
 
@@ -31,9 +31,6 @@ class Boundary:
     number: int = 0
     step: int = 0
     steps: int = 0
-    preview: bytes = b""
-    preview_number: int = 0
-    """Number of the boundary at which the preview was made; 0 for none yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +40,7 @@ class Cut:
     step: int
     steps: int
     kept: StageTimes
-    snapshot: Snapshot
+    state: CutState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +49,7 @@ class _Offer:
 
     step: int
     steps: int
-    snapshot: Callable[[], Snapshot]
+    cut: Callable[[], CutState]
     times: StageTimes | None = None
     """What the run had taken there; None where it may be asked for later, since no work that a checkpoint
     does not keep comes before the next boundary but decodes."""
@@ -70,12 +67,15 @@ class HeldRun:
         account: GpuAccount,
         settings: WorkerSettings,
         loop: asyncio.AbstractEventLoop,
+        parks: HeldRun | None,
         keep: Callable[[HeldRun, Cut], None],
-        load: Callable[[str], int],
+        show: Callable[[HeldRun, Preview], None],
+        load: Callable[[HeldRun], bool],
     ) -> None:
-        """`keep` is called on the loop with each cut.
+        """`parks` is the run that gives way to this one, as soon as this one is ready.
 
-        `load` brings the model into memory, unless it is there, and returns the nanoseconds that took.
+        `keep` is called on the loop with each cut, and `show` with each preview; until that has set `shown`,
+        no other is asked for. `load` brings the next thing that the run needs into memory, if there is one.
         """
         self.request = request
         self.clock = clock
@@ -89,6 +89,12 @@ class HeldRun:
         self.watchers = 0
         self.preview_watchers = 0
         self.newest = Boundary()
+        self.showing = False
+        """A preview is in the making."""
+        self.shown: bytes = b""
+        """The newest preview."""
+        self.shown_number = 0
+        """How many there were."""
         self.came = asyncio.Event()
         self.stored: Checkpoint | None = None
         """The newest checkpoint of this attempt in the store."""
@@ -100,27 +106,30 @@ class HeldRun:
         """What the checkpoint it goes on from had taken."""
         self.load_ns = 0
         self.park_waits: list[int] = []
-        """Steps that it ended from being asked to park until it did, each time."""
+        """Steps that it ended from when another was ready to go before it until it was parked, each time."""
         self._asked_at_step: int | None = None
         self._first_step = 0
         """The first that this attempt did; 0: none yet."""
         self._restoring = False
-        self._place = Place()
+        self.place = Place()
+        self._parks = parks
         self._stack = stack
         self._account = account
         self._settings = settings
         self._loop = loop
         self._keep = keep
+        self._show = show
         self._load = load
         self._has_gpu = False
         self._accounted_ms = 0
         self._offer: _Offer | None = None
         self._cut_step = 0
-        self._cut_ns = 0
         self._preview_due_ns = 0
         spec = request.spec
         reads = spec.source is not None or bool(spec.pictures) or request.checkpoint is not None
-        stack.enter(self._place, ready=not reads)
+        if not reads:
+            self._ask_to_park()
+        stack.enter(self.place, ready=not reads)
 
     # On the loop.
 
@@ -146,20 +155,17 @@ class HeldRun:
     def stop(self) -> None:
         """End it at its next boundary; at once where it is parked."""
         self.stopping.set()
-        self._stack.stop(self._place)
-
-    def park(self) -> None:
-        """Note from when on it is to give way."""
-        self._asked_at_step = self.newest.step
+        self._stack.stop(self.place)
 
     def hand_over(self) -> None:
         """End it at its next boundary, cut there; at once where it is parked."""
         self.leaving.set()
-        self._stack.stop(self._place)
+        self._stack.stop(self.place)
 
-    def lift(self) -> None:
-        """Let it go on as soon as the newest run ends."""
-        self._stack.lift(self._place)
+    def show(self, preview: bytes) -> None:
+        """Let whoever watches see it."""
+        self.shown, self.shown_number = preview, self.shown_number + 1
+        self._wake()
 
     def end(self) -> None:
         """Let whoever watches know that nothing more will come."""
@@ -175,9 +181,9 @@ class HeldRun:
 
     def take_gpu(self) -> None:
         """Wait until the GPU is this run's. Raises RunStopped."""
-        self._stack.take(self._place)
+        self._ask_to_park()
+        self._stack.take(self.place)
         self._has_gpu = True
-        self._cut_ns = time.monotonic_ns()
 
     def leave_gpu(self) -> tuple[StageTimes, int]:
         """Give up the GPU for good; return its times, and the milliseconds that it spent on getting to its
@@ -190,12 +196,15 @@ class HeldRun:
         self._account.settle(redone_ms, "wasted")
         self._offer = None
         self.drawn = True
-        self._stack.leave(self._place)
+        self._stack.leave(self.place)
         return times, redone_ms
 
     @property
     def steps_redone(self) -> int:
-        """How many steps that the attempt before may have done were done again so far, at most."""
+        """How many steps that the attempt before may have done were done again so far.
+
+        What that did while a checkpoint was being stored is not among them.
+        """
         request = self.request
         if not request.after_loss or not self._first_step:
             return 0
@@ -208,11 +217,11 @@ class HeldRun:
             raise RunStopped
         if self.leaving.is_set():
             self._leave()
-        if self._stack.gives_way(self._place):
+        if self._stack.gives_way(self.place):
             self._park()
 
     def boundary(
-        self, step: int, steps: int, preview: Callable[[], bytes], snapshot: Callable[[], Snapshot]
+        self, step: int, steps: int, preview: Callable[[], Preview], cut: Callable[[], CutState]
     ) -> None:
         if self.stopping.is_set():
             raise RunStopped
@@ -222,72 +231,79 @@ class HeldRun:
         self._first_step = self._first_step or step
         # A tile of an upscale is many pieces, and whoever goes on from here does them all.
         times = self.clock.times() if self.request.spec.kind.is_upscale else None
-        self._offer = _Offer(step=step, steps=steps, snapshot=snapshot, times=times)
-        number = self.newest.number + 1
-        shown, shown_number = self.newest.preview, self.newest.preview_number
-        now_ns = time.monotonic_ns()
-        if self.preview_watchers and now_ns >= self._preview_due_ns:
-            shown, shown_number = preview(), number
-            self._preview_due_ns = now_ns + self._settings.preview_interval_ms * _NS_PER_MS
-        self._tell(
-            Boundary(number=number, step=step, steps=steps, preview=shown, preview_number=shown_number)
-        )
+        self._offer = _Offer(step=step, steps=steps, cut=cut, times=times)
+        if self.preview_watchers and not self.showing:
+            self._preview(preview)
+        self._tell(Boundary(number=self.newest.number + 1, step=step, steps=steps))
         if self.leaving.is_set():
             self._leave()
-        if self._stack.gives_way(self._place):
+        if self._stack.gives_way(self.place):
             self._park()
-        elif self._checkpoint_due(step, steps, now_ns):
-            self._cut(self._offer.snapshot())
+        elif step - self._cut_step >= self._settings.checkpoint_every_steps and step < steps:
+            self._cut(self._offer.cut())
 
     def restored(self) -> None:
         self._restoring = False
         self.clock.set_aside()
 
-    def _park(self) -> None:
+    def _ask_to_park(self) -> None:
+        """Let the run that this one parks note from when on it is to give way."""
+        if self._parks is not None:
+            self._parks._asked_at_step = self._parks.newest.step
+            # A run that has ended is not to be kept for it.
+            self._parks = None
+
+    def _put_down(self) -> None:
         if self._asked_at_step is not None:
             self.park_waits.append(self.newest.step - self._asked_at_step)
             self._asked_at_step = None
+        self._has_gpu = False
+        self._stack.put_down(self.place)
+
+    def _preview(self, preview: Callable[[], Preview]) -> None:
+        now_ns = time.monotonic_ns()
+        if now_ns >= self._preview_due_ns:
+            self._preview_due_ns = now_ns + self._settings.preview_interval_ms * _NS_PER_MS
+            self.showing = True
+            self._loop.call_soon_threadsafe(self._show, self, preview())
+
+    def _park(self) -> None:
         offer = self._offer
-        snapshot = offer.snapshot() if offer is not None and offer.step != self._cut_step else None
+        state = offer.cut() if offer is not None and offer.step != self._cut_step else None
         self.clock.pause()
         self._count()
-        self._has_gpu = False
-        self._stack.put_down(self._place)
+        self._put_down()
         # What is slow about a checkpoint comes after the next run has the GPU.
-        if snapshot is not None:
-            self._cut(snapshot)
+        if state is not None:
+            self._cut(state)
         self.take_gpu()
         # Its model may have made room for another's.
-        self.load_ns += self._load(self.request.spec.model)
+        while self._load(self):
+            if self._stack.gives_way(self.place):
+                self._put_down()
+                self.take_gpu()
         self._account.turn_to(Doing.RUN, time.monotonic_ns())
         self.clock.resume()
 
     def _leave(self) -> NoReturn:
         if self._offer is not None and self._offer.step != self._cut_step:
-            snapshot = self._offer.snapshot()
+            state = self._offer.cut()
             # So that the checkpoint keeps all that is measured.
             self.clock.pause()
-            self._cut(snapshot)
+            self._cut(state)
         raise RunStopped
 
-    def _cut(self, snapshot: Snapshot) -> None:
+    def _cut(self, state: CutState) -> None:
         assert self._offer is not None
         cut = Cut(
             step=self._offer.step,
             steps=self._offer.steps,
             # Decodes are not in a checkpoint: who goes on from it does them all.
             kept=self.kept + replace(self._offer.times or self.clock.times(), decode_ms=0),
-            snapshot=snapshot,
+            state=state,
         )
-        self._cut_step, self._cut_ns = cut.step, time.monotonic_ns()
+        self._cut_step = cut.step
         self._loop.call_soon_threadsafe(self._keep, self, cut)
-
-    def _checkpoint_due(self, step: int, steps: int, now_ns: int) -> bool:
-        return (
-            step - self._cut_step >= self._settings.checkpoint_every_steps
-            and step < steps
-            and now_ns - self._cut_ns >= self._settings.checkpoint_interval_ms * _NS_PER_MS
-        )
 
     def _count(self) -> StageTimes:
         """Bring what the clock measured into the account, and leave the GPU idle."""

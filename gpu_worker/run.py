@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
-from gpu_worker.contract import Blame, RenderSpec, StageTimes
+from gpu_worker.contract import Blame, RenderKind, RenderSpec, StageTimes
 
 _NS_PER_MS = 1_000_000
 
@@ -68,8 +68,11 @@ class StageClock(Protocol):
         """Return what was set aside, as of the last `times`."""
 
 
-Snapshot = Callable[[], bytes]
+CutState = Callable[[], bytes]
 """A copy of a run's state. Called, by any thread that has time for it, it gives a checkpoint's content."""
+
+Preview = Callable[[], bytes]
+"""A copy of what a run looks like. Called, by any thread that has time for it, it gives a PNG."""
 
 
 class RunControl(Protocol):
@@ -82,12 +85,12 @@ class RunControl(Protocol):
         """
 
     def boundary(
-        self, step: int, steps: int, preview: Callable[[], bytes], snapshot: Callable[[], Snapshot]
+        self, step: int, steps: int, preview: Callable[[], Preview], cut: Callable[[], CutState]
     ) -> None:
         """Say that `step` of `steps` is done; park here if the GPU is wanted.
 
-        `preview` makes the grid so far as a PNG. It is called only when somebody watches and one is due.
-        `snapshot` copies what the run needs to go on from here elsewhere. It is called only when a checkpoint
+        `preview` copies the grid so far. It is called only when somebody watches and one is due.
+        `cut` copies what the run needs to go on from here elsewhere. It is called only when a checkpoint
         is due, here or at a later `check`: no step may come between. Raises RunStopped if the run was asked
         to stop.
         """
@@ -169,10 +172,11 @@ class Engine(Protocol):
         Called by whoever has the GPU, and before anything was loaded. What it raises means the same.
         """
 
-    def load(self, model: str) -> None:
-        """Bring a model into memory; at once if it is there. Raises EngineFailure.
+    def load(self, model: str, kind: RenderKind) -> bool:
+        """Bring the next thing into memory that a render of this kind needs and that is not there.
 
-        Also called for a run that was parked, before it goes on: its model may have made room meanwhile.
+        Returns whether there was one: it is called until all is there. Also for a run that was parked, before
+        it goes on: its model may have made room meanwhile. Raises EngineFailure.
         """
 
     def stage_clock(self) -> StageClock:
@@ -186,11 +190,12 @@ class Engine(Protocol):
         clock: StageClock,
         checkpoint: bytes | None = None,
     ) -> Rendering:
-        """Draw `spec` with a loaded model.
+        """Draw `spec` with what was loaded for it.
 
         `checkpoint` is where an earlier render of the same spec got to: if it was made by the same software
-        and weights on the same device type, this one goes on from there and says so to `control`; else it
-        begins at the beginning. Raises RunStopped where `control` does, and EngineFailure.
+        and weights on the same device type, this one goes on from there and says so to `control`; else, also
+        where it cannot be read, it begins at the beginning. Raises RunStopped where `control` does, and
+        EngineFailure.
         """
 
 

@@ -9,6 +9,7 @@ stack frames are its state, which is why it comes out bit-identical.
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 from gpu_worker.run import RunStopped
 
@@ -16,7 +17,9 @@ from gpu_worker.run import RunStopped
 class Place:
     """A run's place on the stack."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, urgent: bool = False) -> None:
+        """One that is `urgent` stays above all that come after it, until it leaves."""
+        self.urgent = urgent
         self.ready = False
         self.stopped = False
 
@@ -30,13 +33,14 @@ class RunStack:
         self._holder: Place | None = None
 
     def enter(self, place: Place, *, ready: bool) -> None:
-        """Put a run on top.
+        """Put a run on top, below what is urgent.
 
         The one below goes on until this one is ready: a picture to start from can be fetched without the GPU.
         """
         with self._changed:
             place.ready = ready
-            self._places.append(place)
+            above = sum(each.urgent for each in self._places)
+            self._places.insert(len(self._places) - above, place)
 
     def take(self, place: Place) -> None:
         """Wait until the GPU is this run's: it is free, and no newer one is ready. Raises RunStopped."""
@@ -73,12 +77,13 @@ class RunStack:
             place.stopped = True
             self._changed.notify_all()
 
-    def lift(self, place: Place) -> None:
-        """Let a run be the next after the one on top."""
+    def lift(self, place: Place) -> Sequence[Place]:
+        """Let a run be the next after the one on top; return the order after that, the top last."""
         with self._changed:
             if place in self._places[:-1]:
                 self._places.remove(place)
                 self._places.insert(-1, place)
+            return tuple(self._places)
 
     def _may_begin(self, place: Place) -> bool:
         return self._holder is None and self._next() is place

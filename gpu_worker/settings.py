@@ -41,10 +41,8 @@ class WorkerSettings:
     parked_memory_bytes: int = 256 * 1024**2
     """What they may hold of the GPU's memory together."""
     checkpoint_every_steps: int = 5
-    """Steps after which a run is stored, so that another worker can go on from there; also at every park."""
-    checkpoint_interval_ms: int = 250
-    """Least time between two checkpoints of a run that goes on. Steps that take less are sooner done again
-    than stored."""
+    """Steps after which a run is cut, so that another worker can go on from there; also at every park. Where
+    this one dies, so many are done again at most, and those that pass while a cut is being stored."""
     speed_permille: int = 1000
     """Speed against the reference class: 1000 is 1."""
     memory_bytes: int | None = None

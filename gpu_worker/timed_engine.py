@@ -9,26 +9,29 @@ from __future__ import annotations
 
 import functools
 import io
+import logging
 import time
 
 from PIL import Image
 
-from gpu_worker.contract import RenderSpec
+from gpu_worker.contract import RenderKind, RenderSpec
 from gpu_worker.image_seeds import image_seed
 from gpu_worker.models import Models
 from gpu_worker.run import (
+    CutState,
     EngineFailure,
     Film,
     Inputs,
     RenderedImage,
     Rendering,
     RunControl,
-    Snapshot,
     Stage,
     StageClock,
     WallStageClock,
 )
 from gpu_worker.settings import WorkerSettings, machine_memory_bytes
+
+_log = logging.getLogger(__name__)
 
 _MOST_FRAMES = 48
 # An empty safetensors file: the length of its header, and the header.
@@ -64,11 +67,13 @@ class TimedEngine:
     def self_check(self) -> str:
         return ""
 
-    def load(self, model: str) -> None:
+    def load(self, model: str, kind: RenderKind) -> bool:
         entry = self._models.entries.get(model)
         if entry is None:
             raise EngineFailure(reason="MODEL_MISSING", sentence=f"This worker has no model {model}.")
+        cold = model not in self._warm
         self._warm = {**self._warm, model: entry.memory_bytes}
+        return cold
 
     def stage_clock(self) -> WallStageClock:
         return WallStageClock()
@@ -83,20 +88,19 @@ class TimedEngine:
     ) -> Rendering:
         clock.enter(Stage.ENCODE)
         control.check()
-        done = 0
-        if checkpoint is not None:
-            done = int(checkpoint)
+        done = _step_of(checkpoint) if checkpoint is not None else 0
+        if done:
             control.restored()
         clock.enter(Stage.UPSCALE if spec.kind.is_upscale else Stage.DENOISE)
-        last = max(1, spec.steps * spec.stop_percent // 100)
+        last = -(-spec.steps * spec.stop_percent // 100)
         for step in range(done + 1, last + 1):
             if self._step_ms:
                 time.sleep(self._step_ms / 1000)
             control.boundary(
                 step,
                 spec.steps,
-                preview=lambda: _one_colour_png(spec.width, spec.height, spec.seed),
-                snapshot=functools.partial(_snapshot, step),
+                preview=lambda: functools.partial(_one_colour_png, spec.width, spec.height, spec.seed),
+                cut=functools.partial(_cut, step),
             )
         clock.enter(Stage.DECODE)
         for _ in range(spec.images):
@@ -119,8 +123,16 @@ class TimedEngine:
         )
 
 
-def _snapshot(step: int) -> Snapshot:
+def _cut(step: int) -> CutState:
     return lambda: str(step).encode()
+
+
+def _step_of(checkpoint: bytes) -> int:
+    """Return the step after which it was cut; 0 where it cannot be read."""
+    if checkpoint.isdigit():
+        return int(checkpoint)
+    _log.warning("checkpoint cannot be read bytes=%d", len(checkpoint))
+    return 0
 
 
 def _fade(spec: RenderSpec, steps: int) -> tuple[bytes, ...]:

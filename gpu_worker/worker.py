@@ -12,8 +12,10 @@ engine and hand each finished attempt back to the loop. What a worker promises:
   those above it have ended; meanwhile it bills nothing and can be stopped at once;
 - a caller with an older epoch than the newest seen is refused, whatever it asks;
 - an attempt that fails, for whatever reason, leaves the worker able to take the next; after an error that
-  nobody expected it checks its device first, and if that is broken, it hands over what it has and takes
-  nothing more.
+  nobody expected it checks its device before anybody else has it, and if that computes wrongly, it hands over
+  what it has and takes nothing more. An error that sticks, as CUDA's do, fails every later call of the
+  process and ends it: nothing can be copied from the device then, and what was in hand is lost like any
+  other attempt, to go on elsewhere from its newest checkpoint.
 
 No Ray here: `actor.py` is the thin layer that makes this reachable.
 """
@@ -53,7 +55,7 @@ from gpu_worker.outputs import (
     attempt_folder,
     checkpoint_path,
 )
-from gpu_worker.run import Engine, EngineFailure, Inputs, Rendering, RunStopped, parked_bytes
+from gpu_worker.run import Engine, EngineFailure, Inputs, Preview, Rendering, RunStopped, parked_bytes
 from gpu_worker.run_stack import Place, RunStack
 from gpu_worker.settings import WorkerSettings
 
@@ -110,8 +112,6 @@ class Worker:
         drawing = [run for run in self._hands if not run.drawn and not run.forgotten]
         if drawing and drawing[-1].attempt_id != request.parks:
             raise WorkerBusy(f"{self._settings.worker_id} has attempt {drawing[-1].attempt_id} in hand")
-        if drawing:
-            drawing[-1].park()
         for oldest in self._too_many(drawing):
             oldest.hand_over()
         run = HeldRun(
@@ -121,7 +121,9 @@ class Worker:
             account=self._account,
             settings=self._settings,
             loop=self._loop,
+            parks=drawing[-1] if drawing else None,
             keep=self._keep,
+            show=self._show,
             load=self._load,
         )
         self._hands.append(run)
@@ -153,17 +155,17 @@ class Worker:
             run.hand_over()
 
     def resume(self, epoch: int, attempt_id: str) -> None:
-        """Let a parked run go on as soon as the newest run in hand has ended.
+        """Let a parked run go on as soon as the newest run that draws has ended.
 
         The newest parked run does so by itself; nothing happens where the attempt has the GPU, or is not in
         hand. Raises StaleEpoch.
         """
         self._heed(epoch)
         run = self._held(attempt_id)
-        if run is not None and run is not self._hands[-1]:
-            run.lift()
-            self._hands.remove(run)
-            self._hands.insert(-1, run)
+        if run is not None:
+            order = self._stack.lift(run.place)
+            drawing = (each for place in order for each in self._hands if each.place is place)
+            self._hands = [next(drawing) if each.place in order else each for each in self._hands]
 
     async def heartbeat(self, epoch: int, wait_ms: int) -> Heartbeat:
         """Return a report as soon as there is news, or after `wait_ms`.
@@ -248,7 +250,8 @@ class Worker:
     async def watch(self, attempt_id: str, previews: bool) -> AsyncIterator[Progress]:
         """Yield the newest progress of an attempt whenever there is some, until the attempt ends.
 
-        What comes faster than it is taken is skipped. Ends at once where the attempt is not in hand.
+        What comes faster than it is taken is skipped. A preview is made beside the run, and comes a little
+        later than the step that it shows. Ends at once where the attempt is not in hand.
         """
         run = self._held(attempt_id)
         if run is None:
@@ -259,13 +262,12 @@ class Worker:
         try:
             while not run.ended:
                 step = run.newest
-                if step.number == seen:
+                fresh = previews and run.shown_number > seen_preview
+                if step.number == seen and not fresh:
                     await run.came.wait()
                     continue
-                seen = step.number
-                preview = b""
-                if previews and step.preview_number > seen_preview:
-                    seen_preview, preview = step.preview_number, step.preview
+                seen, seen_preview = step.number, run.shown_number
+                preview = run.shown if fresh else b""
                 yield Progress(
                     attempt_id=attempt_id,
                     step=step.step,
@@ -375,9 +377,24 @@ class Worker:
             except ArtifactsUnavailable as error:
                 # The run goes on, and the next cut is tried again.
                 _log.warning("checkpoint not stored attempt=%s: %s", run.attempt_id, error)
-                continue
-            self._tell_news()
+            except Exception:
+                # A bug, and no reason to end the run, or to keep its next cut from being stored.
+                _log.exception("checkpoint not made attempt=%s", run.attempt_id)
+            else:
+                self._tell_news()
         run.storing = None
+
+    def _show(self, run: HeldRun, preview: Preview) -> None:
+        """Called on the loop with each preview of a run, one after the other."""
+        self._begin(self._shown(run, preview))
+
+    async def _shown(self, run: HeldRun, preview: Preview) -> None:
+        try:
+            run.show(await asyncio.to_thread(preview))
+        except Exception:
+            # A bug, and no reason to end the run, or to keep the next preview from being made.
+            _log.exception("preview not made attempt=%s", run.attempt_id)
+        run.showing = False
 
     async def _delete_checkpoints(self, run: HeldRun) -> None:
         if run.storing is not None:
@@ -395,7 +412,7 @@ class Worker:
 
     def _stored(self, path: str, cut: Cut) -> Checkpoint:
         began_ns = time.monotonic_ns()
-        content = cut.snapshot()
+        content = cut.state()
         self._artifacts.put(path, content)
         return Checkpoint(
             path=path,
@@ -439,9 +456,9 @@ class Worker:
         except Exception as error:
             result = _failed(result, error)
         suspect = result.failure_reason == "ENGINE_ERROR"
-        place = Place()
+        place = Place(urgent=True)
         if suspect:
-            # Before this run leaves, or another would have the GPU first.
+            # Before this run leaves, or one below would have the GPU first; urgent, or one that comes now.
             self._stack.enter(place, ready=True)
         times, redone_ms = run.leave_gpu()
         if suspect:
@@ -482,8 +499,7 @@ class Worker:
         checkpoint = self._checkpoint(run)
         run.take_gpu()
         run.check()
-        while spec.model not in self._engine.warm_models():
-            run.load_ns += self._load(spec.model)
+        while self._load(run):
             # It may be parked here, and find that what it loaded had to make room.
             run.check()
         self._account.turn_to(Doing.RUN, time.monotonic_ns())
@@ -532,17 +548,16 @@ class Worker:
         run.goes_on_from(checkpoint)
         return content
 
-    def _load(self, model: str) -> int:
-        """Bring the model into memory and return the nanoseconds that took."""
-        warm = self._engine.warm_models()
+    def _load(self, run: HeldRun) -> bool:
+        """Bring the next thing that a run needs into memory; False where all of it is there."""
+        spec, warm = run.request.spec, self._engine.warm_models()
         self._account.turn_to(Doing.LOAD, time.monotonic_ns())
         try:
-            self._engine.load(model)
+            return self._engine.load(spec.model, spec.kind)
         finally:
-            load_ns = self._account.turn_to(Doing.IDLE, time.monotonic_ns())
+            run.load_ns += self._account.turn_to(Doing.IDLE, time.monotonic_ns())
             if self._engine.warm_models() != warm:
                 self._loop.call_soon_threadsafe(self._tell_news)
-        return load_ns
 
 
 def _failed(result: AttemptResult, error: Exception) -> AttemptResult:

@@ -13,18 +13,22 @@ its loop: image-to-image pipelines cut the table themselves and draw noise, whic
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import safetensors
 import safetensors.torch
 import torch
 
 from gpu_worker.engine.denoiser import DenoiserStandIn, sample_of
 
+_log = logging.getLogger(__name__)
+
 # Of a scheduler's attributes, those that are the pipeline's or the run's own, not state.
-_NOT_STATE = frozenset({"_internal_dict", "boundary_listener"})
+_NOT_STATE = frozenset({"_internal_dict", "boundary_listener", "boundary_generators"})
 
 
 class NotCheckpointable(Exception):
@@ -83,12 +87,11 @@ class RunState:
 
     @staticmethod
     def read(content: bytes, receipt: Mapping[str, object]) -> RunState | None:
-        """Return the state in a file; None where it was made by what leaves another receipt."""
-        length = int.from_bytes(content[:8], "little")
-        header = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["state"])
-        if header["receipt"] != receipt:
+        """Return the state in a file; None where `opened` does."""
+        file = opened(content, receipt)
+        if file is None:
             return None
-        tensors = safetensors.torch.load(content)
+        header, tensors = file
         generators = [tensors.pop(f"generator.{i}") for i in range(_count(tensors, "generator."))]
         film = [tensors.pop(f"film.{i}") for i in range(_count(tensors, "film."))]
         return RunState(
@@ -112,6 +115,26 @@ class RunState:
         return latents
 
 
+def opened(
+    content: bytes, receipt: Mapping[str, object]
+) -> tuple[Mapping[str, Any], dict[str, torch.Tensor]] | None:
+    """Return the header and the tensors of a checkpoint.
+
+    None where it was made by what leaves another receipt, or cannot be read: a file that is empty or cut
+    short costs the steps that were in it, not the attempt.
+    """
+    try:
+        length = int.from_bytes(content[:8], "little")
+        header = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["state"])
+        if header["receipt"] != receipt:
+            _log.info("checkpoint is of another receipt bytes=%d", len(content))
+            return None
+        return header, safetensors.torch.load(content)
+    except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
+        _log.warning("checkpoint cannot be read bytes=%d: %s: %s", len(content), type(error).__name__, error)
+        return None
+
+
 class WayBack:
     """The way of a run back to where its checkpoint was."""
 
@@ -129,7 +152,6 @@ class WayBack:
         self._device = device
         self._restored = restored
         self._passed = 0
-        self.step = state.step
 
     @property
     def under_way(self) -> bool:

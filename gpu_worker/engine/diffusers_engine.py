@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from gpu_worker.contract import RenderSpec
+from gpu_worker.contract import RenderKind, RenderSpec
 from gpu_worker.engine.device import chosen_device, device_memory_bytes, device_type, stage_clock
 from gpu_worker.engine.drawing import drawn
 from gpu_worker.engine.loading import LoadedModel, loaded_model, to_be_had
@@ -77,16 +77,25 @@ class DiffusersEngine:
     def self_check(self) -> str:
         return self._residency.ladder.done("self_check", lambda: self_check(self._device)) or ""
 
-    def load(self, model: str) -> None:
+    def load(self, model: str, kind: RenderKind) -> bool:
         entry = self._models.entries.get(model)
         if entry is None:
             raise EngineFailure(reason="MODEL_MISSING", sentence=f"This worker has no model {model}.")
         torch.set_num_threads(self._threads)
+        upscaler = self._models.upscaler
         try:
-            self._residency.load(
+            loaded = self._residency.load(
                 model,
                 lambda: loaded_model(entry, self._device, self._cache_dir),
                 needed_bytes=entry.memory_needed(entry.default_width, entry.default_height),
+            )
+            if loaded or not kind.is_upscale:
+                return loaded
+            return self._residency.load(
+                _UPSCALER,
+                lambda: loaded_upscaler(upscaler.source, self._device),
+                needed_bytes=upscaler.memory_bytes,
+                movable=False,
             )
         except torch.OutOfMemoryError as error:
             raise _out_of_memory(model) from error
@@ -135,13 +144,6 @@ class DiffusersEngine:
         checkpoint: bytes | None,
     ) -> Rendering:
         assert inputs.source is not None
-        entry = self._models.upscaler
-        self._residency.load(
-            _UPSCALER,
-            lambda: loaded_upscaler(entry.source, self._device),
-            needed_bytes=entry.memory_bytes,
-            movable=False,
-        )
         with self._residency.held(_UPSCALER, SuperResolution) as upscaler:
             return upscaled(
                 spec,

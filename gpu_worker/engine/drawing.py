@@ -55,9 +55,40 @@ def drawn(
     checkpoint: bytes | None,
 ) -> Rendering:
     """Return a grid: of a prompt, or of one that starts from a picture of another."""
-    varied = spec.kind is RenderKind.VARIATION
-    shared = model.image_to_image if varied else model.text_to_image
+    shared = model.image_to_image if spec.kind is RenderKind.VARIATION else model.text_to_image
     pipeline = copy.copy(shared)
+    try:
+        return _drawn(
+            spec,
+            inputs,
+            model=model,
+            shared=shared,
+            pipeline=pipeline,
+            device=device,
+            device_type=device_type,
+            control=control,
+            clock=clock,
+            checkpoint=checkpoint,
+        )
+    finally:
+        # Its scheduler knows the listener, and that knows the pipeline. Such a circle would keep what the run
+        # had on the device until Python's collector comes by, which knows nothing of a device that is full.
+        vars(pipeline).clear()
+
+
+def _drawn(
+    spec: RenderSpec,
+    inputs: Inputs,
+    *,
+    model: LoadedModel,
+    shared: Any,
+    pipeline: Any,
+    device: torch.device,
+    device_type: str,
+    control: RunControl,
+    clock: StageClock,
+    checkpoint: bytes | None,
+) -> Rendering:
     how = joining(spec, pipeline)
     vae_tiling = spec.width * spec.height > _TILED_ABOVE_PIXELS
     receipt = {
@@ -102,9 +133,9 @@ def drawn(
         # Decoding is ours: one picture at a time, so that a run can be stopped between two.
         "output_type": "latent",
     }
-    if varied:
+    if spec.kind is RenderKind.VARIATION:
         listener.count_steps_of(pipeline)
-    pipeline.scheduler = with_boundary(shared.scheduler, listener)
+    pipeline.scheduler = with_boundary(shared.scheduler, listener, generators)
     try:
         answer = pipeline(**arguments).images
     except StoppedEarly as stopped:

@@ -19,9 +19,11 @@ from gpu_worker.engine.adapters import AdapterUnusable, PictureAdapter, loaded_a
 from gpu_worker.engine.checkpoint import NotCheckpointable, RunState
 from gpu_worker.engine.denoiser import denoiser_of
 from gpu_worker.engine.latents import fitted_latent_to_rgb, unpacked
+from gpu_worker.engine.memory_ladder import is_out_of_memory
 from gpu_worker.engine.stand_in import IP_ADAPTER, stand_in_folder
-from gpu_worker.engine.step_boundary import has_boundary
+from gpu_worker.engine.step_boundary import Predict, has_boundary, with_boundary
 from gpu_worker.engine.weights import files_sha256
+from gpu_worker.image_seeds import image_seed
 from gpu_worker.models import STAND_IN_SOURCE, ModelEntry
 from gpu_worker.run import EngineFailure
 
@@ -79,16 +81,17 @@ def loaded_model(entry: ModelEntry, device: torch.device, cache_dir: Path) -> Lo
     folder = _folder(entry, cache_dir)
     # Halves are slow or missing on CPUs.
     dtype = getattr(torch, entry.dtype) if device.type == "cuda" else torch.float32
-    pipeline_class = getattr(diffusers, str(DiffusionPipeline.load_config(folder)["_class_name"]), None)
-    if pipeline_class is None:
-        raise _unusable(entry, "diffusers has no such pipeline")
+    pipeline_class = _pipeline_class(entry, folder)
     left_out = {k: v for k, v in _LEFT_OUT.items() if k in inspect.signature(pipeline_class).parameters}
     try:
         pipeline = pipeline_class.from_pretrained(
             folder, dtype=dtype, local_files_only=True, use_safetensors=True, **left_out
         )
-    except (OSError, ValueError) as error:
-        raise _unusable(entry, str(error)) from error
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        # Files are broken in more ways than their readers have errors for. No device has a part in it yet.
+        raise _unusable(entry, f"its files cannot be read: {_said(error)}") from error
     pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
     if entry.scheduler:
@@ -113,8 +116,7 @@ def loaded_model(entry: ModelEntry, device: torch.device, cache_dir: Path) -> Lo
         # Its activations leave the range of float16; stock pipelines cast it back and forth in each run.
         pipeline.vae.to(torch.float32)
     with torch.no_grad():
-        latent_to_rgb = fitted_latent_to_rgb(pipeline.vae)
-        _warm(entry, pipeline, image_to_image)
+        latent_to_rgb = _warm(entry, pipeline, image_to_image)
     adapter = None
     if entry.ip_adapter:
         built_in = entry.ip_adapter == STAND_IN_SOURCE
@@ -149,34 +151,71 @@ def to_be_had(entry: ModelEntry) -> bool:
     return isinstance(found, str)
 
 
-def _warm(entry: ModelEntry, text_to_image: Any, image_to_image: Any) -> None:
-    """Draw a grid, and a variation of it: what cannot be drawn with is known here, and not by the first job.
+def _pipeline_class(entry: ModelEntry, folder: Path) -> Any:
+    """Return the class that a model's index names."""
+    try:
+        name = str(DiffusionPipeline.load_config(folder)["_class_name"])
+    except (OSError, LookupError, TypeError, ValueError) as error:
+        raise _unusable(entry, f"its {_INDEX} names no pipeline: {_said(error)}") from error
+    found = getattr(diffusers, name, None)
+    if not (isinstance(found, type) and issubclass(found, DiffusionPipeline)):
+        raise _unusable(entry, f"diffusers has no pipeline {name}")
+    return found
 
-    The first kernels of a shape are slow too: the fleet pays for them.
+
+def _warm(entry: ModelEntry, text_to_image: Any, image_to_image: Any) -> torch.Tensor:
+    """Draw a grid, and a variation of it twice: what cannot be drawn with is known here, and not by a job.
+
+    Returns the short cut to colours. The first kernels of a shape are slow too: the fleet pays for them.
     """
-    drawing, varying = copy.copy(text_to_image), copy.copy(image_to_image)
     arguments: dict[str, Any] = {"num_inference_steps": _WARMING_STEPS, "output_type": "latent"}
     sizes = {"width": entry.default_width, "height": entry.default_height}
-    takes = inspect.signature(varying.__call__).parameters
+    takes = inspect.signature(image_to_image.__call__).parameters
+    name = type(text_to_image.scheduler).__name__
+
+    def drawn(shared: Any, images: int, **more: Any) -> tuple[torch.Tensor, Any]:
+        pipeline = copy.copy(shared)
+        generators = [torch.Generator().manual_seed(image_seed(0, i + 1)) for i in range(images)]
+        pipeline.scheduler = with_boundary(shared.scheduler, _Nobody(), generators)
+        answer = pipeline("", num_images_per_prompt=images, generator=generators, **arguments, **more)
+        return answer.images, pipeline.scheduler
+
     try:
-        drawing.scheduler = copy.deepcopy(text_to_image.scheduler)
-        latents = drawing("", num_images_per_prompt=_GRID, **arguments, **sizes).images
-        varying.scheduler = copy.deepcopy(image_to_image.scheduler)
-        varying(
-            "",
-            image=unpacked(drawing, latents, entry.default_width, entry.default_height)[:1],
-            strength=0.5,
-            **arguments,
+        latent_to_rgb = fitted_latent_to_rgb(text_to_image.vae)
+        latents, scheduler = drawn(text_to_image, _GRID, **sizes)
+        varying = {
+            "image": unpacked(text_to_image, latents, entry.default_width, entry.default_height)[:1],
+            "strength": 0.5,
             **{side: length for side, length in sizes.items() if side in takes},
-        )
-    except (AttributeError, TypeError, ValueError) as error:
-        # Pipelines find out in the middle what they miss in a scheduler, or say so before.
-        name = type(text_to_image.scheduler).__name__
-        raise _unusable(entry, f"{name} does not fit it: {error}") from error
+        }
+        # Noise that is not its run's own shows in the second. Of a grid, that would take eight times as long.
+        one, other = (drawn(image_to_image, 1, **varying)[0] for _ in range(2))
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # Pipelines find out in the middle what they miss in a scheduler, or say so before. Not what a device
+        # raises when it fails, which is a RuntimeError: that is no model's fault, and asks for a check.
+        raise _unusable(entry, f"{name} does not fit it: {_said(error)}") from error
+    if not torch.equal(one.nan_to_num(), other.nan_to_num()):
+        raise _unusable(entry, f"with {name} it draws other bits when it is asked for the same again")
     try:
-        RunState.of(step=1, latents=latents, scheduler=drawing.scheduler, generators=())
+        RunState.of(step=1, latents=latents, scheduler=scheduler, generators=())
     except NotCheckpointable as error:
         raise _unusable(entry, f"its runs cannot be cut: {error}") from error
+    return latent_to_rgb
+
+
+class _Nobody:
+    """Listens to a run that is nobody's."""
+
+    def denoising_begins(self) -> None:
+        """Nothing is measured."""
+
+    def skipped(self, scheduler: Any, sample: torch.Tensor) -> torch.Tensor | None:
+        """Every step is taken."""
+        return None
+
+    def step_ended(self, scheduler: Any, latents: torch.Tensor, predict: Predict) -> None:
+        """Predict once as a preview would."""
+        predict()
 
 
 def _folder(entry: ModelEntry, cache_dir: Path) -> Path:
@@ -215,6 +254,11 @@ def _hub_folder(entry: ModelEntry) -> Path:
 
 def _missing(entry: ModelEntry, why: str) -> EngineFailure:
     return EngineFailure(reason="MODEL_MISSING", sentence=f"Model {entry.name} is not to be had: {why}.")
+
+
+def _said(error: Exception) -> str:
+    # The text of a KeyError is but the key.
+    return f"{type(error).__name__}: {error}"
 
 
 def _unusable(entry: ModelEntry, why: str) -> EngineFailure:

@@ -19,6 +19,12 @@ from gpu_worker.engine.parts import Joining, text_parts
 from gpu_worker.image_seeds import image_seed
 from gpu_worker.run import Inputs
 
+RECIPE = 1
+"""What the engine does between a spec and its bits that no library's version tells: how parts are composed,
+how tiles of an upscale are drawn and faded, what a film shows, how the picture so far is predicted. Whoever
+changes a bit of what one of these gives raises it, so that no checkpoint is continued by another recipe, and
+no receipt promises bits that are not made any more."""
+
 
 def receipt_of(
     spec: RenderSpec, inputs: Inputs, *, model: LoadedModel, pipeline: Any, device_type: str
@@ -27,6 +33,7 @@ def receipt_of(
     scheduler = pipeline.scheduler
     receipt: dict[str, object] = {
         "engine": "diffusers",
+        "recipe": RECIPE,
         "kind": spec.kind.value,
         "model": spec.model,
         "weights_sha256": model.weights_sha256,

@@ -101,12 +101,13 @@ class Residency:
 
     def load(
         self, name: str, make: Callable[[], Resident], *, needed_bytes: int, movable: bool = True
-    ) -> None:
+    ) -> bool:
         """Bring something into memory, unless it is there; what is cold makes room where there is too little.
 
         `make` loads it, and `needed_bytes` are what it takes with a use of it. What is `movable` is a model:
         it is that of whoever has the device from now on. What is not is what runs use beside their models,
-        and stays as long as one holds it. Raises what `make` does, and torch.OutOfMemoryError.
+        and stays as long as one holds it. Returns whether it was not there. Raises what `make` does, and
+        torch.OutOfMemoryError.
         """
         if movable:
             self._active = name
@@ -115,6 +116,7 @@ class Residency:
             if place is not None:
                 # A parked run that holds it may end meanwhile.
                 place.holders += 1
+        cold = place is None or place.away
         if place is None:
             place = self._made(name, make, needed_bytes, movable)
         try:
@@ -123,6 +125,7 @@ class Residency:
             self._credit(name, place)
         finally:
             self._let_go(name, place)
+        return cold
 
     @contextmanager
     def held(self, name: str, kind: type[_R], *, needed_bytes: int = 0) -> Iterator[_R]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from gpu_worker.engine.device import Leash
 from gpu_worker.engine.film import FilmRoll
 from gpu_worker.engine.latents import contact_sheet, rough_pictures
 from gpu_worker.engine.step_boundary import Predict
-from gpu_worker.run import RunControl, Snapshot, Stage, StageClock
+from gpu_worker.run import CutState, Preview, RunControl, Stage, StageClock
 
 
 class StoppedEarly(Exception):
@@ -94,8 +95,8 @@ class RunListener:
         self._control.boundary(
             self._step,
             self._steps(scheduler),
-            preview=lambda: contact_sheet(self._unpacked(predict()), self._latent_to_rgb),
-            snapshot=lambda: self._snapshot(scheduler, latents),
+            preview=lambda: self._preview(predict),
+            cut=lambda: self._cut(scheduler, latents),
         )
         if stops_early:
             raise StoppedEarly(latents)
@@ -111,7 +112,12 @@ class RunListener:
     def _stops_early(self, scheduler: Any) -> bool:
         return self._step == self._steps(scheduler) < self._all_steps(scheduler)
 
-    def _snapshot(self, scheduler: Any, latents: torch.Tensor) -> Snapshot:
+    def _preview(self, predict: Predict) -> Preview:
+        # A copy, also where it is on the CPU already: a scheduler may go on with what it predicted.
+        seen = self._unpacked(predict()).to("cpu", copy=True)
+        return partial(contact_sheet, seen, self._latent_to_rgb)
+
+    def _cut(self, scheduler: Any, latents: torch.Tensor) -> CutState:
         state = RunState.of(
             step=self._step,
             latents=latents,
@@ -119,4 +125,5 @@ class RunListener:
             generators=self._generators,
             film=self._film.frames if self._film is not None else (),
         )
-        return lambda: state.content(self._receipt)
+        # Not a closure, which would keep the listener as long as what is to be stored.
+        return partial(state.content, self._receipt)

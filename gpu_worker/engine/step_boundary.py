@@ -9,7 +9,8 @@ a deep copy, since a scheduler made anew from the configuration did not give equ
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Any, Protocol
 
@@ -35,12 +36,20 @@ class StepListener(Protocol):
         """
 
 
-def with_boundary(scheduler: Any, listener: StepListener) -> Any:
-    """Return a copy of `scheduler` for one run, which tells `listener` of its boundaries."""
+Generators = torch.Generator | Sequence[torch.Generator]
+"""A run's own: of each of its pictures, or of the only one."""
+
+
+def with_boundary(scheduler: Any, listener: StepListener, generators: Generators) -> Any:
+    """Return a copy of `scheduler` for one run, which tells `listener` of its boundaries.
+
+    Where a step draws noise and its pipeline passes no generator (that of Stable Diffusion 3 does not), it is
+    drawn from `generators`, and not from torch's own that all runs of a process share.
+    """
     own = deepcopy(scheduler)
     base: Any = type(scheduler)
     own.__class__ = _bounded_class(base)
-    own.boundary_listener = listener
+    own.boundary_listener, own.boundary_generators = listener, generators
     return own
 
 
@@ -52,6 +61,8 @@ def has_boundary(scheduler: Any) -> bool:
 @functools.cache
 def _bounded_class(base: Any) -> Any:
     # Pipelines inspect the signatures of both methods (for `sigmas`, `eta`, `generator`), hence the wraps.
+    draws_noise = "generator" in inspect.signature(base.step).parameters
+
     class Bounded(base):  # type: ignore[misc]
         @functools.wraps(base.set_timesteps)
         def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
@@ -72,6 +83,8 @@ def _bounded_class(base: Any) -> Any:
             latents = listener.skipped(self, sample)
             if latents is not None:
                 return SchedulerOutput(prev_sample=latents) if return_dict else (latents,)
+            if draws_noise and kwargs.get("generator") is None:
+                kwargs["generator"] = self.boundary_generators
             output = base.step(self, model_output, timestep, sample, *args, return_dict=True, **kwargs)
             listener.step_ended(
                 self,

@@ -33,15 +33,27 @@ from PIL import Image
 from torch.nn import functional
 
 from gpu_worker.contract import WHOLE_PPM, RenderKind, RenderSpec
+from gpu_worker.engine.checkpoint import opened
 from gpu_worker.engine.device import Leash
 from gpu_worker.engine.latents import decoded, unpacked
 from gpu_worker.engine.loading import LoadedModel
 from gpu_worker.engine.parts import PartsUnknown, joining, prompt_arguments
+from gpu_worker.engine.receipts import parts_in_receipt
 from gpu_worker.engine.step_boundary import Predict, with_boundary
 from gpu_worker.engine.super_resolution import SuperResolution, Tile
 from gpu_worker.image_seeds import image_seed
 from gpu_worker.prompt import SIDE_STEP
-from gpu_worker.run import EngineFailure, RenderedImage, Rendering, RunControl, Snapshot, Stage, StageClock
+from gpu_worker.run import (
+    CutState,
+    EngineFailure,
+    Inputs,
+    Preview,
+    RenderedImage,
+    Rendering,
+    RunControl,
+    Stage,
+    StageClock,
+)
 
 # A tile is drawn with the prompt of the whole picture. Up to about here it becomes texture; from 0.4 on each
 # tile begins to be a small picture of its own. Below 0.2 nothing is added that super-resolution left out.
@@ -108,7 +120,7 @@ def upscaled(
                 earlier + state.tiles,
                 steps,
                 preview=partial(_preview, state.canvas),
-                snapshot=partial(_snapshot, state, receipt),
+                cut=partial(_cut, state, receipt),
             )
         passed = state.passed + 1
         if passed < len(passes):
@@ -150,12 +162,11 @@ class _State:
 
     @staticmethod
     def read(content: bytes, receipt: Mapping[str, object]) -> _State | None:
-        """Return the state in a file; None where it was made by what leaves another receipt."""
-        length = int.from_bytes(content[:8], "little")
-        header = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["state"])
-        if header["receipt"] != receipt:
+        """Return the state in a file; None where `opened` does."""
+        file = opened(content, receipt)
+        if file is None:
             return None
-        pictures = safetensors.torch.load(content)
+        header, pictures = file
         return _State(
             passed=header["passed"],
             tiles=header["tiles"],
@@ -164,7 +175,7 @@ class _State:
         )
 
 
-def _snapshot(state: _State, receipt: Mapping[str, object]) -> Snapshot:
+def _cut(state: _State, receipt: Mapping[str, object]) -> CutState:
     # The canvas is drawn on only when a tile is finished: asked within the next, it is what it was.
     copied = replace(state, canvas=state.canvas.clone())
     return lambda: copied.content(receipt)
@@ -224,8 +235,10 @@ class _Details:
         # Weights are shared, all else is this run's; of the scheduler each tile has a copy.
         self._pipeline = copy.copy(model.image_to_image)
         self._spec = _without_pictures(spec)
+        self._joining = joining(self._spec, self._pipeline)
         self._prompt: dict[str, Any] | None = None
         self.receipt = {
+            **parts_in_receipt(self._spec, Inputs(), model, self._joining),
             "detail_strength_permille": _STRENGTH_PERMILLE,
             "detail_steps": self._steps,
             "detail_tile_width": self._side[0],
@@ -257,7 +270,8 @@ class _Details:
         height, width = found.shape[2:]
         vae = self._pipeline.vae
         pipeline = copy.copy(self._pipeline)
-        pipeline.scheduler = with_boundary(pipeline.scheduler, _InTile(self._control, self._leash))
+        generator = torch.Generator().manual_seed(image_seed(self._seed, number + 1))
+        pipeline.scheduler = with_boundary(pipeline.scheduler, _InTile(self._control, self._leash), generator)
         sizes = {"width": width, "height": height}
         known = inspect.signature(pipeline.__call__).parameters
         latents = pipeline(
@@ -268,7 +282,7 @@ class _Details:
             strength=_STRENGTH_PERMILLE / 1000,
             num_inference_steps=self._steps,
             guidance_scale=self._guidance,
-            generator=torch.Generator().manual_seed(image_seed(self._seed, number + 1)),
+            generator=generator,
             output_type="latent",
         ).images
         self._control.check()
@@ -278,7 +292,7 @@ class _Details:
     def _prompt_arguments(self) -> dict[str, Any]:
         try:
             return prompt_arguments(
-                joining(self._spec, self._pipeline),
+                self._joining,
                 self._spec,
                 (),
                 pipeline=self._pipeline,
@@ -376,7 +390,12 @@ def _pixels(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image))
 
 
-def _preview(canvas: torch.Tensor) -> bytes:
+def _preview(canvas: torch.Tensor) -> Preview:
+    # A copy: the next tile is drawn on it.
+    return partial(_png, canvas.clone())
+
+
+def _png(canvas: torch.Tensor) -> bytes:
     image = Image.fromarray(canvas.numpy())
     image.thumbnail((_PREVIEW_SIDE, _PREVIEW_SIDE), Image.Resampling.BILINEAR)
     file = io.BytesIO()

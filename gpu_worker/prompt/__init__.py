@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from gpu_worker.contract import WHOLE_PPM, TextPart
 from gpu_worker.prompt.findings import CONTROL, Findings, PromptRefused, Violation
-from gpu_worker.prompt.parameters import MAX_SEED, Parameters
-from gpu_worker.prompt.texts import pieces, texts, urls, warn_of_unread
+from gpu_worker.prompt.parameters import Parameters
+from gpu_worker.prompt.texts import pieces, shows, texts, urls, warn_of_unread
 from gpu_worker.prompt.weights import decimal, in_one_unit, shares_ppm
-from gpu_worker.prompt.words import FIRST_URL, SIDE_STEP
+from gpu_worker.prompt.words import FIRST_URL, MAX_SEED, SIDE_STEP
 
 __all__ = [
     "MAX_CHARACTERS",
@@ -34,6 +35,7 @@ __all__ = [
     "file_stem",
     "parse",
     "print_prompt",
+    "without_urls",
 ]
 
 MAX_CHARACTERS = 6000
@@ -89,12 +91,12 @@ def parse(prompt: str, uploaded: int = 0) -> ParsedPrompt:
     if CONTROL.search(prompt):
         findings.refuse("prompt", "The prompt contains control characters; remove them.")
     words = prompt.split()
-    first = next((i for i, word in enumerate(words) if not FIRST_URL.match(word)), len(words))
+    first = _urls_of(words)
     named = urls(words[:first], findings)
     text, rest = pieces(words[first:])
     before = texts(text, findings)
     pictures = uploaded + len(named)
-    if not before:
+    if not any(shows(part.text) for part in before):
         what = "say in words what to draw from the pictures" if pictures else "say what to draw"
         findings.refuse("prompt", f"The prompt has no text before its parameters; {what}.")
     parameters = Parameters(rest, findings)
@@ -166,6 +168,13 @@ def print_prompt(parsed: ParsedPrompt) -> str:
     return " ".join(words)
 
 
+def without_urls(prompt: str) -> str:
+    """Return a prompt, which may be one that is refused, without the URLs of pictures that it begins with."""
+    count = _urls_of(prompt.split())
+    rest = prompt.split(maxsplit=count)[count:]
+    return rest[0] if rest else ""
+
+
 def file_stem(text: str) -> str:
     """Return a short name for files made from `text`: 1 to 40 of a-z, 0-9 and `_`."""
     # Each character alone: putting a long run of combining marks in order takes quadratic time.
@@ -176,3 +185,8 @@ def file_stem(text: str) -> str:
         whole_words = stem[: _STEM_CHARACTERS + 1].rpartition("_")[0]
         stem = whole_words or stem[:_STEM_CHARACTERS]
     return stem or "image"
+
+
+def _urls_of(words: Sequence[str]) -> int:
+    """Return how many words at the beginning are URLs."""
+    return next((i for i, word in enumerate(words) if not FIRST_URL.match(word)), len(words))

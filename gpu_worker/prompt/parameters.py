@@ -11,6 +11,8 @@ from gpu_worker.prompt.texts import WeightedText
 from gpu_worker.prompt.weights import ONE, WEIGHTS_ARE, weight_of
 from gpu_worker.prompt.words import (
     FLAGS,
+    MAX_SEED,
+    MAX_SIDE,
     MIN_STOP_PERCENT,
     OF_OTHERS,
     OTHER_NAMES,
@@ -21,9 +23,6 @@ from gpu_worker.prompt.words import (
     parameter_name,
     refuse_misplaced,
 )
-
-MAX_SEED = 2**32 - 1
-"""Seeds are 0 to this: the range that people's seeds from other tools come from."""
 
 # More unknown parameters than a person mistypes. The rest is counted only: a hostile prompt costs little.
 _UNKNOWN_SHOWN = 20
@@ -101,12 +100,12 @@ class Parameters:
             self._refuse(name, f"--{name} must be {WANTED[name]}, not {shown(value)}.")
 
     def _take_number(self, name: str, number: int) -> None:
-        if name in SIDES and (number == 0 or number % SIDE_STEP):
+        if (name in SIDES and number > MAX_SIDE) or (name == "seed" and number > MAX_SEED):
+            self._refuse(name, f"--{name} must be {WANTED[name]}, not {number}.")
+        elif name in SIDES and (number == 0 or number % SIDE_STEP):
             below = number // SIDE_STEP * SIDE_STEP
             nearest = f"{below} or {below + SIDE_STEP}" if below else f"{SIDE_STEP}"
             self._refuse(name, f"--{name} must be {WANTED[name]}, not {number}; try {nearest}.")
-        elif name == "seed" and number > MAX_SEED:
-            self._refuse(name, f"--seed must be 0 to {MAX_SEED}, not {number}.")
         elif name == "stop" and not MIN_STOP_PERCENT <= number <= 100:
             self._refuse(name, f"--stop must be {WANTED[name]}, not {number}.")
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,9 @@ from gpu_worker.prompt.words import parameter_name, refuse_misplaced
 
 # A CLIP text encoder reads 75 tokens, about 60 English words.
 _WORDS_READ = 60
+_UNSEEN = frozenset(("Cc", "Cf", "Cs", "Me", "Mn", "Zl", "Zp", "Zs"))
+# Fillers of Hangul, and Braille without a dot: letters and symbols that leave a space.
+_BLANK = "\u115f\u1160\u2800\u3164\uffa0"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +26,13 @@ class WeightedText:
     """In units of 1 / ONE, with its sign."""
     typed: str = ""
     """The weight as it was typed; empty where it was not."""
+
+
+def shows(text: str) -> bool:
+    """Return whether anything of a text can be seen: marks, joiners and blank letters alone say nothing."""
+    return any(
+        unicodedata.category(character) not in _UNSEEN and character not in _BLANK for character in text
+    )
 
 
 def urls(words: Sequence[str], findings: Findings) -> tuple[str, ...]:

@@ -15,14 +15,20 @@ MIN_STOP_PERCENT = 10
 SIDE_STEP = 64
 """Widths and heights are multiples of this: eight pixels a latent, and three halvings in large models."""
 
+MAX_SIDE = 65_536
+"""More than any model draws; each model's entry says how much less."""
+MAX_SEED = 2**32 - 1
+"""Seeds are 0 to this: the range that people's seeds from other tools come from."""
+
 SIDES = ("w", "h")
 FLAGS = ("uplight", "video", "fast", "relax", "private", "public")
+_A_SIDE = f"a multiple of {SIDE_STEP} from {SIDE_STEP} to {MAX_SIDE}"
 WANTED: Mapping[str, str] = {
     "iw": "a number such as 0.5",
-    "w": f"a multiple of {SIDE_STEP}",
-    "h": f"a multiple of {SIDE_STEP}",
+    "w": _A_SIDE,
+    "h": _A_SIDE,
     "ar": "two whole numbers such as 3:2",
-    "seed": "a whole number",
+    "seed": f"a whole number from 0 to {MAX_SEED}",
     "stop": f"a whole number from {MIN_STOP_PERCENT} to 100",
 }
 """Parameters that take one value, and which."""

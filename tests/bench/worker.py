@@ -9,7 +9,8 @@ measured in turn within one process, so that what else the machine does falls on
 1. the engine's render against the stock pipeline's own call with the same arguments
 2. from asking a relax run to park until the fast run has the GPU: the relax run's steps meanwhile, and time
 3. a checkpoint: its size, the time that copying it keeps the GPU waiting, and the way back to it
-4. what each preview costs, as a share of a step's time while somebody watches, and while nobody does
+4. what a preview costs the run, in a step and as a share of all time while somebody watches, and what it
+   takes beside the run
 5. the worker's account of the GPU's time against the wall, and the gap between jobs that wait for each other
 """
 
@@ -37,7 +38,7 @@ from gpu_worker.engine.loading import LoadedModel, loaded_model
 from gpu_worker.image_seeds import image_seed
 from gpu_worker.models import ModelEntry, Models, read_models
 from gpu_worker.outputs import Artifacts
-from gpu_worker.run import Inputs, Rendering, RunControl, Snapshot, StageClock
+from gpu_worker.run import CutState, Inputs, Preview, Rendering, RunControl, StageClock
 from gpu_worker.settings import WorkerSettings
 from gpu_worker.worker import Worker
 
@@ -53,24 +54,25 @@ class _Control:
     step_ns: list[int] = field(default_factory=list)
     """When each step had ended, on the caller's clock."""
     preview_ns: list[int] = field(default_factory=list)
+    previews: list[Preview] = field(default_factory=list)
     cut_ns: list[int] = field(default_factory=list)
-    cuts: list[tuple[int, Snapshot]] = field(default_factory=list)
+    cuts: list[tuple[int, CutState]] = field(default_factory=list)
     restored_ns: int = 0
 
     def check(self) -> None:
         """Nobody waits for the GPU."""
 
     def boundary(
-        self, step: int, steps: int, preview: Callable[[], bytes], snapshot: Callable[[], Snapshot]
+        self, step: int, steps: int, preview: Callable[[], Preview], cut: Callable[[], CutState]
     ) -> None:
         """Note the time, and make what is asked for."""
         if self.watched:
             began_ns = time.monotonic_ns()
-            preview()
+            self.previews.append(preview())
             self.preview_ns.append(time.monotonic_ns() - began_ns)
         if self.cut:
             began_ns = time.monotonic_ns()
-            self.cuts.append((step, snapshot()))
+            self.cuts.append((step, cut()))
             self.cut_ns.append(time.monotonic_ns() - began_ns)
         self.step_ns.append(time.monotonic_ns())
 
@@ -88,11 +90,11 @@ class _NotedControl:
         self.check, self.restored = control.check, control.restored
 
     def boundary(
-        self, step: int, steps: int, preview: Callable[[], bytes], snapshot: Callable[[], Snapshot]
+        self, step: int, steps: int, preview: Callable[[], Preview], cut: Callable[[], CutState]
     ) -> None:
         """Note the time, and pass it on."""
         self._steps_ns.append(time.monotonic_ns())
-        self._boundary(step, steps, preview, snapshot)
+        self._boundary(step, steps, preview, cut)
 
 
 class _NotingEngine(DiffusersEngine):
@@ -152,7 +154,7 @@ def main() -> None:
         models = Models(default=entry, entries={entry.name: entry})
         engine = _NotingEngine(models, settings)
         engine.begin_notes()
-        engine.load(entry.name)
+        engine.load(entry.name, RenderKind.IMAGINE)
         spec = RenderSpec(
             kind=RenderKind.IMAGINE,
             model=entry.name,
@@ -244,13 +246,13 @@ async def _parking(bench: _Bench, step_ms: float) -> None:
 
 
 def _checkpoints(bench: _Bench) -> None:
-    cut = _Control(cut=True)
-    bench.render(cut)
+    noted = _Control(cut=True)
+    bench.render(noted)
     sizes, made_ms, back_ms, first_ms = [], [], [], []
     plain = _Control()
-    for step, snapshot in cut.cuts[4::5]:
+    for step, cut in noted.cuts[4::5]:
         began_ns = time.monotonic_ns()
-        content = snapshot()
+        content = cut()
         made_ms.append((time.monotonic_ns() - began_ns) / _MS)
         sizes.append(len(content))
         if step < bench.spec.steps:
@@ -263,7 +265,7 @@ def _checkpoints(bench: _Bench) -> None:
     first_ms.append((plain.step_ns[0] - began_ns) / _MS)
     print("3. A checkpoint")
     print(f"   size                        {statistics.median(sizes) / 1000:10.1f} kB")
-    print(f"   the GPU waits for the copy  {statistics.median(cut.cut_ns) / _MS:10.3f} ms")
+    print(f"   the GPU waits for the copy  {statistics.median(noted.cut_ns) / _MS:10.3f} ms")
     print(f"   made into a file            {statistics.median(made_ms):10.3f} ms of another thread")
     print(
         f"   the way back to it          {statistics.median(back_ms):10.1f} ms"
@@ -272,11 +274,15 @@ def _checkpoints(bench: _Bench) -> None:
 
 
 def _previews(bench: _Bench) -> None:
-    watched, unwatched, each = [], [], []
+    watched, unwatched, each, made = [], [], [], []
     for _ in range(bench.rounds):
         control = _Control(watched=True)
         bench.render(control)
         each += control.preview_ns
+        for preview in control.previews:
+            began_ns = time.monotonic_ns()
+            preview()
+            made.append(time.monotonic_ns() - began_ns)
         watched += [b - a for a, b in zip(control.step_ns, control.step_ns[1:], strict=False)]
         control = _Control()
         bench.render(control)
@@ -285,10 +291,12 @@ def _previews(bench: _Bench) -> None:
     preview_ms = statistics.median(each) / _MS
     # At most four a second, and never more than one a step.
     share = preview_ms / max(step_ms, bench.settings.preview_interval_ms)
+    made_ms = statistics.median(made) / _MS
     print("4. Previews")
     print(f"   a step that nobody watches   {step_ms:10.2f} ms")
     print(f"   a step with a preview        {statistics.median(watched) / _MS:10.2f} ms")
-    print(f"   the preview alone            {preview_ms:10.2f} ms")
+    print(f"   the run waits for the copy   {preview_ms:10.2f} ms")
+    print(f"   made into a picture          {made_ms:10.2f} ms of another thread")
     print(
         f"   of all time while watched    {share:10.2%}"
         f"   (at most one in {bench.settings.preview_interval_ms} ms)\n"

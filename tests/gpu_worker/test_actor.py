@@ -64,7 +64,10 @@ async def test_an_attempt_is_rendered_watched_and_acknowledged(make_actor: Calla
     request = a_request(spec={"steps": 15})
     await actor.render.remote(request)
     seen = [await reference async for reference in actor.watch.remote(request.attempt_id, True)]
-    assert [progress.step for progress in seen] == sorted({progress.step for progress in seen})
+    steps = [progress.step for progress in seen]
+    # A step may come again, with its preview.
+    assert steps == sorted(steps)
+    assert len(set(steps)) >= len([progress for progress in seen if not progress.preview])
     assert seen[-1].step >= 14
     assert any(progress.preview for progress in seen)
     (result,) = (await ended(actor)).unacknowledged

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import subprocess
@@ -19,19 +20,21 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import Image
-from tiny_models import models_of, tiny_entry
+from tiny_models import models_of, png, tiny_entry
 from worker_builders import a_request, a_spec, some_settings
 
-from gpu_worker.contract import Outcome, RenderKind, RenderSpec, SourceImage, StageTimes
+from gpu_worker.contract import Outcome, RenderKind, RenderSpec, SourceImage, StageTimes, TextPart
 from gpu_worker.engine.checkpoint import RunState
 from gpu_worker.engine.diffusers_engine import DiffusersEngine
 from gpu_worker.engine.film import FilmRoll
 from gpu_worker.engine.latents import contact_sheet, decoded, fitted_latent_to_rgb
 from gpu_worker.engine.loading import LoadedModel, loaded_model
+from gpu_worker.engine.receipts import RECIPE
 from gpu_worker.engine.step_boundary import has_boundary, with_boundary
 from gpu_worker.image_seeds import image_seed
 from gpu_worker.models import Models, read_models
-from gpu_worker.run import EngineFailure, Inputs, RenderedImage, Rendering, RunStopped, Snapshot
+from gpu_worker.outputs import Artifacts
+from gpu_worker.run import CutState, EngineFailure, Inputs, Preview, RenderedImage, Rendering, RunStopped
 from gpu_worker.worker import Worker
 
 pytestmark = [
@@ -52,7 +55,7 @@ class Control:
     ) -> None:
         self.boundaries: list[tuple[int, int]] = []
         self.previews: list[bytes] = []
-        self.snapshots: list[Snapshot] = []
+        self.cuts: list[CutState] = []
         self._stop_at = stop_at
         self._checks_left = None if stop_after_decodes is None else stop_after_decodes + 1
         self._watched = watched
@@ -67,14 +70,14 @@ class Control:
         raise AssertionError("nothing was given to go on from")
 
     def boundary(
-        self, step: int, steps: int, preview: Callable[[], bytes], snapshot: Callable[[], Snapshot]
+        self, step: int, steps: int, preview: Callable[[], Preview], cut: Callable[[], CutState]
     ) -> None:
         if step == self._stop_at:
             raise RunStopped
         self.boundaries.append((step, steps))
-        self.snapshots.append(snapshot())
+        self.cuts.append(cut())
         if self._watched:
-            self.previews.append(preview())
+            self.previews.append(preview()())
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +88,7 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def engine(cache_dir: Path) -> DiffusersEngine:
     engine = an_engine(cache_dir)
-    engine.load("stand-in")
+    engine.load("stand-in", RenderKind.IMAGINE)
     return engine
 
 
@@ -124,7 +127,7 @@ def latents_at(engine: DiffusersEngine, spec: RenderSpec, step: int) -> torch.Te
     control = Control(stop_at=step + 1)
     with pytest.raises(RunStopped):
         drawn(engine, spec, control=control)
-    state = RunState.read(control.snapshots[-1](), drawn(engine, spec).receipt)
+    state = RunState.read(control.cuts[-1](), drawn(engine, spec).receipt)
     assert state is not None
     return state.put_back(
         scheduler=SimpleNamespace(),
@@ -153,7 +156,7 @@ def test_the_same_request_gives_the_same_bits_also_from_weights_built_anew(
     first = drawn(engine, a_small_spec())
     assert drawn(engine, a_small_spec()) == first
     other = an_engine(tmp_path)
-    other.load("stand-in")
+    other.load("stand-in", RenderKind.IMAGINE)
     assert drawn(other, a_small_spec()) == first
 
 
@@ -337,10 +340,10 @@ def test_the_boundary_changes_no_bit_of_a_stock_call_under_any_scheduler(
         return result
 
     try:
-        bounded = call(with_boundary(stock, listener))
+        bounded = call(with_boundary(stock, listener, torch.Generator()))
         assert torch.equal(bounded, call(stock))
         assert listener.steps == len(stock.timesteps)
-        assert type(with_boundary(stock, listener)).__name__ == name
+        assert type(with_boundary(stock, listener, torch.Generator())).__name__ == name
         assert listener.predicted.shape == bounded.shape
         assert listener.predicted.isfinite().all()
     finally:
@@ -379,7 +382,9 @@ class CountingListener:
 )
 def test_the_picture_predicted_at_a_step_is_the_one_the_model_meant(name: str, prediction_type: str) -> None:
     listener = CountingListener()
-    scheduler = with_boundary(getattr(diffusers, name)(prediction_type=prediction_type), listener)
+    scheduler = with_boundary(
+        getattr(diffusers, name)(prediction_type=prediction_type), listener, torch.Generator()
+    )
     scheduler.set_timesteps(10)
     meant, noise = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     time_step = scheduler.timesteps[0]
@@ -396,7 +401,7 @@ def test_the_picture_predicted_at_a_step_is_the_one_the_model_meant(name: str, p
 
 def test_the_picture_predicted_by_flow_matching_is_the_one_the_model_meant() -> None:
     listener = CountingListener()
-    scheduler = with_boundary(diffusers.FlowMatchEulerDiscreteScheduler(), listener)
+    scheduler = with_boundary(diffusers.FlowMatchEulerDiscreteScheduler(), listener, torch.Generator())
     scheduler.set_timesteps(10)
     meant, noise = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     sigma = scheduler.sigmas[0]
@@ -419,7 +424,7 @@ def test_a_stock_pipeline_of_any_family_is_drawn_varied_and_watched_just_so(
 ) -> None:
     entry = tiny_entry(family, tmp_path / family)
     engine = an_engine(tmp_path, models_of(entry))
-    engine.load(entry.name)
+    engine.load(entry.name, RenderKind.IMAGINE)
     # PNDM takes one step more than it is asked for, and the second of its table twice.
     spec = a_small_spec(model=entry.name, steps=7, width=64, height=96)
     control = Control(watched=True)
@@ -521,7 +526,7 @@ def test_the_receipt_says_what_is_needed_to_draw_it_again(engine: DiffusersEngin
     assert receipt["scheduler"] == "EulerDiscreteScheduler"
     assert len(str(receipt["weights_sha256"])) == 64
     assert receipt["scheduler_config"]["prediction_type"] == "v_prediction"
-    assert receipt["torch"] == torch.__version__
+    assert (receipt["torch"], receipt["recipe"]) == (torch.__version__, RECIPE)
 
 
 def test_a_model_that_is_not_there_is_missing(cache_dir: Path) -> None:
@@ -529,7 +534,7 @@ def test_a_model_that_is_not_there_is_missing(cache_dir: Path) -> None:
     engine = an_engine(cache_dir, models_of(elsewhere))
     for name in ("elsewhere", "never-heard-of"):
         with pytest.raises(EngineFailure, match="MODEL_MISSING"):
-            engine.load(name)
+            engine.load(name, RenderKind.IMAGINE)
     assert engine.warm_models() == ()
 
 
@@ -537,7 +542,7 @@ def test_a_model_that_is_not_there_is_missing(cache_dir: Path) -> None:
 def test_a_model_with_a_scheduler_it_cannot_use_is_unusable(cache_dir: Path, scheduler: str) -> None:
     entry = replace(read_models(None).default, scheduler=scheduler)
     with pytest.raises(EngineFailure, match="MODEL_UNUSABLE"):
-        an_engine(cache_dir, models_of(entry)).load("stand-in")
+        an_engine(cache_dir, models_of(entry)).load("stand-in", RenderKind.IMAGINE)
 
 
 def test_the_model_loaded_longest_ago_makes_room(cache_dir: Path) -> None:
@@ -545,8 +550,8 @@ def test_the_model_loaded_longest_ago_makes_room(cache_dir: Path) -> None:
     models = models_of(first, replace(first, name="second"))
     room_for_one = first.memory_needed(first.default_width, first.default_height)
     engine = an_engine(cache_dir, models, memory_bytes=room_for_one)
-    engine.load("stand-in")
-    engine.load("second")
+    engine.load("stand-in", RenderKind.IMAGINE)
+    engine.load("second", RenderKind.IMAGINE)
     assert engine.warm_models() == ("second",)
 
 
@@ -563,7 +568,156 @@ def test_a_scheduler_that_its_pipelines_cannot_use_makes_a_model_unusable_when_i
 ) -> None:
     entry = tiny_entry(family, tmp_path / family, scheduler)
     with pytest.raises(EngineFailure, match=f"MODEL_UNUSABLE.*{scheduler} does not fit it"):
-        an_engine(tmp_path, models_of(entry)).load(entry.name)
+        an_engine(tmp_path, models_of(entry)).load(entry.name, RenderKind.IMAGINE)
+
+
+class ForgetfulScheduler(diffusers.EulerDiscreteScheduler):
+    """Draws noise in each step, and not from the generator that it is given."""
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().step(*args, **kwargs)
+        output.prev_sample += torch.randn_like(output.prev_sample) / 100
+        return output
+
+
+class PartlessScheduler(diffusers.EulerDiscreteScheduler):
+    """Misses something that it looks up."""
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        raise KeyError("sigma_data")
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "said"),
+    [
+        (ForgetfulScheduler, "it draws other bits"),
+        (PartlessScheduler, "does not fit it: KeyError: 'sigma_data'"),
+    ],
+)
+def test_a_scheduler_that_would_not_keep_what_is_promised_makes_a_model_unusable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheduler: type, said: str
+) -> None:
+    monkeypatch.setattr(diffusers, scheduler.__name__, scheduler, raising=False)
+    entry = tiny_entry("sd", tmp_path / "sd", scheduler.__name__)
+    with pytest.raises(EngineFailure, match=f"MODEL_UNUSABLE.*{said}"):
+        an_engine(tmp_path, models_of(entry)).load(entry.name, RenderKind.IMAGINE)
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"model_index.json": "{"}, "names no pipeline"),
+        ({"model_index.json": "{}"}, "names no pipeline: KeyError"),
+        ({"model_index.json": "[]"}, "names no pipeline"),
+        ({"model_index.json": '{"_class_name": "UNet2DModel"}'}, "no pipeline UNet2DModel"),
+        ({"unet/diffusion_pytorch_model.safetensors": "cut short"}, "its files cannot be read: "),
+        ({"unet/config.json": "{}"}, "cannot be read"),
+    ],
+)
+def test_a_model_whose_files_are_broken_is_unusable_and_says_what_of(
+    tmp_path: Path, files: dict[str, str], said: str
+) -> None:
+    entry = tiny_entry("sd", tmp_path / "sd")
+    for name, content in files.items():
+        (tmp_path / "sd" / name).write_text(content)
+    with pytest.raises(EngineFailure, match=f"MODEL_UNUSABLE.*{said}"):
+        an_engine(tmp_path, models_of(entry)).load(entry.name, RenderKind.IMAGINE)
+
+
+def test_noise_that_a_pipeline_passes_no_generator_for_is_each_pictures_own(tmp_path: Path) -> None:
+    entry = tiny_entry("sd3", tmp_path / "sd3")
+    config = tmp_path / "sd3" / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"stochastic_sampling": True}))
+    engine = an_engine(tmp_path, models_of(entry))
+    engine.load(entry.name, RenderKind.IMAGINE)
+    spec = a_small_spec(model=entry.name, width=64, height=64, images=2)
+    grid = drawn(engine, spec)
+    assert drawn(engine, spec) == grid
+    # Up to what batching does to floats.
+    alone = latents(drawn(engine, replace(spec, images=1)))
+    assert torch.allclose(alone[0], latents(grid)[0], atol=1e-2)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x40" + bytes(7) + b'{"__meta', None])
+def test_a_checkpoint_that_cannot_be_read_costs_its_steps(
+    engine: DiffusersEngine, caplog: pytest.LogCaptureFixture, content: bytes | None
+) -> None:
+    control = Control()
+    undisturbed = drawn(engine, a_small_spec(), control=control)
+    cut_short = control.cuts[2]()[:-1] if content is None else content
+    # It fails where it is told that anything was put back.
+    again = engine.render(a_small_spec(), Inputs(), Control(), engine.stage_clock(), cut_short)
+    assert again == undisturbed
+    assert "checkpoint cannot be read" in caplog.text
+
+
+class Restoring(Control):
+    """May go on from a checkpoint."""
+
+    def restored(self) -> None:
+        """It did."""
+
+
+def test_nothing_of_a_run_that_ended_stays_until_the_collector_comes_by(engine: DiffusersEngine) -> None:
+    source = SourceImage(job_id="a", index=1, latents_path="", strength_permille=500)
+    parts = (TextPart(text="a fox", share_ppm=600_000), TextPart(text="snow", share_ppm=-400_000))
+    grid = a_small_spec(images=1, steps=3)
+    control = Control()
+    made = drawn(engine, grid, control=control)
+    checkpoint = control.cuts[1]()
+
+    def stopped() -> None:
+        with pytest.raises(RunStopped):
+            drawn(engine, grid, control=Control(stop_at=2))
+
+    runs: list[Callable[[], object]] = [
+        lambda: drawn(engine, grid, control=Control(watched=True)),
+        lambda: drawn(engine, replace(grid, parts=parts, video=True)),
+        lambda: drawn(engine, replace(grid, stop_percent=50)),
+        lambda: drawn(engine, replace(grid, kind=RenderKind.VARIATION, source=source), source=made.latents),
+        lambda: engine.render(grid, Inputs(), Restoring(), engine.stage_clock(), checkpoint),
+        stopped,
+    ]
+    for number, run in enumerate(runs):
+        run()
+        gc.collect()
+        gc.disable()
+        try:
+            before = tensors()
+            run()
+            assert tensors() == before, f"of run {number}"
+        finally:
+            gc.enable()
+
+
+def tensors() -> int:
+    return sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects())
+
+
+async def test_the_upscalers_load_is_a_load_and_all_uses_are_the_wall_time(
+    make_worker: Callable[..., Worker], cache_dir: Path, artifacts: Artifacts
+) -> None:
+    artifacts.put("jobs/a/1.png", png(1, 256, 256))
+    source = SourceImage(
+        job_id="a", index=1, latents_path="", strength_permille=0, picture_path="jobs/a/1.png"
+    )
+    began = time.monotonic()
+    worker = make_worker(an_engine(cache_dir))
+    report = worker.report(1)
+    loads = []
+    for kind in (RenderKind.IMAGINE, RenderKind.UPSCALE_LIGHT, RenderKind.UPSCALE_LIGHT):
+        upscale = {"kind": kind, "source": source, "images": 1, "width": 512, "height": 512}
+        worker.render(a_request(spec=upscale if kind.is_upscale else {"steps": 2}))
+        while not report.unacknowledged:
+            report = (await worker.heartbeat(1, 60_000)).report
+        (result,) = report.unacknowledged
+        assert result.outcome is Outcome.SUCCEEDED, result.failure_sentence
+        loads.append(result.load_ms)
+        worker.acknowledge(1, result.attempt_id)
+        report = worker.report(1)
+    wall_ms = (time.monotonic() - began) * 1000
+    assert [load_ms > 0 for load_ms in loads] == [True, True, False]
+    assert sum(vars(report.gpu_time).values()) == pytest.approx(wall_ms, rel=0.01)
 
 
 async def test_a_workers_account_closes_and_its_stages_are_all_of_a_run(

@@ -30,7 +30,7 @@ from gpu_worker.contract import (
 )
 from gpu_worker.engine.checkpoint import NotCheckpointable, RunState
 from gpu_worker.engine.diffusers_engine import DiffusersEngine
-from gpu_worker.run import Inputs, Rendering, Snapshot
+from gpu_worker.run import CutState, Inputs, Preview, Rendering
 from gpu_worker.worker import Worker
 
 pytestmark = [
@@ -65,11 +65,14 @@ _SOME = [
     ("sdxl", _DPM),
     ("sd3", _FLOW),
     ("flux-dynamic", _FLOW),
+    ("sd3", "FlowMatchLCMScheduler"),
 ]
 _ALL = [
     *((family, name) for family in ("sd", "sdxl") for name in [_EULER_A, _DPM, _UNIPC, *_OTHERS]),
     *((family, _FLOW) for family in ("sd3", "flux", "flux-dynamic")),
     ("sd3", "FlowMatchHeunDiscreteScheduler"),
+    # It draws noise in each step, and its pipeline passes no generator.
+    ("sd3", "FlowMatchLCMScheduler"),
 ]
 _MODELS = [
     pytest.param(
@@ -99,7 +102,7 @@ class Control:
         other: Callable[[], object] = object,
         watched: bool = False,
     ) -> None:
-        self.cuts: dict[int, Snapshot] = {}
+        self.cuts: dict[int, CutState] = {}
         self.previews: list[bytes] = []
         self.steps = 0
         self.was_restored = False
@@ -115,12 +118,12 @@ class Control:
         self.was_restored = True
 
     def boundary(
-        self, step: int, steps: int, preview: Callable[[], bytes], snapshot: Callable[[], Snapshot]
+        self, step: int, steps: int, preview: Callable[[], Preview], cut: Callable[[], CutState]
     ) -> None:
         self.steps = steps
-        self.cuts[step] = snapshot()
+        self.cuts[step] = cut()
         if self._watched:
-            self.previews.append(preview())
+            self.previews.append(preview()())
         if self._parked_at(step):
             self._park()
 
@@ -179,7 +182,7 @@ def drawn(
     control: Control | None = None,
     checkpoint: bytes | None = None,
 ) -> Rendering:
-    engine.load(spec.model)
+    engine.load(spec.model, spec.kind)
     source = source_grid() if spec.kind is RenderKind.VARIATION else None
     inputs = Inputs(source=source, pictures=tuple(png(number) for number in range(len(spec.pictures))))
     return engine.render(spec, inputs, control or Control(), engine.stage_clock(), checkpoint)
@@ -307,7 +310,8 @@ def test_an_upscale_continued_from_any_tile_draws_the_same_bits(
     spec = a_small_spec(f"sd {_EULER_A}", kind, **fixed)
 
     def upscaled(engine: DiffusersEngine, control: Control, checkpoint: bytes | None = None) -> Rendering:
-        engine.load(spec.model)
+        while engine.load(spec.model, spec.kind):
+            """One thing after the other."""
         inputs = Inputs(source=png(1, *source_size))
         return engine.render(spec, inputs, control, engine.stage_clock(), checkpoint)
 

@@ -16,11 +16,11 @@ import safetensors.torch
 import torch
 from worker_builders import a_spec, some_settings
 
-from gpu_worker.contract import Blame, RenderSpec
+from gpu_worker.contract import Blame, RenderKind, RenderSpec
 from gpu_worker.engine.diffusers_engine import DiffusersEngine
 from gpu_worker.engine.memory_ladder import is_out_of_memory
 from gpu_worker.models import Models, read_models
-from gpu_worker.run import EngineFailure, Inputs, Rendering, Snapshot
+from gpu_worker.run import CutState, EngineFailure, Inputs, Preview, Rendering
 
 pytestmark = [
     pytest.mark.engine,
@@ -61,7 +61,7 @@ class Watching:
         raise AssertionError("nothing was given to go on from")
 
     def boundary(
-        self, step: int, steps: int, preview: Callable[[], bytes], snapshot: Callable[[], Snapshot]
+        self, step: int, steps: int, preview: Callable[[], Preview], cut: Callable[[], CutState]
     ) -> None:
         if step == self._at:
             self._meanwhile()
@@ -88,7 +88,7 @@ def an_engine(cache_dir: Path, **changes: Any) -> tuple[DiffusersEngine, Faults]
     faults = Faults()
     settings = some_settings(cache_dir, engine="diffusers", cache_dir=cache_dir, **changes)
     engine = DiffusersEngine(two_models(), settings, faults)
-    engine.load("stand-in")
+    engine.load("stand-in", RenderKind.IMAGINE)
     faults.tries.clear()
     return engine, faults
 
@@ -110,15 +110,15 @@ def test_freed_caches_are_enough_and_nobody_notices(
 def test_a_load_is_tried_again(cache_dir: Path, undisturbed: Rendering) -> None:
     engine, faults = an_engine(cache_dir)
     faults.left["load"] = 1
-    engine.load("second")
+    engine.load("second", RenderKind.IMAGINE)
     assert faults.tries["load"] == 2
     assert drawn(engine, replace(_SPEC, model="second")).images == undisturbed.images
 
 
 def test_a_cold_model_makes_room_in_the_middle_of_a_run(cache_dir: Path, undisturbed: Rendering) -> None:
     engine, faults = an_engine(cache_dir)
-    engine.load("second")
-    engine.load("stand-in")
+    engine.load("second", RenderKind.IMAGINE)
+    engine.load("stand-in", RenderKind.IMAGINE)
     faults.left["unet"] = 2
     assert drawn(engine) == undisturbed
     assert engine.warm_models() == ("stand-in",)
@@ -164,9 +164,9 @@ def test_a_load_that_never_fits_is_handed_back(cache_dir: Path, undisturbed: Ren
     engine, faults = an_engine(cache_dir)
     faults.left["load"] = 1000
     with pytest.raises(EngineFailure, match="with second"):
-        engine.load("second")
+        engine.load("second", RenderKind.IMAGINE)
     faults.left.clear()
-    engine.load("stand-in")
+    engine.load("stand-in", RenderKind.IMAGINE)
     assert drawn(engine) == undisturbed
 
 
@@ -183,14 +183,14 @@ def test_a_parked_run_never_fails_for_the_one_that_has_the_device(
 
     def other_run() -> None:
         try:
-            engine.load("second")
+            engine.load("second", RenderKind.IMAGINE)
             met.extend(engine.warm_models())
             faults.left["unet"] = 1 if fits else 1000
             drawn(engine, replace(_SPEC, model="second"))
         except EngineFailure as failure:
             met.append(failure.reason)
         faults.left.clear()
-        engine.load("stand-in")
+        engine.load("stand-in", RenderKind.IMAGINE)
 
     assert drawn(engine, control=Watching(2, other_run)) == expected
     # A CPU's weights are where the parked run's are too; a GPU's were moved away.
@@ -202,8 +202,8 @@ def test_latents_that_were_drawn_short_of_memory_are_those_of_plenty(
     cache_dir: Path, undisturbed: Rendering
 ) -> None:
     engine, faults = an_engine(cache_dir)
-    engine.load("second")
-    engine.load("stand-in")
+    engine.load("second", RenderKind.IMAGINE)
+    engine.load("stand-in", RenderKind.IMAGINE)
     faults.left.update({"text_encoder": 1, "unet": 1})
     one, other = (safetensors.torch.load(each.latents or b"") for each in (drawn(engine), undisturbed))
     assert torch.equal(one["latents"], other["latents"])

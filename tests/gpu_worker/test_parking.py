@@ -66,10 +66,16 @@ class SteppedEngine(TimedEngine):
     def self_check(self) -> str:
         return self.broken
 
-    def load(self, model: str) -> None:
+    def load(self, model: str, kind: RenderKind) -> bool:
         if model not in self._warm:
             self._work(f"load {model}")
             self._warm = {model: 1}
+            return True
+        if kind.is_upscale and "upscaler" not in self._warm:
+            self._work("load upscaler")
+            self._warm = {**self._warm, "upscaler": 1}
+            return True
+        return False
 
     def render(
         self,
@@ -90,7 +96,7 @@ class SteppedEngine(TimedEngine):
         for step in range(done + 1, spec.steps + 1):
             self._work(f"{spec.prompt} step {step}")
             content = str(step).encode()
-            control.boundary(step, spec.steps, lambda: b"", lambda content=content: lambda: content)
+            control.boundary(step, spec.steps, lambda: lambda: b"", lambda content=content: lambda: content)
         clock.enter(Stage.DECODE)
         for index in range(1, spec.images + 1):
             control.check()
@@ -151,7 +157,7 @@ class TilingEngine(SteppedEngine):
             self._work(f"{spec.prompt} tile {step} begun")
             control.check()
             self._work(f"{spec.prompt} tile {step}")
-            control.boundary(step, spec.steps, lambda: b"", lambda: lambda: b"tiles")
+            control.boundary(step, spec.steps, lambda: lambda: b"", lambda: lambda: b"tiles")
         return Rendering(images=(), latents=None, receipt={})
 
     def _work(self, piece: str) -> None:
@@ -633,6 +639,24 @@ async def test_of_several_parked_runs_the_newest_goes_on_unless_another_is_resum
     assert last == ["fast-4", "fast-1", "fast-3", "fast-2"]
 
 
+async def test_a_run_is_resumed_while_the_newest_only_writes_its_pictures(
+    worker: Worker, engine: SteppedEngine, store: SlowStore
+) -> None:
+    store.slow = "fast-3/"
+    for number in range(1, 4):
+        worker.render(a_run(f"fast-{number}", parks=f"fast-{number - 1}"))
+        await engine.begins(f"fast-{number} step 1")
+    await engine.begins("fast-2 step 2")
+    worker.resume(1, "fast-1")
+    assert names(worker.report(1)) == ("fast-3", ["fast-1", "fast-2"])
+    store.let.set()
+    await ended(worker, "fast-3")
+    # Who has the GPU, so that whoever parks it by its name is not refused.
+    assert names(worker.report(1)) == ("fast-2", ["fast-1"])
+    worker.render(a_run("fast-4", parks="fast-2"))
+    assert await engine.finish() == "fast-4 encode"
+
+
 async def test_resume_of_an_overtaken_scheduler_is_refused(worker: Worker) -> None:
     worker.report(3)
     with pytest.raises(StaleEpoch):
@@ -647,13 +671,17 @@ async def test_the_gpu_stays_with_relax_while_fast_fetches_what_it_starts_from(
     source = SourceImage(
         job_id="a", index=1, latents_path="jobs/a/latents.safetensors", strength_permille=500
     )
-    worker.render(a_run("relax", spec={"steps": 10_000}))
+    worker.render(a_run("relax", spec={"steps": 20}))
     await engine.begins("relax step 1")
     worker.render(a_run("fast", parks="relax", spec={"kind": RenderKind.VARIATION, "source": source}))
     assert await engine.finish() == "relax step 2"
     assert await engine.finish() == "relax step 3"
     store.let.set()
     await engine.begins("fast encode")
+    engine.let_run()
+    # Of the steps, none before fast was there to take the GPU, and then the one in hand.
+    (waited,) = (await ended(worker, "relax")).park_waits
+    assert waited <= 1
 
 
 async def test_a_run_whose_model_had_to_make_room_while_it_was_parked_loads_it_again(
@@ -670,6 +698,33 @@ async def test_a_run_whose_model_had_to_make_room_while_it_was_parked_loads_it_a
         "load other",
         "load stand-in",
     ]
+
+
+@pytest.mark.parametrize("piece", ["load stand-in", "load upscaler"])
+async def test_fast_begins_after_each_thing_that_relax_loads(
+    worker: Worker, engine: SteppedEngine, piece: str
+) -> None:
+    worker.render(a_run("relax", spec={"kind": RenderKind.UPSCALE_LIGHT}))
+    await engine.begins(piece)
+    worker.render(a_run("fast", parks="relax"))
+    assert await engine.finish() == "fast encode"
+    engine.let_run()
+    assert (await ended(worker, "relax")).outcome is Outcome.SUCCEEDED
+    assert [each for each in engine.done if each.startswith("load")] == ["load stand-in", "load upscaler"]
+
+
+async def test_fast_begins_when_a_model_is_back_that_had_made_room(
+    worker: Worker, engine: SteppedEngine
+) -> None:
+    worker.render(a_run("relax"))
+    await engine.begins("relax step 2")
+    worker.render(a_run("fast", parks="relax", spec={"model": "other"}))
+    await engine.begins("load stand-in")
+    await ended(worker, "fast")
+    worker.render(a_run("fast-2", parks="relax"))
+    assert await engine.finish() == "fast-2 encode"
+    engine.let_run()
+    assert (await ended(worker, "relax")).outcome is Outcome.SUCCEEDED
 
 
 async def test_a_park_stores_a_checkpoint_while_fast_has_the_gpu(
@@ -741,7 +796,7 @@ async def test_a_run_parked_before_its_first_step_has_nothing_to_store(
 async def test_a_run_that_nobody_parks_is_stored_every_so_many_steps(
     make_worker: MakeWorker, engine: SteppedEngine, artifacts: Artifacts
 ) -> None:
-    worker = make_worker(engine, checkpoint_every_steps=3, checkpoint_interval_ms=0)
+    worker = make_worker(engine, checkpoint_every_steps=3)
     request = a_run("relax", spec={"steps": 9})
     worker.render(request)
     for stored, following in ((3, 4), (6, 7)):
@@ -758,18 +813,6 @@ async def test_a_run_that_nobody_parks_is_stored_every_so_many_steps(
         artifacts.read(checkpoint_path(request.job_id, "relax"))
 
 
-async def test_steps_that_are_sooner_done_again_are_not_stored(
-    make_worker: MakeWorker, artifacts: Artifacts
-) -> None:
-    worker = make_worker(checkpoint_every_steps=1, checkpoint_interval_ms=_LONG_MS)
-    request = a_run("relax", spec={"steps": 20})
-    worker.render(request)
-    await ended(worker, "relax")
-    await worker.close()
-    with pytest.raises(ArtifactMissing):
-        artifacts.read(checkpoint_path(request.job_id, "relax"))
-
-
 async def test_a_store_that_is_away_costs_a_checkpoint_and_not_the_run(
     worker: Worker, engine: SteppedEngine, store: SlowStore
 ) -> None:
@@ -779,6 +822,38 @@ async def test_a_store_that_is_away_costs_a_checkpoint_and_not_the_run(
     worker.render(a_run("fast", parks="relax"))
     await engine.begins("relax step 2")
     store.away = False
+    engine.let_run()
+    assert (await ended(worker, "relax")).outcome is Outcome.SUCCEEDED
+
+
+async def test_a_cut_that_cannot_be_written_is_told_and_the_next_one_is_stored(
+    make_worker: MakeWorker, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Unwritable(SteppedEngine):
+        """Cuts at its first step what cannot be made into a file."""
+
+        def render(
+            self,
+            spec: RenderSpec,
+            inputs: Inputs,
+            control: RunControl,
+            clock: StageClock,
+            checkpoint: bytes | None = None,
+        ) -> Rendering:
+            clock.enter(Stage.DENOISE)
+            for step in range(1, spec.steps + 1):
+                self._work(f"step {step}")
+                control.boundary(
+                    step, spec.steps, lambda: lambda: b"", lambda step=step: lambda: b"%d" % (1 // (step - 1))
+                )
+            return Rendering(images=(), latents=None, receipt={})
+
+    engine = Unwritable(tmp_path)
+    worker = make_worker(engine, checkpoint_every_steps=1)
+    worker.render(a_run("relax"))
+    await engine.begins("step 3")
+    await in_hand(worker, lambda report: checkpointed(report, 2))
+    assert "checkpoint not made attempt=relax" in caplog.text
     engine.let_run()
     assert (await ended(worker, "relax")).outcome is Outcome.SUCCEEDED
 

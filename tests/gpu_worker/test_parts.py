@@ -17,14 +17,14 @@ from diffusers import UNet2DConditionModel
 from tiny_models import models_of, png, tiny_entry
 from worker_builders import a_spec, some_settings
 
-from gpu_worker.contract import WHOLE_PPM, PicturePart, RenderSpec, TextPart
+from gpu_worker.contract import WHOLE_PPM, PicturePart, RenderKind, RenderSpec, TextPart
 from gpu_worker.engine.adapters import AdapterUnusable, loaded_adapter
 from gpu_worker.engine.denoiser import DenoiserStandIn, denoiser_of, put_denoiser
 from gpu_worker.engine.diffusers_engine import DiffusersEngine
 from gpu_worker.engine.loading import LoadedModel
 from gpu_worker.engine.parts import joining, prompt_arguments
 from gpu_worker.models import read_models
-from gpu_worker.run import EngineFailure, Inputs, Rendering, Snapshot
+from gpu_worker.run import CutState, EngineFailure, Inputs, Preview, Rendering
 
 pytestmark = [
     pytest.mark.engine,
@@ -51,7 +51,7 @@ class Control:
         raise AssertionError("nothing was given to go on from")
 
     def boundary(
-        self, step: int, steps: int, preview: Callable[[], bytes], snapshot: Callable[[], Snapshot]
+        self, step: int, steps: int, preview: Callable[[], Preview], cut: Callable[[], CutState]
     ) -> None:
         self._other()
 
@@ -63,7 +63,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> DiffusersEngine:
     settings = some_settings(folder, engine="diffusers", cache_dir=folder, memory_bytes=10**12)
     engine = DiffusersEngine(models_of(*entries, read_models(None).default), settings)
     for entry in entries:
-        engine.load(entry.name)
+        engine.load(entry.name, RenderKind.IMAGINE)
     return engine
 
 
@@ -320,7 +320,7 @@ def test_an_adapter_that_does_not_fit_makes_its_model_unusable(tmp_path: Path) -
         (replace(sd, ip_adapter=str(tmp_path / "sd" / "unet")), "is no IP-Adapter"),
     ):
         with pytest.raises(EngineFailure, match=f"MODEL_UNUSABLE.*{said}"):
-            DiffusersEngine(models_of(entry), settings).load(entry.name)
+            DiffusersEngine(models_of(entry), settings).load(entry.name, RenderKind.IMAGINE)
 
 
 def test_an_adapter_is_read_from_its_file_as_from_its_folder(engine: DiffusersEngine) -> None:
@@ -335,7 +335,7 @@ def test_an_adapter_is_read_from_its_file_as_from_its_folder(engine: DiffusersEn
 
 
 def test_the_stand_in_takes_pictures_and_shows_it(engine: DiffusersEngine) -> None:
-    engine.load("stand-in")
+    engine.load("stand-in", RenderKind.IMAGINE)
     spec = a_small_spec("stand-in", [("a castle", 0.75)], [0.25], steps=8, guidance_milli=3000)
     one, other = (drawn(engine, spec, pictures=[png(number)]) for number in (1, 2))
 

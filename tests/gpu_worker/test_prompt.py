@@ -15,6 +15,7 @@ from gpu_worker.prompt import (
     file_stem,
     parse,
     print_prompt,
+    without_urls,
 )
 
 
@@ -258,6 +259,9 @@ def test_all_violations_are_reported_together_in_the_order_of_the_text() -> None
         (":: ::", "prompt", "has no text"),
         ("--seed 7", "prompt", "has no text"),
         ("--no trees", "prompt", "has no text"),
+        ("\u200b", "prompt", "has no text"),
+        ("\u2060\ufeff :: \u3164\ufe0f::2 --seed 7", "prompt", "has no text"),
+        ("https://h/a.png \u200b", "prompt", "say in words what to draw from the pictures"),
         ("https://h/a.png --iw 2", "prompt", "say in words what to draw from the pictures"),
         ("fox::0 hen::-0.0", "prompt", "All weights are zero"),
         ("https://h/a.png fox::0", "prompt", "All weights are zero"),
@@ -283,12 +287,16 @@ def test_all_violations_are_reported_together_in_the_order_of_the_text() -> None
         ("fog --w 10", "--w", "try 64."),
         ("fog --h 0", "--h", "multiple of 64"),
         ("fog --w -64", "--w", "multiple of 64"),
+        ("fog --w 99999999999", "--w", "a multiple of 64 from 64 to 65536, not 99999999999."),
+        ("fog --h 65600", "--h", "a multiple of 64 from 64 to 65536, not 65600."),
         ("fog --w ٢٥٦", "--w", "multiple of 64"),
         ("fog --w " + "9" * 5000, "--w", "multiple of 64"),
         ("fog --w", "--w", "needs a value"),
         ("fog --w 64 64", "--w", "takes one value, but 64 follows it"),
         ("fog --w 64 --W 64", "--w", "more than once"),
-        (f"fog --seed {MAX_SEED + 1}", "--seed", "must be 0 to 4294967295"),
+        (f"fog --seed {MAX_SEED + 1}", "--seed", "from 0 to 4294967295, not 4294967296."),
+        ("fog --seed 99999999999", "--seed", "from 0 to 4294967295, not 99999999999."),
+        ("fog --seed -1", "--seed", "from 0 to 4294967295, not -1."),
         ("fog --seed 1.5", "--seed", "whole number"),
         ("fog --stop 9", "--stop", "from 10 to 100, not 9"),
         ("fog --stop 101", "--stop", "from 10 to 100, not 101"),
@@ -389,3 +397,17 @@ def test_a_file_stem_keeps_whole_words() -> None:
     )
     assert file_stem("霧") == "image"
     assert file_stem("a" * 50) == "a" * 40
+
+
+@pytest.mark.parametrize(
+    ("prompt", "rest"),
+    [
+        ("a fox", "a fox"),
+        ("  https://h/a.png?key=1  <HTTP://h/b.png>, a  fox\n --w 64 ", "a  fox\n --w 64 "),
+        ("https://h/a.png", ""),
+        ("", ""),
+        ("a fox,--w https://h/a.png", "a fox,--w https://h/a.png"),
+    ],
+)
+def test_a_prompt_without_its_urls_is_what_stands_behind_them(prompt: str, rest: str) -> None:
+    assert without_urls(prompt) == rest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from gpu_worker.contract import PicturePart, RenderKind, RenderSpec, TextPart
 from gpu_worker.engine.loading import LoadedModel, loaded_model
 from gpu_worker.engine.super_resolution import SuperResolution, loaded_upscaler
 from gpu_worker.engine.upscale import upscaled
-from gpu_worker.run import Rendering, RunStopped, Snapshot, WallStageClock
+from gpu_worker.run import CutState, Preview, Rendering, RunStopped, WallStageClock
 
 pytestmark = [
     pytest.mark.engine,
@@ -43,12 +44,12 @@ class Control:
 
     def __init__(self, at_each: Callable[[], object] | None = None, *, stop_at: int | None = None) -> None:
         self.boundaries: list[tuple[int, int]] = []
-        self.cuts: list[Snapshot] = []
+        self.cuts: list[CutState] = []
         self.checks: list[int] = []
         """Of each check, how many tiles were done."""
         self.previews: list[bytes] = []
         self.restorations = 0
-        self.offered: Callable[[], Snapshot] | None = None
+        self.offered: Callable[[], CutState] | None = None
         self._at_each = at_each
         self._stop_at = stop_at
 
@@ -63,12 +64,12 @@ class Control:
         self.restorations += 1
 
     def boundary(
-        self, step: int, steps: int, preview: Callable[[], bytes], snapshot: Callable[[], Snapshot]
+        self, step: int, steps: int, preview: Callable[[], Preview], cut: Callable[[], CutState]
     ) -> None:
         self.boundaries.append((step, steps))
-        self.cuts.append(snapshot())
-        self.previews.append(preview())
-        self.offered = snapshot
+        self.cuts.append(cut())
+        self.previews.append(preview()())
+        self.offered = cut
         if self._at_each is not None:
             self._at_each()
 
@@ -156,7 +157,8 @@ def test_a_light_upscale_is_the_networks_picture_and_takes_a_step_for_each_of_it
     assert control.boundaries == [(1, 2), (2, 2)]
     assert rendering.latents is None
     assert rendering.receipt["upscaler"] == _UPSCALER
-    assert clock.times().upscale_ms == clock.times().gpu_ms > 0
+    times = clock.times()
+    assert times.upscale_ms == times.gpu_ms > 0
 
 
 def test_a_detailed_upscale_adds_what_the_prompt_says_and_keeps_the_colours(
@@ -172,7 +174,8 @@ def test_a_detailed_upscale_adds_what_the_prompt_says_and_keeps_the_colours(
     assert (one.float().mean(dim=(0, 1)) - light.float().mean(dim=(0, 1))).abs().max() < 10
     # Two of the network, and two by two of the model.
     assert control.boundaries == [(step, 6) for step in range(1, 7)]
-    assert clock.times().upscale_ms == clock.times().gpu_ms
+    times = clock.times()
+    assert times.upscale_ms == times.gpu_ms
 
 
 def test_tiles_are_drawn_from_noise_of_their_own_and_of_the_seed(
@@ -284,7 +287,7 @@ def test_a_cut_within_a_tile_is_the_one_before_the_tile(
 
     control = Control(cut)
     drawn(model, upscaler, control=control)
-    at_boundaries = [snapshot() for snapshot in control.cuts]
+    at_boundaries = [state() for state in control.cuts]
     assert len(within) > 3 * len(at_boundaries)
     assert all(content == at_boundaries[done - 1] for done, content in within)
 
@@ -317,6 +320,53 @@ def test_a_checkpoint_of_other_software_is_not_used(model: LoadedModel, upscaler
     drawn(model, upscaler, control=anew, checkpoint=control.cuts[2](), receipt={"torch": "1.0", "seed": 7})
     assert anew.restorations == 0
     assert anew.boundaries == control.boundaries
+
+
+def test_other_weights_are_another_receipt_and_another_checkpoint(
+    model: LoadedModel, upscaler: SuperResolution
+) -> None:
+    def weighed(*shares: int) -> RenderSpec:
+        texts = zip(("a fox", "snow"), shares, strict=True)
+        return a_detailed_spec(parts=tuple(TextPart(text=text, share_ppm=share) for text, share in texts))
+
+    control, anew = Control(), Control()
+    one = drawn(model, upscaler, weighed(600_000, -400_000), control=control)
+    spec = weighed(400_000, 600_000)
+    other = drawn(model, upscaler, spec, control=anew, checkpoint=control.cuts[2]())
+    assert one.receipt["texts"] == [
+        {"text": "a fox", "share_ppm": 600_000},
+        {"text": "snow", "share_ppm": -400_000},
+    ]
+    assert other.receipt != one.receipt
+    assert anew.restorations == 0
+    assert other == drawn(model, upscaler, spec)
+
+
+@pytest.mark.parametrize("length", [0, 20, -1])
+def test_a_checkpoint_that_cannot_be_read_costs_its_tiles(
+    model: LoadedModel, upscaler: SuperResolution, length: int
+) -> None:
+    control, anew = Control(), Control()
+    undisturbed = drawn(model, upscaler, control=control)
+    assert drawn(model, upscaler, control=anew, checkpoint=control.cuts[2]()[:length]) == undisturbed
+    assert anew.restorations == 0
+
+
+def test_nothing_of_a_run_that_ended_stays_until_the_collector_comes_by(
+    model: LoadedModel, upscaler: SuperResolution
+) -> None:
+    def tensors() -> int:
+        return sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects())
+
+    drawn(model, upscaler)
+    gc.collect()
+    gc.disable()
+    try:
+        before = tensors()
+        drawn(model, upscaler)
+        assert tensors() == before
+    finally:
+        gc.enable()
 
 
 def test_a_checkpoint_is_no_more_than_the_pictures_and_executes_nothing(

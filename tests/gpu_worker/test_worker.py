@@ -8,6 +8,7 @@ import io
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,11 +20,13 @@ from worker_builders import a_request, some_settings
 from gpu_worker.contract import (
     AttemptResult,
     Blame,
+    Checkpoint,
     Outcome,
     RenderKind,
     RenderRequest,
     RenderSpec,
     SourceImage,
+    StageTimes,
     StaleEpoch,
     WorkerBusy,
     WorkerReport,
@@ -31,7 +34,7 @@ from gpu_worker.contract import (
 from gpu_worker.image_seeds import image_seed
 from gpu_worker.models import read_models
 from gpu_worker.outputs import ArtifactMissing, Artifacts, ArtifactsUnavailable
-from gpu_worker.run import EngineFailure, Inputs, Rendering, RunControl, StageClock
+from gpu_worker.run import EngineFailure, Inputs, Rendering, RunControl, Stage, StageClock
 from gpu_worker.timed_engine import TimedEngine
 from gpu_worker.worker import EXIT_GPU_THREAD_ENDED, Worker
 
@@ -224,8 +227,8 @@ async def test_a_heartbeat_without_news_is_answered_after_its_wait(make_worker: 
 async def test_a_heartbeat_brings_a_loaded_model_and_an_ended_attempt_at_once(
     make_worker: MakeWorker,
 ) -> None:
-    worker = make_worker(timed_step_ms=5)
-    worker.render(a_request(spec={"steps": 20}))
+    worker = make_worker(timed_step_ms=25)
+    worker.render(a_request(spec={"steps": 4}))
     loaded = (await worker.heartbeat(1, _LONG_MS)).report
     assert loaded.warm_models == ("stand-in",)
     assert loaded.active is not None
@@ -260,6 +263,77 @@ async def test_previews_come_only_to_those_who_ask_and_no_oftener_than_set(make_
     assert 1 <= len(seen) <= 1 + (time.monotonic() - began) / 0.040
     with Image.open(io.BytesIO(seen[0])) as picture:
         assert picture.format == "PNG"
+
+
+class SlowPreviews(TimedEngine):
+    """Makes previews when it is let."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(read_models(None), some_settings(folder, timed_step_ms=1))
+        self.let = threading.Event()
+
+    def render(
+        self,
+        spec: RenderSpec,
+        inputs: Inputs,
+        control: RunControl,
+        clock: StageClock,
+        checkpoint: bytes | None = None,
+    ) -> Rendering:
+        def preview() -> bytes:
+            self.let.wait()
+            return b"preview"
+
+        clock.enter(Stage.DENOISE)
+        for step in range(1, spec.steps + 1):
+            time.sleep(0.001)
+            control.boundary(step, spec.steps, lambda: preview, lambda: bytes)
+        return Rendering(images=(), latents=None, receipt={})
+
+
+async def test_a_run_does_not_wait_for_its_preview_to_be_made(
+    make_worker: MakeWorker, tmp_path: Path
+) -> None:
+    engine = SlowPreviews(tmp_path)
+    worker = make_worker(engine, preview_interval_ms=0)
+    request = a_request(spec={"steps": 100_000})
+    worker.render(request)
+    watch = worker.watch(request.attempt_id, previews=True)
+    async for progress in watch:
+        assert not progress.preview
+        if progress.step >= 30:
+            break
+    engine.let.set()
+    async for progress in worker.watch(request.attempt_id, previews=True):
+        if progress.preview:
+            break
+    worker.stop(1, request.attempt_id, request.token)
+    assert progress.preview == b"preview"
+    await watch.aclose()
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00\xff", b"x"])
+async def test_a_checkpoint_that_cannot_be_read_costs_its_steps(
+    make_worker: MakeWorker, artifacts: Artifacts, content: bytes
+) -> None:
+    worker = make_worker()
+    artifacts.put("jobs/a/checkpoint", content)
+    kept = StageTimes(denoise_ms=1000)
+    checkpoint = Checkpoint(path="jobs/a/checkpoint", step=3, steps=4, kept=kept, device="")
+    worker.render(a_request(checkpoint=checkpoint))
+    report = worker.report(1)
+    while not report.unacknowledged:
+        report = (await worker.heartbeat(1, _LONG_MS)).report
+    (result,) = report.unacknowledged
+    assert (result.outcome, result.kept) == (Outcome.SUCCEEDED, StageTimes())
+
+
+async def test_the_timed_engine_stops_at_the_step_that_the_other_does(make_worker: MakeWorker) -> None:
+    worker = make_worker(timed_step_ms=2)
+    request = a_request(spec={"steps": 5, "stop_percent": 50})
+    worker.render(request)
+    steps = [progress.step async for progress in worker.watch(request.attempt_id, previews=False)]
+    assert steps[-1] == 3
 
 
 async def test_watching_what_is_not_in_hand_ends_at_once(make_worker: MakeWorker) -> None:
