@@ -107,7 +107,8 @@ class Worker(_Section):
     """CPU threads of each worker."""
     heartbeat_ms: int = Field(default=3_000, ge=100)
     checkpoint_every_steps: int = Field(default=5, ge=1)
-    """How many steps of a picture are done again, at most, when a GPU dies."""
+    """How many steps of a picture are done again, at most, when a GPU dies, beside those that pass while a
+    checkpoint is being stored."""
     most_parked: int = Field(default=3, ge=1)
     """Runs that may wait on one GPU for a newer one to end; of more, the oldest wait as checkpoints."""
 
