@@ -5,7 +5,9 @@ Every database that a test leaves behind is asked whether the ledger's promises 
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before anything imports ray
 
@@ -109,3 +111,22 @@ async def connection(database: str) -> AsyncIterator[asyncpg.Connection]:
         yield connection
     finally:
         await connection.close()
+
+
+_exit_status = 0
+
+
+def pytest_sessionfinish(exitstatus: int) -> None:
+    global _exit_status
+    _exit_status = int(exitstatus)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure() -> None:
+    """End at once when all is said: a process that has had torch, Ray and gRPC in it may crash while Python
+    takes itself apart, which says nothing about a test and would make a green run red.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(_exit_status)
