@@ -45,6 +45,7 @@ from scheduler.client.running import (
     WholeJobArgument,
     config_of,
     expected_trouble,
+    go_on_if_agreed,
     named_argument,
     run,
 )
@@ -220,12 +221,7 @@ def delete(
             found.append(await client.get(job))
 
         run(context, printer, look)
-        # Asked while nothing runs: an event loop would hold Ctrl-C back until there is an answer.
-        with expected_trouble(printer):
-            agreed = printer.agreed(_question(found[0]))
-        if not agreed:
-            printer.note("Nothing was deleted.")
-            raise typer.Exit(ExitCode.REFUSED)
+        go_on_if_agreed(printer, _question(found[0]), otherwise="Nothing was deleted.")
 
     async def work(client: DarkroomClient) -> None:
         await client.delete(job)

@@ -14,7 +14,6 @@ import typer
 
 from billing.v1.billing_pb2 import PlanChange
 from scheduler.client.aio import DarkroomClient
-from scheduler.client.errors import ExitCode
 from scheduler.client.printing import Printer
 from scheduler.client.printing_ledger import (
     print_info,
@@ -23,7 +22,7 @@ from scheduler.client.printing_ledger import (
     print_statement,
     save_statement,
 )
-from scheduler.client.running import DATES, Json, expected_trouble, job_argument, run
+from scheduler.client.running import DATES, Json, go_on_if_agreed, job_argument, run
 from scheduler.v1 import job_pb2
 from scheduler.v1.job_pb2 import Tier, Visibility
 
@@ -202,12 +201,7 @@ def plan_change(
         return
     if not yes:
         print_plan_change(Printer(to_stderr=True), preview)
-        # Asked while nothing runs: an event loop would hold Ctrl-C back until there is an answer.
-        with expected_trouble(printer):
-            agreed = printer.agreed("Change it?")
-        if not agreed:
-            printer.note("Nothing was changed.")
-            raise typer.Exit(ExitCode.REFUSED)
+        go_on_if_agreed(printer, "Change it?", otherwise="Nothing was changed.")
 
     async def change(client: DarkroomClient) -> None:
         changed = await client.change_plan(plan, etag=preview.etag, account=account, reason=reason)

@@ -30,7 +30,7 @@ from scheduler.client.printing_ledger import (
     print_keys,
     print_refund,
 )
-from scheduler.client.running import DATES, JobArgument, Json, Reason, expected_trouble, run, span
+from scheduler.client.running import DATES, JobArgument, Json, Reason, go_on_if_agreed, run, span
 
 accounts = typer.Typer(help="Who may submit jobs.", no_args_is_help=True)
 keys = typer.Typer(help="What accounts show to be let in.", no_args_is_help=True)
@@ -133,15 +133,12 @@ def accounts_erase(
             found.append(await client.admin_account(account))
 
         run(context, printer, look)
-        # Asked while nothing runs: an event loop would hold Ctrl-C back until there is an answer.
-        with expected_trouble(printer):
-            agreed = printer.agreed(
-                f"Erase {last_part(found[0].name)} (on {last_part(found[0].plan)}) for good: its prompts, "
-                "its pictures, its keys and all that says who it was?"
-            )
-        if not agreed:
-            printer.note("Nothing was erased.")
-            raise typer.Exit(ExitCode.REFUSED)
+        go_on_if_agreed(
+            printer,
+            f"Erase {last_part(found[0].name)} (on {last_part(found[0].plan)}) for good: its prompts, "
+            "its pictures, its keys and all that says who it was?",
+            otherwise="Nothing was erased.",
+        )
 
     async def work(client: DarkroomClient) -> None:
         print_account(printer, await client.erase_account(account, reason=reason))

@@ -111,3 +111,15 @@ def expected_trouble(printer: Printer) -> Iterator[None]:
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
         raise typer.Exit(ExitCode.INTERRUPTED) from None
+
+
+def go_on_if_agreed(printer: Printer, question: str, *, otherwise: str) -> None:
+    """Ask, and end the command, saying what was not done, unless the answer is yes.
+
+    To be called while nothing runs: an event loop would hold Ctrl-C back until there is an answer.
+    """
+    with expected_trouble(printer):
+        agreed = printer.agreed(question)
+    if not agreed:
+        printer.note(otherwise)
+        raise typer.Exit(ExitCode.REFUSED)

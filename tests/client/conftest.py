@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,23 @@ from tests.client.scripted_service import ScriptedService, scripted_service
 def service() -> Iterator[ScriptedService]:
     with scripted_service() as running:
         yield running
+
+
+@pytest.fixture
+def environment(service: ScriptedService, tmp_path: Path) -> dict[str, str]:
+    """Of a command that finds the service, and no configuration of anybody's."""
+    return {
+        "DARKROOM_ADDRESS": service.address,
+        "DARKROOM_KEY": "dk_ada_secret",
+        "XDG_CONFIG_HOME": str(tmp_path / "config"),
+    }
+
+
+@pytest.fixture
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory of the command."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 @pytest.fixture

@@ -9,14 +9,11 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import grpc
 import pytest
 from google.protobuf.json_format import ParseDict
-from typer.testing import CliRunner, Result
 
-from scheduler.client.commands import app
 from scheduler.v1 import job_pb2
 from scheduler.v1.account_pb2 import Account
 from scheduler.v1.job_pb2 import Failure, Job, ListFeedResponse, ListJobsResponse, Receipt, WatchJobResponse
@@ -31,36 +28,11 @@ from tests.client.scripted_service import (
     a_png,
     an_event,
 )
+from tests.client.typed_commands import darkroom, one_document
 
 ENDED = Receipt(gpu_ms=3_400, billed_gpu_ms=3_400, balance_before_ms=60_000, balance_after_ms=56_600)
 DONE = an_event(3, job_pb2.JOB_STATE_SUCCEEDED, receipt=ENDED, tier=job_pb2.TIER_FAST)
 PICTURE = a_png((10, 20, 30))
-
-
-@pytest.fixture
-def environment(service: ScriptedService, tmp_path: Path) -> dict[str, str]:
-    return {
-        "DARKROOM_ADDRESS": service.address,
-        "DARKROOM_KEY": "dk_ada_secret",
-        "XDG_CONFIG_HOME": str(tmp_path / "config"),
-    }
-
-
-@pytest.fixture
-def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory of the command."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def darkroom(environment: dict[str, str], *arguments: str, stdin: str | None = None) -> Result:
-    return CliRunner().invoke(app, arguments, env=environment, input=stdin)
-
-
-def one_document(result: Result) -> Any:
-    """The answer of a command with --json, which is all there is on stdout."""
-    (line,) = result.stdout.splitlines()
-    return json.loads(line)
 
 
 def says_a_whole_job(service: ScriptedService) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import grpc
 import pytest
 from google.protobuf.json_format import Parse, ParseDict
 from google.protobuf.timestamp_pb2 import Timestamp
-from typer.testing import CliRunner, Result
 
 from billing.v1 import admin_pb2
 from billing.v1.admin_pb2 import (
@@ -38,13 +36,13 @@ from billing.v1.billing_pb2 import (
     Transfer,
 )
 from scheduler.client.aio import DarkroomClient
-from scheduler.client.commands import app
 from scheduler.client.names import key_name
 from scheduler.client.sync import DarkroomClient as SyncClient
 from scheduler.client.terminal import exact_duration
 from scheduler.v1 import job_pb2
 from scheduler.v1.account_pb2 import Account
 from tests.client.scripted_service import JOB, UID, Refuse, ScriptedService
+from tests.client.typed_commands import darkroom, lines, one_document
 
 WHY = ("--reason", "a new lab")
 START = datetime(2026, 1, 31, tzinfo=UTC)
@@ -57,27 +55,8 @@ def at(moment: datetime) -> Timestamp:
 
 
 @pytest.fixture
-def environment(service: ScriptedService, tmp_path: Path) -> dict[str, str]:
-    return {
-        "DARKROOM_ADDRESS": service.address,
-        "DARKROOM_KEY": "dk_ada_secret",
-        "XDG_CONFIG_HOME": str(tmp_path / "config"),
-        "TZ": "UTC",
-    }
-
-
-def darkroom(environment: dict[str, str], *arguments: str, stdin: str | None = None) -> Result:
-    return CliRunner().invoke(app, arguments, env=environment, input=stdin)
-
-
-def lines(result: Result) -> list[list[str]]:
-    assert result.exit_code == 0, result.output
-    return [line.split("\t") for line in result.stdout.splitlines()]
-
-
-def document(result: Result) -> Any:
-    (line,) = result.stdout.splitlines()
-    return json.loads(line)
+def environment(environment: dict[str, str]) -> dict[str, str]:
+    return {**environment, "TZ": "UTC"}
 
 
 # People
@@ -206,7 +185,7 @@ def test_a_statement_is_saved_with_whole_numbers(
     service.says("GetStatement", *[STATEMENT] * 3)
     path = tmp_path / "january.csv"
     result = darkroom(environment, "statement", "--csv", str(path), "--json")
-    assert ParseDict(document(result), Statement()) == STATEMENT
+    assert ParseDict(one_document(result), Statement()) == STATEMENT
     with path.open(encoding="utf-8", newline="") as file:
         granted, job = csv.DictReader(file)
     assert granted["time"] == "2026-01-31T00:00:00Z"
@@ -228,7 +207,7 @@ def test_plan_says_what_it_gives_and_what_is_to_come(
     said = dict(lines(darkroom(environment, "plan")))
     assert (said["plan"], said["fast time this month"]) == ("basic", "3 h 20 min")
     assert said["changes to"].startswith("free on ")
-    answer = document(darkroom(environment, "plan", "--json"))
+    answer = one_document(darkroom(environment, "plan", "--json"))
     assert (answer["plan"], answer["grantedMs"]) == ("plans/basic", "12000000")
     assert (answer["limits"]["running"], answer["scheduledPlan"]) == (3, "plans/free")
 
@@ -283,7 +262,7 @@ def test_a_dry_run_changes_nothing_and_yes_does_not_ask(
     assert said["counts"].startswith("from ")
     assert service.asked("ChangePlan") == []
     done = darkroom(environment, "plan", "change", "pro", "--yes", "--account", "ada", *WHY, "--json")
-    assert document(done)["etag"] == "e1"
+    assert one_document(done)["etag"] == "e1"
     assert service.asked("PreviewPlanChange")[1].account == "accounts/ada"
     (request,) = service.asked("ChangePlan")
     assert (request.account, request.reason) == ("accounts/ada", "a new lab")
@@ -332,7 +311,7 @@ def test_admins_open_list_and_show_accounts(service: ScriptedService, environmen
         ("zoe", "pro", "", "blocked"),
     ]
     limited = darkroom(environment, "admin", "accounts", "list", "--plan", "Basic", "--limit", "1", "--json")
-    assert len(document(limited)["accounts"]) == 1
+    assert len(one_document(limited)["accounts"]) == 1
     assert service.asked("ListAccounts")[2].plan == "plans/basic"
     assert service.asked("ListAccounts")[1].page_token == "more"
     said = dict(lines(darkroom(environment, "admin", "accounts", "show", "ada")))
@@ -367,7 +346,7 @@ def test_keys_are_made_listed_and_revoked(service: ScriptedService, environment:
     assert (row[0], row[1], row[3]) == ("ab12", "operator", "")
     assert darkroom(environment, "admin", "keys", "revoke", "ada", "ab12", *WHY).exit_code == 0
     revoked = darkroom(environment, "admin", "keys", "revoke", "ada", "dk_ab12", *WHY, "--json")
-    assert document(revoked)["name"] == key.name
+    assert one_document(revoked)["name"] == key.name
     assert {request.name for request in service.asked("RevokeApiKey")} == {key.name}
 
 
@@ -425,7 +404,7 @@ def test_a_refund_is_of_all_or_of_a_part(service: ScriptedService, environment: 
     assert (said["given back"], said["in money"]) == ("3.421 s", "0.0123 USD")
     assert said["in all"] == "5.000 s of 6.000 s billed"
     part = darkroom(environment, "admin", "refund", JOB, "--minutes", "0.5", *WHY, "--json")
-    assert document(part)["refundedMs"] == "3421"
+    assert one_document(part)["refundedMs"] == "3421"
     whole, half = service.asked("RefundJob")
     assert (whole.job, whole.amount_ms) == (f"accounts/-/jobs/{UID}", 0)
     assert (half.job, half.amount_ms) == (JOB, 30_000)
@@ -538,7 +517,7 @@ def test_a_check_says_of_each_invariant_whether_it_holds_and_ends_with_6_unless_
     rows = [line.split("\t") for line in result.stdout.splitlines()]
     assert [row[1] for row in rows] == [words[each.violations] for each in results]
     assert rows[0] == ["1", "holds", "1,200 ms", "No amount is 0."]
-    assert document(darkroom(environment, "admin", "check", "--json"))["holds"] is (status == 0)
+    assert one_document(darkroom(environment, "admin", "check", "--json"))["holds"] is (status == 0)
     spoken, silent = service.asked("CheckInvariants")
     assert (spoken.within_ms, spoken.replay) == (90_000, True)
     assert (silent.within_ms, silent.replay) == (0, False)

@@ -8,11 +8,10 @@ from typing import Any
 
 import grpc
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from scheduler.client import uploads
 from scheduler.client.aio import DarkroomClient
-from scheduler.client.commands import app
 from scheduler.client.errors import PictureNotSendable
 from scheduler.client.terminal import kind_word
 from scheduler.v1 import job_pb2
@@ -29,6 +28,7 @@ from tests.client.scripted_service import (
     an_event,
     an_image,
 )
+from tests.client.typed_commands import darkroom
 
 AGAIN = "9f0c51d2-2fa1-4d3b-9f0c-1b4e28baa6e8"
 SOURCE = f"accounts/-/jobs/{UID}"
@@ -42,24 +42,8 @@ LIGHT, DETAILED, LARGEST = (
 
 
 @pytest.fixture
-def environment(service: ScriptedService, tmp_path: Path) -> dict[str, str]:
-    return {
-        "DARKROOM_ADDRESS": service.address,
-        "DARKROOM_KEY": "dk_ada_secret",
-        "XDG_CONFIG_HOME": str(tmp_path / "config"),
-        "COLUMNS": "80",
-    }
-
-
-@pytest.fixture
-def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory of the command."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def darkroom(environment: dict[str, str], *arguments: str, stdin: str | None = None) -> Result:
-    return CliRunner().invoke(app, arguments, env=environment, input=stdin)
+def environment(environment: dict[str, str]) -> dict[str, str]:
+    return {**environment, "COLUMNS": "80"}
 
 
 def submitted(service: ScriptedService, environment: dict[str, str], *arguments: str) -> Any:

@@ -21,6 +21,7 @@ from scheduler.client.commands import app
 from scheduler.client.errors import PlanNotUnderstood
 from scheduler.client.plan_file import Change, changes, read_file, read_words, to_toml
 from tests.client.scripted_service import Refuse, ScriptedService
+from tests.client.typed_commands import lines
 
 WHY = ("--reason", "a new lab")
 
@@ -46,15 +47,6 @@ def impact(**fields: Any) -> Plan:
 
 
 @pytest.fixture
-def environment(service: ScriptedService, tmp_path: Path) -> dict[str, str]:
-    return {
-        "DARKROOM_ADDRESS": service.address,
-        "DARKROOM_KEY": "dk_ada_secret",
-        "XDG_CONFIG_HOME": str(tmp_path / "config"),
-    }
-
-
-@pytest.fixture
 def file_of(tmp_path: Path) -> Callable[[str], Path]:
     def written(text: str) -> Path:
         path = tmp_path / "plans.toml"
@@ -66,11 +58,6 @@ def file_of(tmp_path: Path) -> Callable[[str], Path]:
 
 def plans(environment: dict[str, str], *arguments: str) -> Result:
     return CliRunner().invoke(app, ["admin", "plans", *arguments], env=environment)
-
-
-def lines(result: Result) -> list[list[str]]:
-    assert result.exit_code == 0, result.output
-    return [line.split("\t") for line in result.stdout.splitlines()]
 
 
 # The file

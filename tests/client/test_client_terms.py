@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
-from typer.testing import CliRunner, Result
 
 from scheduler.client.aio import DarkroomClient
-from scheduler.client.commands import app
 from scheduler.client.sync import DarkroomClient as SyncClient
 from scheduler.client.terminal import JobView, about
 from scheduler.v1 import fleet_pb2, job_pb2
@@ -28,27 +25,10 @@ from scheduler.v1.job_pb2 import (
     WatchJobResponse,
 )
 from tests.client.scripted_service import JOB, UID, Refuse, ScriptedService, a_job
+from tests.client.typed_commands import darkroom, lines
 
 STARTS = QueueStatus(sentence="Number 3.", position=3, start_p50_ms=20_400, start_p90_ms=400_000)
 WHY = ("--reason", "a new fan")
-
-
-@pytest.fixture
-def environment(service: ScriptedService, tmp_path: Path) -> dict[str, str]:
-    return {
-        "DARKROOM_ADDRESS": service.address,
-        "DARKROOM_KEY": "dk_ada_secret",
-        "XDG_CONFIG_HOME": str(tmp_path / "config"),
-    }
-
-
-def darkroom(environment: dict[str, str], *arguments: str) -> Result:
-    return CliRunner().invoke(app, arguments, env=environment)
-
-
-def lines(result: Result) -> list[list[str]]:
-    assert result.exit_code == 0, result.output
-    return [line.split("\t") for line in result.stdout.splitlines()]
 
 
 def test_fast_and_relax_with_a_job_move_it_and_leave_the_account_alone(

@@ -6,7 +6,7 @@ import asyncio
 import uuid
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -21,9 +21,10 @@ from scheduler import intake
 from scheduler.cluster.local_fleet import LocalFleet
 from scheduler.leader import Leader, lead
 from scheduler.metrics import FrontDoorMetrics
-from scheduler.policy.ids import Tier
+from scheduler.policy.decisions import Charge
+from scheduler.policy.ids import AccountId, JobId, Tier
 from scheduler.policy.parameters import Parameters
-from scheduler.store import accounts, invariants
+from scheduler.store import accounts, dispatch, invariants
 from scheduler.store.jobs import JobKind
 from scheduler.store.pool import Pool, open_pool
 
@@ -201,6 +202,48 @@ class Stage:
 
         job: Mapping[str, Any] = await self.until(leader, reached)
         return job
+
+    async def until_blocked(self) -> None:
+        """Return once some transaction waits for a lock of another."""
+        watcher = await asyncpg.connect(self.dsn)
+        try:
+            async with asyncio.timeout(20):
+                while not await watcher.fetchval(
+                    """SELECT count(*) FROM pg_stat_activity
+                       WHERE wait_event_type = 'Lock' AND datname = current_database()"""
+                ):
+                    pass
+        finally:
+            await watcher.close()
+
+
+def a_planned_attempt(
+    job_id: str, at_ms: int, *, account_id: str = "ada", tier: Tier = Tier.FAST, **changes: Any
+) -> dispatch.PlannedAttempt:
+    """An attempt at a job that the loop has decided to start, not written yet."""
+    planned = dispatch.PlannedAttempt(
+        attempt_id=str(uuid.uuid4()),
+        token=str(uuid.uuid4()),
+        job_id=JobId(job_id),
+        account_id=AccountId(account_id),
+        tier=tier,
+        worker_id="here/gpu-0",
+        incarnation="first",
+        charge=Charge(
+            predicted_ms=PREDICTED_MS,
+            weight_milli=1000,
+            charged_at_ms=at_ms,
+            start_tag=0,
+            finish_tag=PREDICTED_MS * 1000,
+            next_tag=None,
+            usage_added=1.0,
+            virtual_time=0,
+            aged=False,
+        ),
+        decision={},
+        sentence="",
+    )
+    return replace(planned, **changes)
 
 
 @pytest.fixture

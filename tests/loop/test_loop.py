@@ -13,12 +13,11 @@ import pytest
 from billing import ledger
 from gpu_worker.contract import Blame, Outcome
 from scheduler.cluster.local_fleet import LocalFleet
-from scheduler.policy.decisions import Charge
-from scheduler.policy.ids import AccountId, JobId, Tier
+from scheduler.policy.ids import AccountId, Tier
 from scheduler.policy.parameters import Parameters
 from scheduler.store import dispatch, endings, leadership
 from scheduler.store.leadership import Deposed
-from tests.loop.conftest import PREDICTED_MS, Stage
+from tests.loop.conftest import Stage, a_planned_attempt
 
 
 async def used_ms(stage: Stage, account_id: str) -> int:
@@ -319,30 +318,7 @@ async def test_batch_whose_answer_was_lost_is_not_started_twice(stage: Stage) ->
     job_id = await stage.submit("ada", Tier.FAST)
     lead = await leadership.take_lead(stage.connection, "test")
     await stage.connection.execute("UPDATE scheduler.cell SET decay_origin_ms = $1", lead.now_ms)
-    planned = [
-        dispatch.PlannedAttempt(
-            attempt_id=str(uuid.uuid4()),
-            token=str(uuid.uuid4()),
-            job_id=JobId(job_id),
-            account_id=AccountId("ada"),
-            tier=Tier.FAST,
-            worker_id="here/gpu-0",
-            incarnation="first",
-            charge=Charge(
-                predicted_ms=PREDICTED_MS,
-                weight_milli=1000,
-                charged_at_ms=lead.now_ms,
-                start_tag=0,
-                finish_tag=PREDICTED_MS * 1000,
-                next_tag=None,
-                usage_added=1.0,
-                virtual_time=0,
-                aged=False,
-            ),
-            decision={},
-            sentence="",
-        )
-    ]
+    planned = [a_planned_attempt(job_id, lead.now_ms)]
 
     async def start(*, again: bool) -> dispatch.StartOutcome:
         return await dispatch.start_attempts(

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import uuid
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
-import asyncpg
 import pytest
 
 from billing import invariants, ledger
 from gpu_worker.contract import Checkpoint, StageTimes
 from scheduler.cluster.local_fleet import LocalFleet
 from scheduler.leader import Leader
-from scheduler.policy.decisions import Charge
-from scheduler.policy.ids import AccountId, JobId, Tier
+from scheduler.policy.ids import Tier
 from scheduler.policy.parameters import Parameters
 from scheduler.settlement import end_of_lost
 from scheduler.store import dispatch, endings, leadership, operations
 from scheduler.store.checkpoints import SavedCheckpoint, store_checkpoints
 from scheduler.store.parking import PlannedMigration, PlannedResume
-from tests.loop.conftest import PREDICTED_MS, Stage
+from tests.loop.conftest import Stage, a_planned_attempt
 
 WORKER = "here/gpu-0"
 PICTURE_MS = 1_000
@@ -315,20 +312,6 @@ async def test_result_of_a_run_that_moved_counts_for_nothing(stage: Stage) -> No
     await ledger_is_sound(stage)
 
 
-async def until_blocked(stage: Stage) -> None:
-    """Return once some transaction waits for a lock of another."""
-    watcher = await asyncpg.connect(stage.dsn)
-    try:
-        async with asyncio.timeout(20):
-            while not await watcher.fetchval(
-                """SELECT count(*) FROM pg_stat_activity
-                   WHERE wait_event_type = 'Lock' AND datname = current_database()"""
-            ):
-                pass
-    finally:
-        await watcher.close()
-
-
 async def test_run_that_ends_while_it_is_to_be_parked_has_ended(stage: Stage) -> None:
     fleet = LocalFleet(workers=1, take_ms=None, gpu_ms=PICTURE_MS)
     for name in ("ada", "ben"):
@@ -342,7 +325,7 @@ async def test_run_that_ends_while_it_is_to_be_parked_has_ended(stage: Stage) ->
                 "SELECT FROM billing.subscription WHERE account_id = 'ben' FOR UPDATE"
             )
             fleet.finish(WORKER)
-            await until_blocked(stage)
+            await stage.until_blocked()
             fast = await stage.submit("ada", Tier.FAST)
             await stage.until(leader, lambda: fleet.busy)
             assert fleet.busy[WORKER].job_id == fast
@@ -535,8 +518,14 @@ async def test_batch_whose_answer_was_lost_parks_moves_and_resumes_once(stage: S
 
     of_relax, of_fast = str(uuid.uuid4()), str(uuid.uuid4())
     token = str(uuid.uuid4())
-    await twice([_planned(of_relax, token, "ben", relax, Tier.RELAX, lead.now_ms)])
-    await twice([_planned(of_fast, token, "ada", fast, Tier.FAST, lead.now_ms, parks=of_relax)])
+    await twice(
+        [
+            a_planned_attempt(
+                relax, lead.now_ms, account_id="ben", tier=Tier.RELAX, attempt_id=of_relax, token=token
+            )
+        ]
+    )
+    await twice([a_planned_attempt(fast, lead.now_ms, attempt_id=of_fast, token=token, parks=of_relax)])
     (parked,) = await stage.attempts(relax)
     assert (parked["parks"], parked["parked_at"] is None) == (1, False)
 
@@ -563,41 +552,6 @@ async def test_batch_whose_answer_was_lost_parks_moves_and_resumes_once(stage: S
     assert not moved["sheltered"], "what is not parked is not resumed"
 
 
-def _planned(
-    attempt_id: str,
-    token: str,
-    account_id: str,
-    job_id: str,
-    tier: Tier,
-    at_ms: int,
-    *,
-    parks: str | None = None,
-) -> dispatch.PlannedAttempt:
-    return dispatch.PlannedAttempt(
-        attempt_id=attempt_id,
-        token=token,
-        job_id=JobId(job_id),
-        account_id=AccountId(account_id),
-        tier=tier,
-        worker_id=WORKER,
-        incarnation="first",
-        charge=Charge(
-            predicted_ms=PREDICTED_MS,
-            weight_milli=1000,
-            charged_at_ms=at_ms,
-            start_tag=0,
-            finish_tag=PREDICTED_MS * 1000,
-            next_tag=None,
-            usage_added=1.0,
-            virtual_time=0,
-            aged=False,
-        ),
-        decision={},
-        sentence="",
-        parks=parks,
-    )
-
-
 async def test_time_with_the_gpu_is_used_absorbed_or_kept(stage: Stage) -> None:
     """A run that saved 300 ms is lost twice: with 200 ms more, then with a newer checkpoint of 450."""
     await stage.open_account("ben")
@@ -611,7 +565,16 @@ async def test_time_with_the_gpu_is_used_absorbed_or_kept(stage: Stage) -> None:
         await dispatch.start_attempts(
             stage.connection,
             epoch=lead.epoch,
-            planned=[_planned(end.attempt_id, end.token, "ben", job_id, Tier.RELAX, now_ms)],
+            planned=[
+                a_planned_attempt(
+                    job_id,
+                    now_ms,
+                    account_id="ben",
+                    tier=Tier.RELAX,
+                    attempt_id=end.attempt_id,
+                    token=end.token,
+                )
+            ],
             tags=[],
             running=[],
             parameters=Parameters(),

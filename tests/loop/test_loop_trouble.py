@@ -98,27 +98,13 @@ async def test_cancel_that_comes_with_a_loss_ends_the_job(stage: Stage) -> None:
                 "SELECT FROM billing.subscription WHERE account_id = 'ada' FOR UPDATE"
             )
             fleet.kill(WORKER)
-            await until_blocked(stage)
+            await stage.until_blocked()
             await stage.connection.execute(
                 "UPDATE scheduler.job SET cancel_wanted = true WHERE job_id = $1", job_id
             )
         leader.jobs_changed([job_id])
         await stage.until_state(leader, job_id, "cancelled")
         assert leader.queue_statuses([job_id]) == {}
-
-
-async def until_blocked(stage: Stage) -> None:
-    """Return once some transaction waits for a lock of another."""
-    watcher = await asyncpg.connect(stage.dsn)
-    try:
-        async with asyncio.timeout(20):
-            while not await watcher.fetchval(
-                """SELECT count(*) FROM pg_stat_activity
-                   WHERE wait_event_type = 'Lock' AND datname = current_database()"""
-            ):
-                pass
-    finally:
-        await watcher.close()
 
 
 async def test_fast_start_is_never_without_its_hold(stage: Stage) -> None:
@@ -138,7 +124,7 @@ async def test_fast_start_is_never_without_its_hold(stage: Stage) -> None:
             )
             for worker in list(fleet.busy):
                 fleet.finish(worker)
-            await until_blocked(stage)
+            await stage.until_blocked()
             taking = asyncio.create_task(stage.adjust_balance("ada", -54_000_000))
         with suppress(AdjustmentTooLarge):  # what is held already cannot be taken
             await taking

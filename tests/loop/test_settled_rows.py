@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import uuid
 from dataclasses import replace
 
 from billing import invariants
 from gpu_worker.contract import AttemptResult, Blame, Outcome, StageTimes, VideoFile
-from scheduler.policy.decisions import Charge
-from scheduler.policy.ids import AccountId, JobId, Tier
+from scheduler.policy.ids import Tier
 from scheduler.policy.parameters import Parameters
 from scheduler.settlement import end_of, end_of_too_large
 from scheduler.store import dispatch, endings, jobs, leadership
 from scheduler.store.jobs import JobState
-from tests.loop.conftest import PREDICTED_MS, Stage
+from tests.loop.conftest import Stage, a_planned_attempt
 
 GIB = 2**30
 VIDEO = VideoFile(
@@ -127,28 +125,7 @@ async def _started(stage: Stage) -> tuple[int, int, dispatch.PlannedAttempt]:
     job_id = await stage.submit("ada", Tier.FAST)
     lead = await leadership.take_lead(stage.connection, "test")
     await stage.connection.execute("UPDATE scheduler.cell SET decay_origin_ms = $1", lead.now_ms)
-    planned = dispatch.PlannedAttempt(
-        attempt_id=str(uuid.uuid4()),
-        token=str(uuid.uuid4()),
-        job_id=JobId(job_id),
-        account_id=AccountId("ada"),
-        tier=Tier.FAST,
-        worker_id="here/gpu-0",
-        incarnation="first",
-        charge=Charge(
-            predicted_ms=PREDICTED_MS,
-            weight_milli=1000,
-            charged_at_ms=lead.now_ms,
-            start_tag=0,
-            finish_tag=PREDICTED_MS * 1000,
-            next_tag=None,
-            usage_added=1.0,
-            virtual_time=0,
-            aged=False,
-        ),
-        decision={},
-        sentence="",
-    )
+    planned = a_planned_attempt(job_id, lead.now_ms)
     await dispatch.start_attempts(
         stage.connection,
         epoch=lead.epoch,
