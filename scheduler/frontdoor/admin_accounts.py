@@ -15,6 +15,7 @@ from billing.refusals import UnknownAccount
 from billing.v1 import admin_pb2
 from scheduler import intake
 from scheduler.frontdoor import ledger_messages as messages
+from scheduler.frontdoor.auth import Doorman
 from scheduler.frontdoor.deeds import Deeds
 from scheduler.frontdoor.deletions import Deletions
 from scheduler.frontdoor.fields import Violations, page_token
@@ -35,6 +36,7 @@ class AccountDeeds:
     link: SchedulerLink
     deeds: Deeds
     deletions: Deletions
+    doorman: Doorman
     clock: Callable[[], datetime]
 
     async def create(self, request: admin_pb2.CreateAccountRequest) -> admin_pb2.AdminAccount:
@@ -110,6 +112,7 @@ class AccountDeeds:
             else:
                 # Not what was asked for: the answer was given the account's other id with everything else.
                 account_id = deed.first_answer["name"].removeprefix(messages.account_name(""))
+        self.doorman.forget(account_id)
         self.link.jobs_changed(cancelled)
         return await self._account(await self.deletions.erase(account_id) or account_id)
 
@@ -152,7 +155,7 @@ class AccountDeeds:
         return admin_pb2.ListApiKeysResponse(keys=[messages.api_key(key) for key in keys])
 
     async def revoke_key(self, request: admin_pb2.RevokeApiKeyRequest) -> admin_pb2.ApiKey:
-        """End a key: within a second nobody is let in with it. Raises UnknownKey."""
+        """End a key: nobody is let in with it here, nor within a second elsewhere. Raises UnknownKey."""
         violations = Violations()
         request_id = violations.request_id(request.request_id)
         key = violations.key("name", request.name)
@@ -173,6 +176,7 @@ class AccountDeeds:
                 after={"role": revoked.role.value, "revoked": True},
             )
             deed.answer = json_format.MessageToDict(answer)
+        self.doorman.forget(key.account_id)
         return answer
 
     async def _account(self, account_id: str) -> admin_pb2.AdminAccount:

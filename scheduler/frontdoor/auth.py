@@ -1,8 +1,8 @@
 """Who calls, and what they may call.
 
 A key is `dk_<id>_<secret>` in the metadata `authorization: Bearer …`. Missing, malformed, wrong and revoked
-keys get the same answer. What a key may do is looked up at most once a second, so a revoked key works for
-at most that long.
+keys get the same answer. What a key may do is looked up at most once a second, so a key that another front
+door revoked works here for at most that long.
 """
 
 from __future__ import annotations
@@ -144,6 +144,14 @@ class Doorman:
             raise RoleRequired(role=needed.value)
         self._take_token(key.key_id)
         return Principal(account_id=key.account_id, key_id=key.key_id, role=key.role)
+
+    def forget(self, account_id: str) -> None:
+        """Look at an account's keys afresh: they changed here, and whoever changed them may try at once."""
+        self._keys = {
+            key_id: kept
+            for key_id, kept in self._keys.items()
+            if kept[1] is None or kept[1].account_id != account_id
+        }
 
     def open_stream(self, key_id: str) -> None:
         """Count one more open stream of a key; raises RateLimited above the limit."""

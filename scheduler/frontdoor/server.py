@@ -144,7 +144,9 @@ async def serve(
     )
     admin_pb2_grpc.add_AdminServiceServicer_to_server(
         AdminService(
-            accounts=AccountDeeds(pool=pool, link=link, deeds=deeds, deletions=deletions, clock=clock),
+            accounts=AccountDeeds(
+                pool=pool, link=link, deeds=deeds, deletions=deletions, doorman=doorman, clock=clock
+            ),
             plans=PlanDeeds(pool=pool, link=link, deeds=deeds, clock=clock),
             balances=BalanceDeeds(link=link, deeds=deeds, clock=clock),
             records=Records(pool=pool),
