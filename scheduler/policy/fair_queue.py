@@ -17,10 +17,12 @@ from scheduler.policy.decisions import Charge, ChosenBecause, Standing
 from scheduler.policy.ids import AccountId, Tier
 from scheduler.policy.job import Fit, Job
 from scheduler.policy.parameters import Parameters
-from scheduler.policy.ranking import Entry, Ranking
+from scheduler.policy.ranking import Entry, Ladder, Ranking
 
 # Places are counted by this much of a tag: a GPU-second.
 _CROWD_SPAN = 1_000_000
+# Accounts are ranked by this much of a tag at a time: of 100,000 accounts a few hundred in each line.
+_RUNG = 10_000_000
 
 
 class Head(NamedTuple):
@@ -37,7 +39,7 @@ class Line:
     __slots__ = ("by_age", "by_tag")
 
     def __init__(self) -> None:
-        self.by_tag: Ranking[AccountId] = Ranking()
+        self.by_tag: Ranking[AccountId] = Ladder(_RUNG)
         """Entries (tag, stored usage per weight, arrival, account)."""
         self.by_age: Ranking[AccountId] = Ranking()
         """Entries (since when at the head, arrival, account)."""

@@ -22,8 +22,7 @@ from scheduler.policy.decisions import (
 )
 from scheduler.policy.fair_queue import Head
 from scheduler.policy.ids import Tier
-from scheduler.policy.job import Fit
-from scheduler.policy.order import Order
+from scheduler.policy.order import Lines, Order
 from scheduler.policy.placement import Placement
 from scheduler.policy.preemption import relax_floor
 from scheduler.policy.trial import Trial
@@ -78,8 +77,8 @@ class Plan:
             return
         most = self._fleet.taking - relax_floor(self._fleet.taking, self._parameters)
         relax_waits = self._relax_waits()
-        fits = order.fits()
-        while fits:
+        lines = order.lines()
+        while lines:
             at_floor = self._fleet.fast_held >= most
             parked = len(self._cell.parked) + self._trial.parked > 0
             if at_floor and (parked or relax_waits or not self._fleet.idle):
@@ -92,18 +91,18 @@ class Plan:
                     yield turn
                     continue
                 self._relax_wants_turn = False
-            head = order.choose(fits)
+            head = order.choose(lines.values())
             if head is None:
                 break
             placement = self._fleet.place(head.job.fit, held_too=True) if self._fleet.idle else None
             if placement is None and not at_floor:
                 placement = self._fleet.place_by_parking(head.job.fit, self._now_ms)
             if placement is None:
-                fits.remove(head.job.fit)
+                del lines[head.job.fit]
                 continue
             if not placement.warm and placement.parks is None:
-                head, placement = self._to_save_a_load(order, fits, head, placement, held_too=True)
-            start = self._start(order, fits, head, placement)
+                head, placement = self._to_save_a_load(order, lines, head, placement, held_too=True)
+            start = self._start(order, lines, head, placement)
             self._since_relax_turn += 1
             yield start
 
@@ -142,21 +141,21 @@ class Plan:
         order = self._orders[Tier.RELAX]
         if Tier.RELAX in self._cell.paused or not self._fleet.open:
             return None
-        fits = [
-            fit
-            for fit in order.fits()
+        lines = {
+            fit: line
+            for fit, line in order.lines().items()
             if not (floor and self._fleet.relax_has(fit)) and self._fleet.place(fit) is not None
-        ]
-        oldest_ms = order.oldest_head_since_ms(fits)
+        }
+        oldest_ms = order.oldest_head_since_ms(lines.values())
         if oldest_ms is None or oldest_ms > long_ago_ms:
             return None
-        head = order.choose(fits)
+        head = order.choose(lines.values())
         assert head is not None
         placement = self._fleet.place(head.job.fit)
         assert placement is not None
         if head.because is ChosenBecause.FIRST_IN_ORDER:
             head = head._replace(because=ChosenBecause.RELAX_TURN)
-        return self._start(order, fits, head, placement, sheltered=True)
+        return self._start(order, lines, head, placement, sheltered=True)
 
     def _resumes(self) -> Iterator[Resume]:
         """Let parked runs go on whose workers are free. That a tier is paused is for starts only."""
@@ -202,22 +201,21 @@ class Plan:
         order = self._orders[Tier.RELAX]
         if Tier.RELAX in self._cell.paused:
             return
-        fits = order.fits() if self._fleet.open else []
-        while fits:
-            head = order.choose(fits)
+        lines = order.lines() if self._fleet.open else {}
+        while lines:
+            head = order.choose(lines.values())
             if head is None:
                 break
             placement = self._fleet.place(head.job.fit)
             if placement is None:
-                fits.remove(head.job.fit)
+                del lines[head.job.fit]
                 continue
             if not placement.warm:
-                head, placement = self._to_save_a_load(order, fits, head, placement, held_too=False)
-            start = self._start(order, fits, head, placement)
-            yield start
+                head, placement = self._to_save_a_load(order, lines, head, placement, held_too=False)
+            yield self._start(order, lines, head, placement)
 
     def _start(
-        self, order: Order, fits: list[Fit], head: Head, placement: Placement, *, sheltered: bool = False
+        self, order: Order, lines: Lines, head: Head, placement: Placement, *, sheltered: bool = False
     ) -> Start:
         """Start a job, and try it."""
         job, account, tier = head.job, head.account, head.job.tier
@@ -238,7 +236,7 @@ class Plan:
             keys=StartKeys(
                 because=head.because,
                 chosen=chosen,
-                runner_up=order.first_besides(account, fits),
+                runner_up=order.first_besides(account, lines.values()),
                 virtual_time=virtual_time,
             ),
             warm=placement.warm,
@@ -251,20 +249,22 @@ class Plan:
         """Return whether a relax job waits that only lacks a GPU."""
         order = self._orders[Tier.RELAX]
         return Tier.RELAX not in self._cell.paused and any(
-            order.is_waited_in(fit) and self._fleet.can_take(fit) for fit in order.fits()
+            order.is_waited_in(line) and self._fleet.can_take(fit) for fit, line in order.lines().items()
         )
 
     def _to_save_a_load(
-        self, order: Order, fits: list[Fit], first: Head, cold: Placement, *, held_too: bool
+        self, order: Order, lines: Lines, first: Head, cold: Placement, *, held_too: bool
     ) -> tuple[Head, Placement]:
         """Return a job that the worker has the model for, if one is close enough behind the first."""
         if first.because is not ChosenBecause.FIRST_IN_ORDER:
             return first, cold
         loaded = self._fleet.warm_models(cold.worker_id)
-        warm_fits = [
-            fit for fit in fits if fit.model in loaded and self._fleet.can_run_on(cold.worker_id, fit)
+        warm_lines = [
+            line
+            for fit, line in lines.items()
+            if fit.model in loaded and self._fleet.can_run_on(cold.worker_id, fit)
         ]
-        warm = order.choose_warm(warm_fits, first)
+        warm = order.choose_warm(warm_lines, first)
         if warm is None:
             return first, cold
         placement = self._fleet.place(warm.job.fit, held_too=held_too)

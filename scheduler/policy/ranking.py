@@ -48,7 +48,7 @@ class Ranking(Generic[Key]):
     def first(self) -> Entry | None:
         """Return the smallest entry."""
         heap, live = self._heap, self._live
-        while heap:
+        while heap or self._fill():
             entry = heap[0]
             # Identity: an equal entry of a key that left and came back would otherwise be in twice.
             if live.get(entry[-1]) is entry:
@@ -65,7 +65,7 @@ class Ranking(Generic[Key]):
         """Lift the smallest entries as long as their keys are among these, and return them."""
         heap, live = self._heap, self._live
         lifted: list[Entry] = []
-        while heap:
+        while heap or self._fill():
             entry = heap[0]
             key = entry[-1]
             if live.get(key) is entry:
@@ -78,6 +78,67 @@ class Ranking(Generic[Key]):
     def put_back(self, entry: Entry) -> None:
         """Put an entry back that was lifted."""
         heapq.heappush(self._heap, entry)
+
+    def _fill(self) -> bool:
+        """Put into the empty heap what comes next; returns whether there is anything."""
+        return False
+
+
+class Ladder(Ranking[Key]):
+    """A ranking of very many keys whose entries begin with a number: the heap holds only the next of them.
+
+    Whatever leaves a heap, dead entries too, costs a way from its top to its bottom, and in a large one that
+    leads through memory which is in no cache. So entries beyond those that come next lie unsorted in rungs,
+    by their number, and get into the heap with their rung: by then many are dead, and left behind. The road
+    is from Tang, Goh, Thng: "Ladder Queue" (ACM TOMACS 2005). A `Cursor` would see no further than the heap.
+    """
+
+    __slots__ = ("_far", "_far_entries", "_far_rungs", "_height", "_reached")
+
+    def __init__(self, height: int) -> None:
+        """`height`: how much of the number one rung spans."""
+        super().__init__()
+        self._height = height
+        self._reached: int | None = None
+        """The last rung that got into the heap, with all before it; None: none did."""
+        self._far: dict[int, list[Entry]] = {}
+        self._far_rungs: list[int] = []
+        """Of these a heap."""
+        self._far_entries = 0
+
+    def put(self, entry: Entry) -> None:
+        """Rank the entry's key by it, in place of the key's former entry."""
+        key = entry[-1]
+        if self._live.get(key) == entry:
+            return
+        self._live[key] = entry
+        self._add(entry)
+        if len(self._heap) + self._far_entries > 2 * len(self._live) + 16:
+            self._heap, self._far, self._far_rungs, self._far_entries = [], {}, [], 0
+            for living in self._live.values():
+                self._add(living)
+
+    def _add(self, entry: Entry) -> None:
+        rung = entry[0] // self._height
+        if self._reached is not None and rung <= self._reached:
+            heapq.heappush(self._heap, entry)
+            return
+        entries = self._far.get(rung)
+        if entries is None:
+            entries = self._far[rung] = []
+            heapq.heappush(self._far_rungs, rung)
+        entries.append(entry)
+        self._far_entries += 1
+
+    def _fill(self) -> bool:
+        live = self._live
+        while self._far_rungs and not self._heap:
+            self._reached = rung = heapq.heappop(self._far_rungs)
+            entries = self._far.pop(rung)
+            self._far_entries -= len(entries)
+            self._heap += [entry for entry in entries if live.get(entry[-1]) is entry]
+        heapq.heapify(self._heap)
+        return bool(self._heap)
 
 
 class Cursor(Generic[Key]):

@@ -185,7 +185,8 @@ def _row(waiting: int, seed: int) -> str:
     decisions = 0
     decide_s = 0.0
     cycle_begin = time.process_time()
-    for _ in range(200):
+    # So many that the garbage collector has its turn with the largest board too: it comes seldom and is dear.
+    for _ in range(600):
         fleet.now_ms += 500
         for _ in range(100):
             fleet.submit(fleet.finish())

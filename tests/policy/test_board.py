@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
@@ -329,6 +330,21 @@ def test_a_start_by_age_that_fails_to_commit_is_decided_again() -> None:
     decisions = cell.board.decide(60_000)
     assert starts(decisions) == [job]
     assert cell.board.decide(60_000) == decisions
+
+
+def test_a_plan_leaves_the_garbage_collector_nothing() -> None:
+    """What refers to itself is freed by a walk through all that is young, which is much of a large board."""
+    cell = Cell(Parameters(aging_ms=0))
+    for name in "abc":
+        cell.submit(name)
+        cell.submit(name, tier=Tier.FAST)
+    gc.collect()
+    gc.disable()
+    try:
+        assert starts(cell.board.decide(cell.now_ms))
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
 
 
 def test_time_at_the_head_begins_anew_after_a_cap() -> None:
