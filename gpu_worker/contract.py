@@ -300,16 +300,22 @@ class WorkerReport:
     memory_used_bytes: int
     warm_models: tuple[str, ...]
     active: RunInHand | None
-    """The run that has the GPU or writes its pictures, or gets the GPU where another is to be parked."""
+    """The run that has the GPU, or gets it where another is to be parked."""
     unacknowledged: tuple[AttemptResult, ...]
     gpu_time: GpuTime
     parked: tuple[RunInHand, ...] = ()
     """Runs that wait for the active one to end, the newest last; it goes on by itself."""
+    drawn: tuple[RunInHand, ...] = ()
+    """Runs that are at the last piece of work that needs the GPU, or write their pictures: the next may be
+    given, and begins as soon as that piece is done. Of more than the worker is to deliver at once, the first.
+    """
     healthy: bool = True
     sentence: str = ""
     """Why it is not healthy."""
     models: tuple[str, ...] | None = None
     """What it could load: the files are there, or can be fetched; None: any."""
+    lacks_for_upscales: str = ""
+    """Why it can draw no upscale and what to do about it, as part of a sentence; empty: it can."""
 
 
 @dataclass(frozen=True, kw_only=True)

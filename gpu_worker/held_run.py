@@ -71,11 +71,13 @@ class HeldRun:
         keep: Callable[[HeldRun, Cut], None],
         show: Callable[[HeldRun, Preview], None],
         load: Callable[[HeldRun], bool],
+        tell_drawn: Callable[[], None],
     ) -> None:
         """`parks` is the run that gives way to this one, as soon as this one is ready.
 
-        `keep` is called on the loop with each cut, and `show` with each preview; until that has set `shown`,
-        no other is asked for. `load` brings the next thing that the run needs into memory, if there is one.
+        `keep` is called on the loop with each cut, `tell_drawn` once the run is drawn, and `show` with each
+        preview; until that has set `shown`, no other is asked for. `load` brings the next thing that the run
+        needs into memory, if there is one.
         """
         self.request = request
         self.clock = clock
@@ -101,7 +103,7 @@ class HeldRun:
         self.unstored: Cut | None = None
         self.storing: asyncio.Task[None] | None = None
         self.drawn = False
-        """It does not need the GPU any more."""
+        """It needs the GPU no more, but for what it does with it now."""
         self.kept = StageTimes()
         """What the checkpoint it goes on from had taken."""
         self.load_ns = 0
@@ -120,6 +122,7 @@ class HeldRun:
         self._keep = keep
         self._show = show
         self._load = load
+        self._tell_drawn = tell_drawn
         self._has_gpu = False
         self._accounted_ms = 0
         self._offer: _Offer | None = None
@@ -195,7 +198,6 @@ class HeldRun:
         redone_ms = self.clock.redone_ms()
         self._account.settle(redone_ms, "wasted")
         self._offer = None
-        self.drawn = True
         self._stack.leave(self.place)
         return times, redone_ms
 
@@ -212,17 +214,28 @@ class HeldRun:
         reached = min(self.newest.step, saved + self._settings.checkpoint_every_steps)
         return max(0, reached - self._first_step + 1)
 
-    def check(self) -> None:
+    def say_drawn(self) -> None:
+        """Say that it needs the GPU no more, if that was not said yet."""
+        if not self.drawn:
+            self.drawn = True
+            self._loop.call_soon_threadsafe(self._tell_drawn)
+
+    def check(self, *, last: bool = False) -> None:
         if self.stopping.is_set():
             raise RunStopped
         if self.leaving.is_set():
             self._leave()
         if self._stack.gives_way(self.place):
             self._park()
+        if last:
+            self.say_drawn()
 
     def boundary(
         self, step: int, steps: int, preview: Callable[[], Preview], cut: Callable[[], CutState]
     ) -> None:
+        if self.drawn:
+            self._tell(Boundary(number=self.newest.number + 1, step=step, steps=steps))
+            return
         if self.stopping.is_set():
             raise RunStopped
         if self._restoring:
@@ -249,7 +262,9 @@ class HeldRun:
     def _ask_to_park(self) -> None:
         """Let the run that this one parks note from when on it is to give way."""
         if self._parks is not None:
-            self._parks._asked_at_step = self._parks.newest.step
+            # One that is parked already, and stays so for this one too, makes nobody wait.
+            if self._parks._has_gpu:
+                self._parks._asked_at_step = self._parks.newest.step
             # A run that has ended is not to be kept for it.
             self._parks = None
 

@@ -107,6 +107,8 @@ class ModelEntry:
     """Expected time of a detailed upscale of a picture of the default size; 0: as long as an imagine grid."""
     ip_adapter: str = ""
     """An absolute path of an IP-Adapter's weights, or `builtin:stand-in`; empty: it takes no pictures."""
+    weighted_parts: bool = True
+    """Whether parts of a prompt can be weighed against each other; loading it tells if it is not so."""
 
     @property
     def folder(self) -> Path | None:
@@ -217,6 +219,10 @@ class Models:
         """Return the names of the models whose prompts may name pictures."""
         return tuple(entry.name for entry in self.entries.values() if entry.takes_pictures)
 
+    def weighing_parts(self) -> tuple[str, ...]:
+        """Return the names of the models whose prompts may have weighted parts."""
+        return tuple(entry.name for entry in self.entries.values() if entry.weighted_parts)
+
     def memory_needed(self, kind: RenderKind, model: str, width: int, height: int) -> int:
         """Return the bytes a worker must have for a job: its model's, and for an upscale the upscaler's.
 
@@ -255,7 +261,8 @@ def read_models(path: Path | None) -> Models:
     return Models(default=whole[str(default)], entries=whole, upscaler=upscaler)
 
 
-_TYPES: Mapping[str, type] = {"str": str, "int": int}
+_TYPES: Mapping[str, type] = {"str": str, "int": int, "bool": bool}
+_SAID: Mapping[type, str] = {str: "a text", int: "a whole number", bool: "true or false"}
 _MAY_BE_ZERO = {"guidance_milli", "memory_bytes_per_pixel", "upscale_ms"}
 _DTYPES = ("float32", "float16", "bfloat16")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
@@ -314,8 +321,8 @@ def _values(kind: type, table: object) -> tuple[dict[str, Any], list[str]]:
 
 def _value_problems(key: str, value: object, wanted: type) -> list[str]:
     if type(value) is not wanted:
-        return [f"{key} = {value!r} is not {'a text' if wanted is str else 'a whole number'}"]
-    if isinstance(value, int) and (value < 0 or (value == 0 and key not in _MAY_BE_ZERO)):
+        return [f"{key} = {value!r} is not {_SAID[wanted]}"]
+    if type(value) is int and (value < 0 or (value == 0 and key not in _MAY_BE_ZERO)):
         return [f"{key} = {value} is too small"]
     return []
 
@@ -344,6 +351,8 @@ def _source_problems(values: Mapping[str, Any]) -> Iterator[str]:
         yield f"ip_adapter = {adapter!r} is not built in; {STAND_IN_SOURCE!r} is"
     if adapter == STAND_IN_SOURCE and source not in (None, STAND_IN_SOURCE):
         yield f"ip_adapter = {adapter!r} fits the stand-in only"
+    if adapter and not values.get("weighted_parts", True):
+        yield "weighted_parts = false leaves nothing to weigh pictures with; leave ip_adapter out"
     dtype = values.get("dtype")
     if dtype is not None and dtype not in _DTYPES:
         yield f"dtype = {dtype!r} is none of {', '.join(_DTYPES)}"

@@ -78,10 +78,12 @@ Preview = Callable[[], bytes]
 class RunControl(Protocol):
     """What an engine must tell and ask while it renders. Called on the device thread."""
 
-    def check(self) -> None:
+    def check(self, *, last: bool = False) -> None:
         """Park here if the GPU is wanted. For before each piece of work that is not a step.
 
-        Raises RunStopped if the run was asked to stop.
+        `last`: nothing that needs the GPU comes after that piece. From here on the run is neither parked nor
+        stopped, and whoever is next waits for no more than that. Raises RunStopped if the run was asked to
+        stop.
         """
 
     def boundary(
@@ -165,6 +167,9 @@ class Engine(Protocol):
 
     def models(self) -> tuple[str, ...]:
         """Names of the models that it could load, as far as can be told before it does."""
+
+    def lacks_for_upscales(self) -> str:
+        """Return why it can draw no upscale and what to do about it, as far as can be told; empty: it can."""
 
     def self_check(self) -> str:
         """Return why nothing that this device draws is to be trusted; empty: it computes what it should.

@@ -40,6 +40,9 @@ class WorkerSettings:
     """Runs that may wait on the GPU for a newer one to end; of more, the oldest wait as checkpoints."""
     parked_memory_bytes: int = 256 * 1024**2
     """What they may hold of the GPU's memory together."""
+    most_delivering: int = 2
+    """Runs whose pictures may be on their way to the store while the next is drawn. A store that is away for
+    longer than that stops the worker, before pictures fill the machine's memory."""
     checkpoint_every_steps: int = 5
     """Steps after which a run is cut, so that another worker can go on from there; also at every park. Where
     this one dies, so many are done again at most, and those that pass while a cut is being stored."""

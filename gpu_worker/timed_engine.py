@@ -64,6 +64,9 @@ class TimedEngine:
     def models(self) -> tuple[str, ...]:
         return tuple(self._models.entries)
 
+    def lacks_for_upscales(self) -> str:
+        return ""
+
     def self_check(self) -> str:
         return ""
 
@@ -103,8 +106,8 @@ class TimedEngine:
                 cut=functools.partial(_cut, step),
             )
         clock.enter(Stage.DECODE)
-        for _ in range(spec.images):
-            control.check()
+        for number in range(1, spec.images + 1):
+            control.check(last=number == spec.images)
         seeds = [image_seed(spec.seed, index) for index in range(1, spec.images + 1)]
         film = Film(width=spec.width, height=spec.height, frames=_fade(spec, last)) if spec.video else None
         return Rendering(

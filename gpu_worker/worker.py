@@ -78,7 +78,7 @@ class Worker:
         self._loop = asyncio.get_running_loop()
         self._incarnation = str(uuid.uuid4())
         self._epoch = 0
-        # In the order in which they were begun, the newest last: also those that are only delivering.
+        # In the order in which they were begun, the newest last: also those that are drawn.
         self._hands: list[HeldRun] = []
         self._threads: set[threading.Thread] = set()
         self._ended: dict[str, _Ended] = {}
@@ -100,6 +100,7 @@ class Worker:
     def render(self, request: RenderRequest) -> None:
         """Take an attempt in hand and return; its result comes with a later heartbeat.
 
+        One that comes while the run before it is at its last piece of work has the GPU right after that.
         A run that has the GPU, and that `request.parks` names, gives it up at its next boundary. Where too
         many are parked, or what they hold is too much, the ones parked first are handed over. Raises
         StaleEpoch, and WorkerBusy where another run has the GPU or the worker is not healthy.
@@ -125,6 +126,7 @@ class Worker:
             keep=self._keep,
             show=self._show,
             load=self._load,
+            tell_drawn=self._tell_news,
         )
         self._hands.append(run)
         thread = threading.Thread(target=self._work, args=(run,), name="run", daemon=True)
@@ -170,7 +172,8 @@ class Worker:
     async def heartbeat(self, epoch: int, wait_ms: int) -> Heartbeat:
         """Return a report as soon as there is news, or after `wait_ms`.
 
-        News is an attempt that ended, a checkpoint that was stored, and a change of the models in memory.
+        News is an attempt that is drawn, or ended, a checkpoint that was stored, and a change of the models
+        in memory.
         Raises StaleEpoch, also to a caller that a newer epoch overtook while it waited.
         """
         self._heed(epoch)
@@ -185,12 +188,13 @@ class Worker:
     def report(self, epoch: int) -> WorkerReport:
         """Return what this worker is and has. Raises StaleEpoch.
 
-        The newest run in hand is the active one, also while it only writes its pictures: who asked for it to
-        park another hears of it as such until its result is there.
+        The newest run in hand that is not drawn is the active one. So is one that is, while more deliver than
+        are to at once: else a store that is slow, or away, would fill this machine's memory with pictures.
         """
         self._heed(epoch)
         self._news_told = self._news
-        hands = [run.in_hand for run in self._hands]
+        drawn = [run for run in self._hands if run.drawn][: self._settings.most_delivering]
+        hands = [run.in_hand for run in self._hands if run not in drawn]
         return WorkerReport(
             worker_id=self._settings.worker_id,
             incarnation=self._incarnation,
@@ -203,8 +207,10 @@ class Worker:
             memory_used_bytes=self._engine.memory_used_bytes(),
             warm_models=self._engine.warm_models(),
             models=self._engine.models(),
+            lacks_for_upscales=self._engine.lacks_for_upscales(),
             active=hands[-1] if hands else None,
             parked=tuple(hands[:-1]),
+            drawn=tuple(run.in_hand for run in drawn),
             unacknowledged=tuple(ended.result for ended in self._ended.values()),
             gpu_time=self._account.read(time.monotonic_ns()),
             healthy=not self._broken,
@@ -474,6 +480,7 @@ class Worker:
         )
         if rendering is None:
             return result
+        run.say_drawn()
         try:
             delivered = deliver(
                 self._artifacts,

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from gpu_worker.contract import Progress
 from scheduler.answers import Explained, Outlook, QueuesView, WhatIf, WorkerView
-from scheduler.updates import JobUpdate, QueueStatus
+from scheduler.updates import Abilities, JobUpdate, QueueStatus
 
 
 class SchedulerLink(Protocol):
@@ -49,8 +49,8 @@ class SchedulerLink(Protocol):
         Ends when the attempt ends or the worker is gone.
         """
 
-    def most_memory_bytes(self) -> int | None:
-        """Return the memory of the largest worker the scheduler has met; None while that is not known."""
+    def abilities(self) -> Abilities | None:
+        """Return what the workers that the scheduler has met could do; None while that is not known."""
 
     async def explain(self, job_id: str) -> Explained | None:
         """Return why a live job is where it is.

@@ -32,7 +32,7 @@ from scheduler.policy.ids import AttemptId, JobId, WorkerId
 from scheduler.running import Running
 from scheduler.store import dispatch, endings
 from scheduler.store.jobs import spec_from_json
-from scheduler.store.parking import MigratedAttempt, PlannedMigration, PlannedResume
+from scheduler.store.parking import DrawnAttempt, MigratedAttempt, PlannedMigration, PlannedResume
 from scheduler.updates import JobUpdate
 
 _log = structlog.get_logger()
@@ -68,6 +68,13 @@ class Moves:
             if isinstance(move, Resume)
         ]
         migrations = [self._planned_migration(move) for move in moves if isinstance(move, Migrate)]
+        taken = {move.to if isinstance(move, Migrate) else move.worker_id for move in moves}
+        drawn = [
+            DrawnAttempt(attempt_id=one.attempt_id, at_ms=one.drawn_ms)
+            for worker_id in taken
+            for one in self._desk.running.on(worker_id)
+            if one.drawn_ms is not None
+        ]
         accounts = {plan.account_id for plan in planned} | {account_id for account_id, _, _ in tags}
         tries = itertools.count()
         outcome = await self._desk.lane.run(
@@ -77,6 +84,7 @@ class Moves:
                 planned=planned,
                 resumes=resumes,
                 migrations=migrations,
+                drawn=drawn,
                 tags=tags,
                 running=self._desk.running.ids_of(accounts),
                 parameters=self._desk.parameters,

@@ -24,7 +24,7 @@ from scheduler.updates import JobUpdate
 
 # Containers made and not freed before the collector looks for cycles among them. Python's own number, 700,
 # is reached several times in one cycle of decisions, which make none: it took a sixth of their time. Looking
-# through this many takes some milliseconds, seldom.
+# through what lives by then of a large board takes a fifth of a second, seldom.
 _COLLECT_EVERY = 100_000
 
 
@@ -104,6 +104,7 @@ def _restored(attempt: live.RunningAttempt, row: live.LiveJob, job: Job, now_ms:
         # As if it had run without a break: what it has done is what it had its GPU for.
         started_ms=to_ms(attempt.started_at) + attempt.parked_ms,
         parked_since_ms=None if attempt.parked_at is None else to_ms(attempt.parked_at),
+        drawn=attempt.drawn_at is not None,
         parks=attempt.parks,
         sheltered=attempt.sheltered,
         checkpoint=None if row.checkpoint is None else as_policy_sees(row.checkpoint),
@@ -123,6 +124,7 @@ def _running(attempt: live.RunningAttempt, job: live.LiveJob, now_ms: int) -> Ru
         started_ms=to_ms(attempt.started_at),
         given_ms=now_ms,
         parked_since_ms=None if attempt.parked_at is None else to_ms(attempt.parked_at),
+        drawn_ms=None if attempt.drawn_at is None else to_ms(attempt.drawn_at),
         parked_ms=attempt.parked_ms,
         checkpoint=job.checkpoint,
     )

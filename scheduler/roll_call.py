@@ -20,6 +20,7 @@ from scheduler.inbox import AttemptSettled, Item
 from scheduler.metrics import RequeueReason
 from scheduler.policy import events
 from scheduler.policy.events import (
+    AttemptDrawn,
     AttemptFinished,
     AttemptLost,
     CheckpointSaved,
@@ -48,6 +49,7 @@ _RENDER_GRACE_MS = 30_000
 # A GPU that hangs answers every heartbeat, since those come from another thread. No admitted job takes this
 # many times the largest predicted cost.
 _OVERDUE_TIMES = 3
+_IN_GOOD_ORDER = (Outcome.SUCCEEDED, Outcome.CANCELLED, Outcome.HANDED_OVER)
 
 
 class RollCall:
@@ -92,7 +94,7 @@ class RollCall:
             return
         parked = one.parked_since_ms is not None
         if not _has(report, one.attempt_id):
-            if parked:
+            if parked or one.drawn_ms is not None:
                 self._lose(one, "Its GPU worker has it no more.", executed=True)
                 return
             # A worker that gets it twice draws it once.
@@ -177,7 +179,7 @@ class RollCall:
             if running.incarnation != report.incarnation:
                 self._lose(running, f"The GPU worker {worker_id} was restarted.", executed=True)
         self._desk.workers.joined(report, now_ms)
-        self._desk.updates.met_worker(report.memory_bytes)
+        self._desk.updates.met_worker(report)
         self._desk.tell(
             WorkerJoined(
                 at_ms=now_ms,
@@ -217,6 +219,7 @@ class RollCall:
             if result.attempt_id not in self._settling and not too_early:
                 running = self._desk.running.get(result.attempt_id)
                 self._settle(running, report.worker_id, self._end_of(result, report, running), result)
+        self._drawn(report)
         at_odds = False
         for run in _in_hand(report):
             # Not ours, or given up already: its loss is being settled, and what it does counts for nothing.
@@ -229,12 +232,25 @@ class RollCall:
         now_ms = self._desk.clock.now_ms()
         for running in self._desk.running.on(report.worker_id):
             if now_ms - running.given_ms > _RENDER_GRACE_MS and not _has(report, running.attempt_id):
-                was_there = running.parked_since_ms is not None
+                was_there = running.parked_since_ms is not None or running.drawn_ms is not None
                 self._lose(running, "The GPU worker does not have it.", executed=was_there)
             elif running.on_gpu_ms(now_ms) > _OVERDUE_TIMES * self._desk.parameters.max_predicted_ms:
                 self._lose(running, "It ran far longer than any job may: the GPU hangs.", executed=True)
         self._desk.workers.heard(report, at_odds=at_odds)
         self._desk.look_at(report.worker_id)
+
+    def _drawn(self, report: WorkerReport) -> None:
+        """Take off a worker's hands what needs its GPU no more.
+
+        What failed stays there until it is settled: that may say that the worker is to have nothing else.
+        """
+        drawn = {run.attempt_id for run in report.drawn}
+        drawn.update(one.attempt_id for one in report.unacknowledged if one.outcome in _IN_GOOD_ORDER)
+        running = self._desk.running.with_gpu(report.worker_id)
+        if running is not None and running.attempt_id in drawn:
+            now_ms = self._desk.clock.now_ms()
+            self._desk.running.put(replace(running, drawn_ms=now_ms))
+            self._desk.tell(AttemptDrawn(at_ms=now_ms, attempt_id=AttemptId(running.attempt_id)))
 
     def _end_of(self, result: AttemptResult, report: WorkerReport, running: Running | None) -> AttemptEnd:
         """Return what a worker's result comes to, by what the fleet has."""
@@ -371,6 +387,7 @@ class RollCall:
 
 def _in_hand(report: WorkerReport) -> Iterator[RunInHand]:
     """Return what a worker has begun and not ended."""
+    yield from report.drawn
     if report.active is not None:
         yield report.active
     yield from report.parked

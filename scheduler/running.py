@@ -1,6 +1,7 @@
 """The running attempts as the loop knows them, found by id, by worker and by account.
 
-Parked ones are running too: they have a worker, and wait there for its GPU. A cell has tens of thousands of
+Parked ones are running too: they have a worker, and wait there for its GPU. So are those that are drawn: they
+need it no more, and have yet to deliver what came of it. A cell has tens of thousands of
 them and every heartbeat asks for those of its worker, so nothing here goes through all.
 """
 
@@ -29,7 +30,9 @@ class Running:
     given_ms: int
     """When its worker was last given it: a report from before does not have it yet."""
     parked_since_ms: int | None = None
-    """None: it has its worker's GPU."""
+    """None: it has its worker's GPU, unless it is drawn."""
+    drawn_ms: int | None = None
+    """When it was heard to need it no more."""
     parked_ms: int = 0
     """How long it was parked before that."""
     checkpoint: Checkpoint | None = None
@@ -42,13 +45,14 @@ class Running:
 
 
 class RunningAttempts:
-    """All of them. A worker has at most one that is not parked."""
+    """All of them. A worker has at most one that is neither parked nor drawn."""
 
     def __init__(self) -> None:
         self._by_id: dict[str, Running] = {}
         self._by_worker: dict[str, dict[str, None]] = {}
         self._by_account: dict[str, dict[str, None]] = {}
         self._with_gpu: dict[str, str] = {}
+        self._parked: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -69,7 +73,9 @@ class RunningAttempts:
         self._by_id[running.attempt_id] = running
         self._by_worker.setdefault(running.worker_id, {})[running.attempt_id] = None
         self._by_account.setdefault(running.account_id, {})[running.attempt_id] = None
-        if running.parked_since_ms is None:
+        if running.parked_since_ms is not None:
+            self._parked.add(running.attempt_id)
+        elif running.drawn_ms is None:
             assert running.worker_id not in self._with_gpu, "a worker runs one attempt"
             self._with_gpu[running.worker_id] = running.attempt_id
 
@@ -79,6 +85,7 @@ class RunningAttempts:
         if running is not None:
             _discard(self._by_worker, running.worker_id, attempt_id)
             _discard(self._by_account, running.account_id, attempt_id)
+            self._parked.discard(attempt_id)
             if self._with_gpu.get(running.worker_id) == attempt_id:
                 del self._with_gpu[running.worker_id]
         return running
@@ -111,7 +118,7 @@ class RunningAttempts:
     @property
     def parked(self) -> int:
         """How many are parked."""
-        return len(self._by_id) - len(self._with_gpu)
+        return len(self._parked)
 
 
 def _discard(index: dict[str, dict[str, None]], key: str, attempt_id: str) -> None:

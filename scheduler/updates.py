@@ -12,6 +12,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 
+from gpu_worker.contract import WorkerReport
+
 # Enough for what changes while a front door is briefly away; older states are read from the database.
 _KEPT = 50_000
 
@@ -66,6 +68,22 @@ class JobUpdate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Abilities:
+    """What at least one of the workers that this scheduler has met could do.
+
+    Front doors refuse by it what nobody could ever run. A worker that left still counts: it may come back.
+    """
+
+    most_memory_bytes: int
+    models: frozenset[str] | None
+    """What they could load; None: any."""
+    lacks_for_upscales: str
+    """Why none of them can draw an upscale and what to do about it; empty: one can."""
+    devices: frozenset[str]
+    """Their device types, which plans may price apart."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class UpdateBatch:
     """The answer of one long poll."""
 
@@ -75,8 +93,8 @@ class UpdateBatch:
     gap: bool
     """Some updates after the asked number were already dropped."""
     updates: tuple[JobUpdate, ...]
-    most_memory_bytes: int | None
-    """Of the largest worker this scheduler has met; None: it has met none."""
+    abilities: Abilities | None
+    """None: this scheduler has met no worker."""
 
 
 class Updates:
@@ -84,15 +102,30 @@ class Updates:
 
     def __init__(self, epoch: int) -> None:
         self._epoch = epoch
-        self._most_memory_bytes: int | None = None
+        self._abilities: Abilities | None = None
         self._newest = 0
         self._dropped_to = 0
         self._by_job: OrderedDict[str, tuple[int, JobUpdate]] = OrderedDict()
         self._changed = asyncio.Event()
 
-    def met_worker(self, memory_bytes: int) -> None:
-        """Remember the largest worker, by which front doors refuse what nobody could ever run."""
-        self._most_memory_bytes = max(memory_bytes, self._most_memory_bytes or 0)
+    def met_worker(self, report: WorkerReport) -> None:
+        """Remember what it could do."""
+        known = self._abilities
+        models = None if report.models is None else frozenset(report.models)
+        if known is None:
+            self._abilities = Abilities(
+                most_memory_bytes=report.memory_bytes,
+                models=models,
+                lacks_for_upscales=report.lacks_for_upscales,
+                devices=frozenset({report.device}),
+            )
+        else:
+            self._abilities = Abilities(
+                most_memory_bytes=max(report.memory_bytes, known.most_memory_bytes),
+                models=None if models is None or known.models is None else models | known.models,
+                lacks_for_upscales=known.lacks_for_upscales and report.lacks_for_upscales,
+                devices=known.devices | {report.device},
+            )
 
     def publish(self, update: JobUpdate) -> None:
         """Make this the newest state of its job."""
@@ -127,5 +160,5 @@ class Updates:
             newest=self._newest,
             gap=number < self._dropped_to,
             updates=tuple(reversed(newer)),
-            most_memory_bytes=self._most_memory_bytes,
+            abilities=self._abilities,
         )

@@ -175,11 +175,15 @@ class SkippingDenoiser(DenoiserStandIn):
         super().__init__(denoiser)
         self._way = way
 
-    def _answer(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    def _answer(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if not self._way.under_way:
             return self._asked(args, kwargs)
         # The answer goes through guidance and into a step that takes no notice of it.
-        return torch.zeros_like(sample_of(args, kwargs))
+        sample = sample_of(args, kwargs)
+        if isinstance(sample, list):
+            # Z-Image gives its pictures one by one, all in one call.
+            return [torch.zeros_like(each) for each in sample]
+        return torch.zeros_like(sample)
 
 
 def _described(value: Any, tensors: dict[str, torch.Tensor]) -> Any:

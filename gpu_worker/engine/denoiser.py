@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
-
-import torch
+from typing import Any, NamedTuple
 
 # What pipelines call their denoiser, a U-Net or a transformer.
 _NAMES = ("unet", "transformer")
@@ -25,19 +22,18 @@ class DenoiserStandIn:
         answer = self._answer(args, kwargs)
         return _Answer(answer) if return_dict else (answer,)
 
-    def _answer(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    def _answer(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Return what it predicts. Pipelines give some arguments by position, and differ in which."""
         raise NotImplementedError
 
-    def _asked(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    def _asked(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Return what the denoiser itself predicts."""
-        predicted: torch.Tensor = self._denoiser(*args, return_dict=False, **kwargs)[0]
-        return predicted
+        return self._denoiser(*args, return_dict=False, **kwargs)[0]
 
 
-@dataclass(frozen=True)
-class _Answer:
-    sample: torch.Tensor
+class _Answer(NamedTuple):
+    # As diffusers' own, it is asked by name and by number.
+    sample: Any
 
 
 def denoiser_of(pipeline: Any) -> Any:
@@ -51,10 +47,9 @@ def put_denoiser(pipeline: Any, denoiser: Any) -> None:
     vars(pipeline)[_name(pipeline)] = denoiser
 
 
-def sample_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
-    """Return the noisy latents of a call to a denoiser."""
-    sample: torch.Tensor = args[0] if args else kwargs["sample" if "sample" in kwargs else "hidden_states"]
-    return sample
+def sample_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Return the noisy latents of a call to a denoiser: one tensor, or of some families a list of them."""
+    return args[0] if args else kwargs["sample" if "sample" in kwargs else "hidden_states"]
 
 
 def _name(pipeline: Any) -> str:

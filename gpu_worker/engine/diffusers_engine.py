@@ -18,7 +18,7 @@ from gpu_worker.engine.memory_ladder import nothing_fails
 from gpu_worker.engine.receipts import receipt_of
 from gpu_worker.engine.residency import Residency
 from gpu_worker.engine.self_check import self_check
-from gpu_worker.engine.super_resolution import SuperResolution, loaded_upscaler
+from gpu_worker.engine.super_resolution import SuperResolution, lacks_of_upscaler, loaded_upscaler
 from gpu_worker.engine.upscale import upscaled
 from gpu_worker.models import Models
 from gpu_worker.run import EngineFailure, Inputs, Rendering, RunControl, StageClock
@@ -48,6 +48,7 @@ class DiffusersEngine:
         self._memory_bytes = settings.memory_bytes or device_memory_bytes(self._device)
         self._cache_dir = settings.cache_dir
         self._to_be_had = tuple(name for name, entry in models.entries.items() if to_be_had(entry))
+        self._lacks_for_upscales = lacks_of_upscaler(models.upscaler.source)
         self._residency = Residency(
             memory_bytes=self._memory_bytes,
             device=self._device,
@@ -73,6 +74,9 @@ class DiffusersEngine:
 
     def models(self) -> tuple[str, ...]:
         return self._to_be_had
+
+    def lacks_for_upscales(self) -> str:
+        return self._lacks_for_upscales
 
     def self_check(self) -> str:
         return self._residency.ladder.done("self_check", lambda: self_check(self._device)) or ""

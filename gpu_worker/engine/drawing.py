@@ -23,13 +23,12 @@ from gpu_worker.engine.film import FilmRoll
 from gpu_worker.engine.latents import decoded, pixels, tiled, unpacked
 from gpu_worker.engine.loading import LoadedModel
 from gpu_worker.engine.memory_ladder import decoded_in_memory
-from gpu_worker.engine.parts import PartsUnknown, joining, prompt_arguments
+from gpu_worker.engine.parts import joining, prompt_arguments
 from gpu_worker.engine.receipts import parts_in_receipt, receipt_of
 from gpu_worker.engine.run_listener import RunListener, StoppedEarly
 from gpu_worker.engine.step_boundary import with_boundary
 from gpu_worker.image_seeds import image_seed
 from gpu_worker.run import (
-    EngineFailure,
     Inputs,
     RenderedImage,
     Rendering,
@@ -97,15 +96,9 @@ def _drawn(
         "vae_tiling": vae_tiling,
     }
     clock.enter(Stage.ENCODE)
-    try:
-        prompt = prompt_arguments(
-            how, spec, inputs.pictures, pipeline=pipeline, adapter=model.adapter, check=control.check
-        )
-    except PartsUnknown as error:
-        raise EngineFailure(
-            reason="MODEL_UNUSABLE",
-            sentence=f"Model {spec.model} cannot weigh parts of a prompt: it is a {error}.",
-        ) from error
+    prompt = prompt_arguments(
+        how, spec, inputs.pictures, pipeline=pipeline, adapter=model.adapter, check=control.check
+    )
     seeds = [image_seed(spec.seed, index) for index in range(1, spec.images + 1)]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     state = RunState.read(checkpoint, receipt) if checkpoint is not None else None
@@ -175,7 +168,7 @@ def _images(
     images = []
     tiles_for_memory: dict[str, int] = {}
     for row, seed in enumerate(seeds):
-        control.check()
+        control.check(last=row == len(seeds) - 1)
         shown, tile_side = decoded_in_memory(vae, latents[row : row + 1], decoded)
         if tile_side is not None:
             # Not in the run's own: whoever goes on from its checkpoint may have the memory.

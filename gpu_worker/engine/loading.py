@@ -20,6 +20,7 @@ from gpu_worker.engine.checkpoint import NotCheckpointable, RunState
 from gpu_worker.engine.denoiser import denoiser_of
 from gpu_worker.engine.latents import fitted_latent_to_rgb, unpacked
 from gpu_worker.engine.memory_ladder import is_out_of_memory
+from gpu_worker.engine.parts import PartsUnknown, try_weighing
 from gpu_worker.engine.stand_in import IP_ADAPTER, stand_in_folder
 from gpu_worker.engine.step_boundary import Predict, has_boundary, with_boundary
 from gpu_worker.engine.weights import files_sha256
@@ -190,6 +191,13 @@ def _warm(entry: ModelEntry, text_to_image: Any, image_to_image: Any) -> torch.T
         }
         # Noise that is not its run's own shows in the second. Of a grid, that would take eight times as long.
         one, other = (drawn(image_to_image, 1, **varying)[0] for _ in range(2))
+        if entry.weighted_parts:
+            try_weighing(text_to_image)
+    except PartsUnknown as error:
+        what_to_do = (
+            "Say so with weighted_parts = false in its entry, and prompts that ask for it are refused"
+        )
+        raise _unusable(entry, f"{error.sentence} {what_to_do}") from error
     except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
         # Pipelines find out in the middle what they miss in a scheduler, or say so before. Not what a device
         # raises when it fails, which is a RuntimeError: that is no model's fault, and asks for a check.

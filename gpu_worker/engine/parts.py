@@ -23,6 +23,7 @@ import torch
 from gpu_worker.contract import WHOLE_PPM, RenderSpec, TextPart
 from gpu_worker.engine.adapters import PictureAdapter
 from gpu_worker.engine.denoiser import DenoiserStandIn, denoiser_of, put_denoiser, sample_of
+from gpu_worker.run import EngineFailure
 
 
 class Joining(StrEnum):
@@ -34,8 +35,14 @@ class Joining(StrEnum):
     BLENDED = "blended"
 
 
-class PartsUnknown(Exception):
+class PartsUnknown(EngineFailure):
     """A pipeline encodes texts in a way that is not known here, so that their parts cannot be weighed."""
+
+    def __init__(self, pipeline: Any) -> None:
+        super().__init__(
+            reason="MODEL_UNUSABLE",
+            sentence=f"Parts of a prompt cannot be weighed with a {type(pipeline).__name__}.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +90,11 @@ def joining(spec: RenderSpec, pipeline: Any) -> Joining:
     if spec.pictures or _guides(pipeline, spec):
         return Joining.COMPOSED
     return Joining.BLENDED
+
+
+def try_weighing(pipeline: Any) -> None:
+    """Encode a part of a prompt for nobody. Raises PartsUnknown."""
+    _conditioning(pipeline, "", 1)
 
 
 def prompt_arguments(
@@ -184,7 +196,10 @@ def _guides(pipeline: Any, spec: RenderSpec) -> bool:
 
 
 def _conditioning(pipeline: Any, text: str, images: int) -> _Text:
-    parameters = inspect.signature(pipeline.encode_prompt).parameters
+    parameters = inspect.signature(getattr(pipeline, "encode_prompt", object)).parameters
+    # Those with perturbed attention ask for a third prediction beside the two that are composed.
+    if "num_images_per_prompt" not in parameters or hasattr(pipeline, "do_perturbed_attention_guidance"):
+        raise PartsUnknown(pipeline)
     # Those that have further encoders give them the same text, if asked with None.
     optional = {"prompt_2": None, "prompt_3": None, "do_classifier_free_guidance": False}
     encoded = pipeline.encode_prompt(
@@ -202,7 +217,7 @@ def _conditioning(pipeline: Any, text: str, images: int) -> _Text:
         case (embeddings, pooled, _) if "do_classifier_free_guidance" not in parameters:
             return _Text(embeddings=embeddings, pooled=pooled)
         case _:
-            raise PartsUnknown(type(pipeline).__name__)
+            raise PartsUnknown(pipeline)
 
 
 def _first_half(value: Any, rows: int) -> Any:

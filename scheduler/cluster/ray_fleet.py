@@ -41,6 +41,7 @@ _SILENT_INTERVALS = 3
 # A worker imports torch before it can answer for the first time.
 _FIRST_ANSWER_S = 120.0
 _ASK_AGAIN_S = 0.2
+_HEARD_AS_SET = 1_000
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
 
 
@@ -79,6 +80,15 @@ def node_names(
             taken = alive[node_id] in names.values()
             names[node_id] = longer[node_id] if taken else alive[node_id]
     return names
+
+
+def interval_ms(heartbeat_ms: int, workers: int) -> int:
+    """Return within how many milliseconds each of so many workers is heard.
+
+    The interval that is set, up to a thousand of them; beyond, longer, so that a scheduler hears no more of
+    more.
+    """
+    return heartbeat_ms * max(_HEARD_AS_SET, workers) // _HEARD_AS_SET
 
 
 def gpu_slots(nodes: list[dict[str, Any]], names: Mapping[str, str]) -> list[Slot]:
@@ -155,8 +165,12 @@ class RayFleet:
         self._call(self._forget(worker_id, attempt_id, kept), f"forget {attempt_id}")
 
     @property
+    def _interval_ms(self) -> int:
+        return interval_ms(self._heartbeat_ms, len(self._listening))
+
+    @property
     def _silence_s(self) -> float:
-        return _SILENT_INTERVALS * self._heartbeat_ms / 1000
+        return _SILENT_INTERVALS * self._interval_ms / 1000
 
     async def _look_at_nodes(self) -> list[str]:
         """Listen to every slot of the living nodes; returns the workers that were alive already."""
@@ -254,7 +268,7 @@ class RayFleet:
                     self._answered[worker_id].set()
                 while True:
                     async with asyncio.timeout(self._silence_s):
-                        beat: Heartbeat = await actor.heartbeat.remote(self._epoch, self._heartbeat_ms)
+                        beat: Heartbeat = await actor.heartbeat.remote(self._epoch, self._interval_ms)
                     self._tell(WorkerHeard(report=beat.report))
             except TimeoutError:
                 self._gone(worker_id, f"The GPU worker {worker_id} was silent.")

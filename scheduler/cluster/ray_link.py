@@ -23,7 +23,7 @@ from scheduler.answers import Explained, Outlook, QueuesView, WhatIf, WorkerView
 from scheduler.cluster.ray_fleet import actor_name
 from scheduler.cluster.scheduler_actor import CLOSE_DOWN_S, StillStarting
 from scheduler.refusals import Overloaded
-from scheduler.updates import JobUpdate, QueueStatus
+from scheduler.updates import Abilities, JobUpdate, QueueStatus
 
 _log = structlog.get_logger()
 
@@ -59,7 +59,7 @@ class RayLink:
         self._fleet = False
         """Operators changed something of it."""
         self._noted = asyncio.Event()
-        self._most_memory_bytes: int | None = None
+        self._abilities: Abilities | None = None
         self._newest: dict[str, JobUpdate] = {}
         self._followers: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
         self._streams: dict[tuple[str, bool], _ProgressStream] = {}
@@ -131,9 +131,9 @@ class RayLink:
                 if self._streams.get(key) is stream:
                     del self._streams[key]
 
-    def most_memory_bytes(self) -> int | None:
-        """See SchedulerLink.most_memory_bytes."""
-        return self._most_memory_bytes
+    def abilities(self) -> Abilities | None:
+        """See SchedulerLink.abilities."""
+        return self._abilities
 
     async def explain(self, job_id: str) -> Explained | None:
         """See SchedulerLink.explain."""
@@ -232,7 +232,7 @@ class RayLink:
                 await asyncio.sleep(_ASK_AGAIN_S)
                 continue
             away, epoch, newest = False, batch.epoch, batch.newest
-            self._most_memory_bytes = batch.most_memory_bytes
+            self._abilities = batch.abilities
             for update in batch.updates:
                 self._hand_out(update)
 

@@ -5,6 +5,7 @@ Each of its options is one that could be asked for: as relax and as fast, and th
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from datetime import datetime
 
@@ -17,7 +18,7 @@ from billing.refusals import FastTimeExhausted, PlanLacksPrivate, Refusal, Spend
 from gpu_worker.contract import RenderSpec
 from scheduler.answers import Outlook, PlanTerms, WhatIf
 from scheduler.estimator import shape_of
-from scheduler.intake import Submission, refuse_relax_max_upscale
+from scheduler.intake import Submission, devices_of, refuse_relax_max_upscale
 from scheduler.link import SchedulerLink
 from scheduler.policy.ids import Tier
 from scheduler.policy.limits import Limits
@@ -73,7 +74,8 @@ def of_waiting(job: StoredJob) -> Prospect:
     """Return a waiting job as one to ask about."""
     counted_ms = 0
     if job.tier is Tier.FAST:
-        counted_ms = prices.billed_ms(job.predicted_ms, job.pricing.multiplier_bp)
+        _, dearest_bp = prices.foreseen_bp(job.pricing)
+        counted_ms = prices.billed_ms(job.predicted_ms, dearest_bp)
     return Prospect(
         account_id=job.account_id,
         job_id=job.job_id,
@@ -111,7 +113,7 @@ async def options(
     """
     # Rolled back: looking at an account may open its new period, which is not for a question to do.
     async with pool.rehearsal() as connection:
-        priced = await _priced(connection, prospect, plan, at)
+        priced = await _priced(connection, link, prospect, plan, at)
     able = [each for each in priced if not isinstance(each.pricing, Refusal)]
     answers = await link.estimate([_what_if(prospect, each) for each in able])
     outlooks = {(each.tier, each.plan): answer for each, answer in zip(able, answers, strict=True)}
@@ -128,7 +130,9 @@ async def options(
     ]
 
 
-async def _priced(connection: Connection, prospect: Prospect, plan: str | None, at: datetime) -> list[_Terms]:
+async def _priced(
+    connection: Connection, link: SchedulerLink, prospect: Prospect, plan: str | None, at: datetime
+) -> list[_Terms]:
     own = (await ledger_accounts.terms(connection, [prospect.account_id], at))[prospect.account_id]
     found = await jobs.settings_and_live_jobs(connection, prospect.account_id)
     assert found is not None, "a key's account has its settings"
@@ -142,7 +146,7 @@ async def _priced(connection: Connection, prospect: Prospect, plan: str | None, 
             tier=tier,
             plan=plan_terms,
             plan_name=terms.plan,
-            pricing=await _price(connection, prospect, terms, tier, live, at),
+            pricing=await _price(connection, prospect, terms, tier, live, devices_of(link), at),
         )
         for terms, plan_terms in asked
         for tier in (Tier.RELAX, Tier.FAST)
@@ -150,7 +154,13 @@ async def _priced(connection: Connection, prospect: Prospect, plan: str | None, 
 
 
 async def _price(
-    connection: Connection, prospect: Prospect, terms: Terms, tier: Tier, live: LiveJobs, at: datetime
+    connection: Connection,
+    prospect: Prospect,
+    terms: Terms,
+    tier: Tier,
+    live: LiveJobs,
+    devices: Collection[str],
+    at: datetime,
 ) -> PricingSnapshot | Refusal:
     """Return the terms on which the job would be accepted, or the refusal it would meet."""
     if prospect.job_id is None and live.accepted >= terms.limits.accepted:
@@ -165,6 +175,7 @@ async def _price(
             prospect.predicted_ms,
             live.waiting_fast_ms - prospect.counted_ms,
             at,
+            devices,
         )
     except (FastOnly, FastTimeExhausted, SpendCapReached, PlanLacksPrivate) as refusal:
         return refusal

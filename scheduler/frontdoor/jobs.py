@@ -90,6 +90,7 @@ class JobService(job_pb2_grpc.JobServiceServicer):
         if request.validate_only:
             foreseen = await intake.rehearse(
                 self.pool,
+                self.link,
                 self.metrics,
                 account_id=principal.account_id,
                 submission=submission,
@@ -101,6 +102,7 @@ class JobService(job_pb2_grpc.JobServiceServicer):
             # Reading pictures is work, which nobody gets for a job that would not be accepted anyway.
             await intake.refuse_early(
                 self.pool,
+                self.link,
                 self.metrics,
                 account_id=principal.account_id,
                 submission=submission,
@@ -381,11 +383,28 @@ class JobService(job_pb2_grpc.JobServiceServicer):
                 raise ModerationRejected(category=category.value, field="prompt")
 
     def _refuse_impossible(self, submission: Submission) -> None:
-        """Raise Impossible for what does not fit the largest GPU there is."""
+        """Raise Impossible for what no worker that the scheduler has met could draw."""
+        abilities = self.link.abilities()
+        if abilities is None:
+            return
         spec = submission.spec
+        if abilities.models is not None and spec.model not in abilities.models:
+            others = [name for name in self.models.entries if name in abilities.models]
+            instead = f"Ask for another model ({', '.join(others)}), or ask" if others else "Ask"
+            raise Impossible(
+                missing="model",
+                sentence=f"No GPU here can load {spec.model}: its files are not there. {instead} the people "
+                "who run this service to fetch it.",
+            )
+        if spec.kind.is_upscale and abilities.lacks_for_upscales:
+            raise Impossible(
+                missing="upscaler",
+                sentence="No GPU here can enlarge a picture. Tell the people who run this service what its "
+                f"workers say: {abilities.lacks_for_upscales}.",
+            )
         needed = self.models.memory_needed(spec.kind, spec.model, spec.width, spec.height)
-        most = self.link.most_memory_bytes()
-        if most is not None and needed > most:
+        most = abilities.most_memory_bytes
+        if needed > most:
             raise Impossible(
                 missing="gpu_memory",
                 sentence=f"{spec.model} at {spec.width}×{spec.height} needs {needed / 1e9:.1f} GB of GPU "

@@ -255,4 +255,9 @@ def _entry_of_source(source: StoredJob, models: Models) -> ModelEntry:
             missing="pictures",
             sentence=f"{entry.name} no longer takes image prompts, which job {source.job_id} has.",
         )
+    if spec.parts and not entry.weighted_parts:
+        raise Impossible(
+            missing="weights",
+            sentence=f"{entry.name} no longer weighs parts of a prompt, which job {source.job_id} has.",
+        )
     return entry

@@ -70,6 +70,8 @@ def imagine(request: job_pb2.CreateJobRequest, models: Models, estimator: Estima
             violations.add(field, _no_pictures(entry, models))
         elif len(parsed.picture_shares_ppm) > PICTURES_MAX:
             violations.add(field, f"At most {PICTURES_MAX} image prompts, uploaded ones and URLs together.")
+    if parsed is not None and entry is not None and parsed.parts and not entry.weighted_parts:
+        violations.add("prompt", _no_weights(entry, models))
     violations.refuse()
     assert parsed is not None, "whatever made it None is a violation"
     assert entry is not None, "whatever made it None is a violation"
@@ -200,6 +202,12 @@ def _no_pictures(entry: ModelEntry, models: Models) -> str:
     able = models.taking_pictures()
     instead = f"these models do: {', '.join(able)}" if able else "no model here does"
     return f"{entry.name} takes no image prompts; {instead}."
+
+
+def _no_weights(entry: ModelEntry, models: Models) -> str:
+    able = models.weighing_parts()
+    instead = f"these models do: {', '.join(able)}" if able else "no model here does"
+    return f"{entry.name} does not weigh parts of a prompt, as :: and --no ask for; {instead}."
 
 
 def _refuse_contradictions(asked: Frame, parsed: ParsedPrompt, violations: Violations) -> None:

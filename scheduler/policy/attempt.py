@@ -7,12 +7,13 @@ from scheduler.policy.job import Checkpoint, Job
 
 
 class Attempt:
-    """A running attempt: it has a worker's GPU, or waits parked on the worker for it."""
+    """A running attempt: it has a worker's GPU, waits parked on the worker for it, or is drawn."""
 
     __slots__ = (
         "attempt_id",
         "charged_at_ms",
         "checkpoint",
+        "drawn",
         "ends_ms",
         "job",
         "left_ms",
@@ -44,13 +45,15 @@ class Attempt:
         self.charged_at_ms = charged_at_ms
         self.started_ms = started_ms
         self.parked_since_ms: int | None = None
+        self.drawn = False
+        """It needs no GPU any more, and its worker may have another by now."""
         self.parks = 0
         self.sheltered = False
         self.checkpoint: Checkpoint | None = None
         self.left_ms = predicted_ms
         """GPU time it will probably still take, as of when it last got or lost its GPU."""
         self.ends_ms = started_ms
-        """When it will probably end, if it keeps its GPU."""
+        """When it will probably end, if it keeps its GPU; of one that is drawn, when it was."""
 
     @property
     def is_relax(self) -> bool:

@@ -25,6 +25,7 @@ from scheduler.policy.decisions import (
 from scheduler.policy.demand import TierLoad, tier_load
 from scheduler.policy.events import (
     AccountRestored,
+    AttemptDrawn,
     AttemptFinished,
     AttemptLost,
     AttemptMigrated,
@@ -109,6 +110,8 @@ class Board:
                 self._attempt_parked(event)
             case AttemptResumed():
                 self._attempt_resumed(event)
+            case AttemptDrawn():
+                self._attempt_drawn(event)
             case AttemptMigrated():
                 self._attempt_migrated(event)
             case MigrationRefused():
@@ -436,6 +439,7 @@ class Board:
         attempt.left_ms = max(0, event.predicted_ms - (until_ms - event.started_ms))
         account.count(job.tier, 1)
         self._cell.running[job.tier] += 1
+        attempt.drawn = event.drawn
         self._run(live, attempt, parked_since_ms=event.parked_since_ms)
         self._reconcile(account)
 
@@ -445,6 +449,9 @@ class Board:
         live.state, live.attempt_id = State.RUNNING, attempt_id
         self._cell.attempts[attempt_id] = attempt
         hands = self._cell.fleet.hands(attempt.worker_id)
+        if attempt.drawn:
+            attempt.ends_ms = self._cell.now_ms
+            return
         if parked_since_ms is None:
             assert hands.active is None, "a worker runs at most one attempt"
             self._get_gpu(attempt)
@@ -474,7 +481,9 @@ class Board:
             self._rank_parkable(account)
 
     def _lose_gpu(self, attempt: Attempt) -> None:
-        """Take an attempt off its worker, parked or not."""
+        """Take an attempt off its worker, parked or not. One that is drawn is off it already."""
+        if attempt.drawn:
+            return
         hands = self._cell.fleet.hands(attempt.worker_id)
         if attempt.parked_since_ms is None:
             self._cell.fleet.set_hands(attempt.worker_id, hands._replace(active=None, fast=False))
@@ -504,6 +513,13 @@ class Board:
             self._cell.fast_since_relax_turn = 0
         self._lose_gpu(attempt)
         self._get_gpu(attempt)
+
+    def _attempt_drawn(self, event: AttemptDrawn) -> None:
+        attempt = self._cell.attempts[event.attempt_id]
+        assert not attempt.drawn, "it is drawn already"
+        assert attempt.parked_since_ms is None, "a parked run draws nothing"
+        self._lose_gpu(attempt)
+        attempt.drawn, attempt.ends_ms = True, event.at_ms
 
     def _attempt_migrated(self, event: AttemptMigrated) -> None:
         attempt = self._cell.attempts.pop(event.attempt_id)

@@ -74,7 +74,7 @@ def tier_load(cell: Cell, tier: Tier, now_ms: int) -> TierLoad:
         for account in (cell.queues[tier].accounts() if tier not in cell.paused else ())
         for job in islice(account.turn(tier).jobs(), account.free(tier))
     ]
-    running = [attempt for attempt in cell.attempts.values() if attempt.job.tier is tier]
+    running = [one for one in cell.attempts.values() if one.job.tier is tier and not one.drawn]
     return TierLoad(
         waiting_jobs=len(waiting),
         waiting_ms=sum(waiting),

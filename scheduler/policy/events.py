@@ -169,6 +169,17 @@ class AttemptResumed:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AttemptDrawn:
+    """A run does the last that it needs its GPU for, or has done it: its worker can take the next.
+
+    The attempt still runs, and counts as such, until its pictures are there and it is settled.
+    """
+
+    at_ms: int
+    attempt_id: AttemptId
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class AttemptMigrated:
     """A decided migration was committed: `to_attempt_id` goes on with the run, on `worker_id`."""
 
@@ -214,7 +225,9 @@ class AttemptRestored:
     charged_at_ms: int
     started_ms: int
     parked_since_ms: int | None = None
-    """None: it has its GPU."""
+    """None: it has its GPU, unless it is drawn."""
+    drawn: bool = False
+    """It needs no GPU any more."""
     parks: int = 0
     """How often it was parked so far."""
     sheltered: bool = False
@@ -365,6 +378,7 @@ Event = (
     | AttemptStarted
     | AttemptParked
     | AttemptResumed
+    | AttemptDrawn
     | AttemptMigrated
     | MigrationRefused
     | CheckpointSaved

@@ -212,7 +212,7 @@ def _place(cell: Cell, live: Live, now_ms: int) -> Place:
 
 def _before(cell: Cell, job: Job) -> Before:
     able = _able(cell, job.fit)
-    here = [one for one in cell.attempts.values() if one.worker_id in able]
+    here = [one for one in cell.attempts.values() if one.worker_id in able and not one.drawn]
     active = [one for one in here if one.parked_since_ms is None]
     relax = job.tier is Tier.RELAX
     return Before(
@@ -312,10 +312,12 @@ def _of_running(cell: Cell, attempt: Attempt, now_ms: int, *, cancelled: bool) -
     times = f"{attempt.parks} times" if attempt.parks != 1 else "once"
     ends_ms: int | None = attempt.ends_ms
     if attempt.parked_since_ms is None:
-        sentences = [f"It runs, and will probably end {_in(attempt.ends_ms - now_ms)}."]
+        sentences = ["It is drawn, and ends when its pictures are stored."]
+        if not attempt.drawn:
+            sentences = [f"It runs, and will probably end {_in(attempt.ends_ms - now_ms)}."]
         if attempt.parks:
             sentences.append(f"It was parked for fast jobs {times}, and lost nothing by it but time.")
-        if attempt.sheltered:
+        if attempt.sheltered and not attempt.drawn:
             sentences.append("It had its turn before fast jobs, so none takes its GPU.")
     else:
         active = cell.fleet.hands(attempt.worker_id).active

@@ -98,6 +98,7 @@ def _restored(cell: Cell, attempt: Attempt, now_ms: int) -> AttemptRestored:
         # As if it had run without a break, so that what is left of it is the same.
         started_ms=until_ms - (attempt.predicted_ms - left_ms),
         parked_since_ms=attempt.parked_since_ms,
+        drawn=attempt.drawn,
         parks=attempt.parks,
         sheltered=attempt.sheltered,
         checkpoint=attempt.checkpoint,

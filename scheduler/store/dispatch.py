@@ -27,7 +27,7 @@ from scheduler.policy.parameters import Parameters
 from scheduler.store import parking
 from scheduler.store.checkpoints import checkpoint_from_json
 from scheduler.store.leadership import require_leader
-from scheduler.store.parking import MigratedAttempt, PlannedMigration, PlannedResume
+from scheduler.store.parking import DrawnAttempt, MigratedAttempt, PlannedMigration, PlannedResume
 from scheduler.store.shares import TagChange, ends_unheard_of, store_charges, store_tags
 
 # What was handed over was saved before; who ran out of memory was not.
@@ -107,6 +107,7 @@ async def start_attempts(
     planned: Sequence[PlannedAttempt],
     resumes: Sequence[PlannedResume] = (),
     migrations: Sequence[PlannedMigration] = (),
+    drawn: Sequence[DrawnAttempt] = (),
     tags: Sequence[TagChange],
     running: Sequence[str],
     parameters: Parameters,
@@ -115,9 +116,9 @@ async def start_attempts(
 ) -> StartOutcome:
     """Write a batch. One that is done `again`, because its answer was lost, returns what it did.
 
-    `running` are the attempts that the board takes for running, at least those of the accounts concerned.
-    Locks the leader row in share mode, then what the ledger locks, attempts that park, go on or move, the
-    jobs, and the accounts' shares. Raises Deposed.
+    `drawn` are attempts that the workers concerned had before, and `running` those that the board takes for
+    running, at least of the accounts concerned. Locks the leader row in share mode, then what the ledger
+    locks, attempts that are drawn, park, go on or move, the jobs, and the accounts' shares. Raises Deposed.
     """
     while True:
         try:
@@ -126,7 +127,9 @@ async def start_attempts(
                 before = await _outcome_of_before(connection, planned, migrations) if again else None
                 if before is not None:
                     return before
-                outcome = await _write_all(connection, epoch, planned, resumes, migrations, from_ms(now_ms))
+                outcome = await _write_all(
+                    connection, epoch, planned, resumes, migrations, drawn, from_ms(now_ms)
+                )
                 started = [one.planned for one in outcome.started]
                 accounts = {tag[0] for tag in tags} | {plan.account_id for plan in started}
                 if accounts:
@@ -181,12 +184,14 @@ async def _write_all(
     planned: Sequence[PlannedAttempt],
     resumes: Sequence[PlannedResume],
     migrations: Sequence[PlannedMigration],
+    drawn: Sequence[DrawnAttempt],
     at: datetime,
 ) -> StartOutcome:
     rows = await _job_rows(connection, planned)
     prefix, refused = _still_wanted(planned, rows)
     prefix, unfunded = await _hold(connection, prefix, rows, at)
     # Attempts before jobs, as a settlement locks them; and who leaves a worker before who gets it.
+    await parking.let_go(connection, drawn)
     moved = await parking.migrate(connection, epoch, migrations, at)
     gone_on = await parking.resume(connection, resumes, at)
     parked = await parking.park(connection, [plan.parks for plan in prefix if plan.parks is not None], at)

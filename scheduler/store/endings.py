@@ -111,7 +111,7 @@ class Settled:
     absorbed_ms: int
     billed_ms: int
     released_ms: int
-    """Held and given back."""
+    """Held for it, after its multiplier, and given back."""
     thresholds: tuple[int, ...] = ()
     """Percents of the account's fast time in this period that are used up with it."""
     counts_as_loss: bool = False
@@ -184,9 +184,9 @@ async def _attempt_rows(
         """SELECT attempt.attempt_id::text, attempt.job_id::text, attempt.number, attempt.state,
                   attempt.worker_id, attempt.started_at, attempt.predicted_ms, attempt.charged_at_ms,
                   attempt.weight_milli, attempt.gpu_ms, attempt.parked_at, attempt.parked_ms,
-                  attempt.kept_ms, job.account_id, job.tier, job.pricing, job.spec, job.checkpoint,
-                  job.state AS job_state, job.event_seq, job.cancel_wanted, job.losses, job.created_at,
-                  job.started_at AS job_started_at, cell.decay_origin_ms
+                  attempt.drawn_at, attempt.kept_ms, job.account_id, job.tier, job.pricing, job.spec,
+                  job.checkpoint, job.state AS job_state, job.event_seq, job.cancel_wanted, job.losses,
+                  job.created_at, job.started_at AS job_started_at, cell.decay_origin_ms
            FROM unnest($1::uuid[], $2::uuid[]) AS claim (attempt_id, token)
            JOIN scheduler.attempt USING (attempt_id, token)
            JOIN scheduler.job USING (job_id)
@@ -289,7 +289,7 @@ def _judge(end: AttemptEnd, row: asyncpg.Record, parameters: Parameters, at: dat
 
 def _on_gpu_ms(row: asyncpg.Record, at: datetime) -> int:
     """Return how long an attempt had its worker's GPU."""
-    until = at if row["parked_at"] is None else row["parked_at"]
+    until = row["parked_at"] or row["drawn_at"] or at
     held_ms: int = (until - row["started_at"]) // timedelta(milliseconds=1) - row["parked_ms"]
     return max(0, held_ms)
 
@@ -350,7 +350,7 @@ async def _close(
             gpu_ms=closing.used_ms,
             absorbed_ms=closing.absorbed_ms,
             billed_ms=charge.billed_ms,
-            released_ms=max(0, closing.row["predicted_ms"] - charge.billed_ms),
+            released_ms=charge.released_ms,
             thresholds=charge.thresholds,
             counts_as_loss=closing.counts_as_loss,
             set_aside_until=set_aside.get(closing.row["worker_id"]),

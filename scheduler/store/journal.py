@@ -27,6 +27,7 @@ from scheduler.policy.auditing.journal import AccountMet, CellMet, Dispatch, Jou
 from scheduler.policy.decisions import Decision
 from scheduler.policy.events import (
     AccountRestored,
+    AttemptDrawn,
     AttemptFinished,
     AttemptLost,
     AttemptMigrated,
@@ -295,6 +296,7 @@ class _Before:
         """Restore the attempts that ran then."""
         begun: dict[AttemptId, Dispatch | AttemptRestored] = {}
         parked: dict[AttemptId, int | None] = {}
+        drawn: set[AttemptId] = set()
         places: dict[AttemptId, WorkerId] = {}
         asked = {attempt_id: attempt_id for attempt_id in wanted}
         while asked:
@@ -314,6 +316,8 @@ class _Before:
                         parked[attempt_id] = told.record.at_ms
                     case AttemptResumed(attempt_id=attempt_id) if asked[attempt_id] == attempt_id:
                         parked[attempt_id] = None
+                    case AttemptDrawn(attempt_id=attempt_id):
+                        drawn.add(attempt_id)
             asked = further
         jobs = await self._submitted(
             earlier, {one.started.job_id for one in begun.values() if isinstance(one, Dispatch)}
@@ -327,6 +331,7 @@ class _Before:
                     attempt_id=attempt_id,
                     worker_id=places.get(attempt_id, restored.worker_id),
                     parked_since_ms=parked.get(attempt_id, restored.parked_since_ms),
+                    drawn=attempt_id in drawn or restored.drawn,
                 )
 
     async def _jobs(self, earlier: _Earlier, wanted: set[JobId]) -> None:
@@ -447,7 +452,11 @@ class _Known:
                 if record.attempt_id not in self._running:
                     return False
                 self._running[record.to_attempt_id] = self._running.pop(record.attempt_id)
-            case AttemptParked(attempt_id=attempt_id) | AttemptResumed(attempt_id=attempt_id):
+            case (
+                AttemptParked(attempt_id=attempt_id)
+                | AttemptResumed(attempt_id=attempt_id)
+                | AttemptDrawn(attempt_id=attempt_id)
+            ):
                 return attempt_id in self._running
             case AttemptFinished(attempt_id=attempt_id):
                 return self._running.pop(attempt_id, None) is not None
@@ -541,6 +550,7 @@ def _spoken_of(records: Iterable[Record]) -> tuple[set[JobId], set[AttemptId]]:
                 | AttemptLost(attempt_id=attempt_id)
                 | AttemptParked(attempt_id=attempt_id)
                 | AttemptResumed(attempt_id=attempt_id)
+                | AttemptDrawn(attempt_id=attempt_id)
             ):
                 attempts.add(attempt_id)
             case (

@@ -77,7 +77,9 @@ class RunningAttempt:
     weight_milli: int
     started_at: datetime
     parked_at: datetime | None
-    """None: it has its worker's GPU."""
+    """None: it has its worker's GPU, unless it is drawn."""
+    drawn_at: datetime | None
+    """None: it may still need it."""
     parked_ms: int
     """Before that."""
     parks: int
@@ -184,8 +186,8 @@ async def running_attempts(connection: asyncpg.Connection) -> list[RunningAttemp
     """Return every running attempt."""
     rows = await connection.fetch(
         """SELECT attempt_id::text, token::text, job_id::text, account_id, tier, worker_id, incarnation,
-                  attempt.predicted_ms, charged_at_ms, weight_milli, attempt.started_at, parked_at, parked_ms,
-                  parks, sheltered, spec
+                  attempt.predicted_ms, charged_at_ms, weight_milli, attempt.started_at, parked_at, drawn_at,
+                  parked_ms, parks, sheltered, spec
            FROM scheduler.attempt JOIN scheduler.job USING (job_id) WHERE attempt.state = 'running'"""
     )
     return [
@@ -202,6 +204,7 @@ async def running_attempts(connection: asyncpg.Connection) -> list[RunningAttemp
             weight_milli=row["weight_milli"],
             started_at=row["started_at"],
             parked_at=row["parked_at"],
+            drawn_at=row["drawn_at"],
             parked_ms=row["parked_ms"],
             parks=row["parks"],
             sheltered=row["sheltered"],

@@ -1,5 +1,7 @@
 """Runs that lose their GPU in the middle and get one again: the rows of parks, resumes and migrations.
 
+And of runs that need theirs no more, which is what lets another have it.
+
 All of it is part of the loop's batch (`dispatch.start_attempts`). A row that does not run any more, because
 its attempt was settled and the board has yet to hear of it, is left as it is.
 """
@@ -15,8 +17,17 @@ from typing import Any
 import asyncpg
 
 from gpu_worker.contract import Checkpoint
+from scheduler.clock import from_ms
 from scheduler.policy.ids import JobId
 from scheduler.store.checkpoints import checkpoint_from_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawnAttempt:
+    """An attempt that needs its worker's GPU no more, though it has yet to end."""
+
+    attempt_id: str
+    at_ms: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +60,19 @@ class MigratedAttempt:
     event_seq: int
     spec: Mapping[str, Any]
     checkpoint: Checkpoint
+
+
+async def let_go(connection: asyncpg.Connection, drawn: Sequence[DrawnAttempt]) -> None:
+    """Have these attempts, where they still run, keep their workers from nothing. Locks the attempts."""
+    if not drawn:
+        return
+    await connection.execute(
+        """UPDATE scheduler.attempt SET drawn_at = new.at
+           FROM unnest($1::uuid[], $2::timestamptz[]) AS new (attempt_id, at)
+           WHERE attempt.attempt_id = new.attempt_id AND state = 'running' AND drawn_at IS NULL""",
+        [one.attempt_id for one in drawn],
+        [from_ms(one.at_ms) for one in drawn],
+    )
 
 
 async def park(connection: asyncpg.Connection, attempt_ids: Sequence[str], at: datetime) -> list[JobId]:

@@ -15,7 +15,7 @@ from ray.exceptions import ActorUnavailableError, RayTaskError
 
 from gpu_worker.contract import Outcome, RenderKind, RenderRequest, RenderSpec, WorkerBusy
 from gpu_worker.settings import WorkerSettings
-from scheduler.cluster.ray_fleet import RayFleet, actor_name
+from scheduler.cluster.ray_fleet import RayFleet, actor_name, interval_ms
 from scheduler.cluster.ray_session import stop_actors
 from scheduler.fleet import FleetFact, RenderRefused, WorkerFound, WorkerHeard
 from tests.cluster.small_ray import NAMESPACE, NODE
@@ -75,6 +75,11 @@ async def opened(fleet: RayFleet) -> AsyncIterator[asyncio.Queue[FleetFact]]:
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize(("workers", "heard_within_ms"), [(1, 3_000), (1_000, 3_000), (10_000, 30_000)])
+def test_beyond_a_thousand_workers_each_is_heard_less_often(workers: int, heard_within_ms: int) -> None:
+    assert interval_ms(3_000, workers) == heard_within_ms
+
+
 async def test_worker_that_no_slot_wants_is_ended_and_its_gpu_goes_to_one_that_is_wanted(
     tmp_path: Path,
 ) -> None:

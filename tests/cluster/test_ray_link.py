@@ -68,7 +68,7 @@ class ListeningScheduler:
 
     async def updates_after(self, number: int, wait_s: float) -> UpdateBatch:
         await asyncio.sleep(wait_s)
-        return UpdateBatch(epoch=1, newest=number, updates=(), gap=False, most_memory_bytes=None)
+        return UpdateBatch(epoch=1, newest=number, updates=(), gap=False, abilities=None)
 
     async def jobs_changed(self, job_ids: list[str]) -> None:
         async with self._told:

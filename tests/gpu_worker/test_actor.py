@@ -54,7 +54,7 @@ def make_actor(cluster: None, tmp_path: Path) -> Iterator[Callable[..., Any]]:
 
 async def ended(actor: Any) -> WorkerReport:
     report: WorkerReport = await actor.report.remote(1)
-    while report.active is not None:
+    while report.active is not None or report.drawn:
         report = (await actor.heartbeat.remote(1, _LONG_MS)).report
     return report
 

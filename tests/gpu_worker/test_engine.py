@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 from tiny_models import models_of, png, tiny_entry
-from worker_builders import a_request, a_spec, some_settings
+from worker_builders import a_request, a_spec, some_settings, uses_that_are_the_wall_time
 
 from gpu_worker.contract import Outcome, RenderKind, RenderSpec, SourceImage, StageTimes, TextPart
 from gpu_worker.engine.checkpoint import RunState
@@ -56,11 +56,14 @@ class Control:
         self.boundaries: list[tuple[int, int]] = []
         self.previews: list[bytes] = []
         self.cuts: list[CutState] = []
+        self.lasts: list[bool] = []
+        """Of each check, whether what follows was said to be the last."""
         self._stop_at = stop_at
         self._checks_left = None if stop_after_decodes is None else stop_after_decodes + 1
         self._watched = watched
 
-    def check(self) -> None:
+    def check(self, *, last: bool = False) -> None:
+        self.lasts.append(last)
         if self._checks_left is not None and self.boundaries:
             self._checks_left -= 1
             if self._checks_left == 0:
@@ -158,6 +161,13 @@ def test_the_same_request_gives_the_same_bits_also_from_weights_built_anew(
     other = an_engine(tmp_path)
     other.load("stand-in", RenderKind.IMAGINE)
     assert drawn(other, a_small_spec()) == first
+
+
+def test_the_decode_of_the_last_picture_is_said_to_be_the_last(engine: DiffusersEngine) -> None:
+    control = Control()
+    drawn(engine, a_small_spec(steps=2), control=control)
+    assert control.lasts[-4:] == [False, False, False, True]
+    assert sum(control.lasts) == 1
 
 
 def test_watching_with_previews_changes_no_bit(engine: DiffusersEngine) -> None:
@@ -701,8 +711,9 @@ async def test_the_upscalers_load_is_a_load_and_all_uses_are_the_wall_time(
     source = SourceImage(
         job_id="a", index=1, latents_path="", strength_permille=0, picture_path="jobs/a/1.png"
     )
-    began = time.monotonic()
+    began_s = time.monotonic()
     worker = make_worker(an_engine(cache_dir))
+    made_s = time.monotonic()
     report = worker.report(1)
     loads = []
     for kind in (RenderKind.IMAGINE, RenderKind.UPSCALE_LIGHT, RenderKind.UPSCALE_LIGHT):
@@ -715,17 +726,17 @@ async def test_the_upscalers_load_is_a_load_and_all_uses_are_the_wall_time(
         loads.append(result.load_ms)
         worker.acknowledge(1, result.attempt_id)
         report = worker.report(1)
-    wall_ms = (time.monotonic() - began) * 1000
+    uses_that_are_the_wall_time(worker, began_s=began_s, made_s=made_s)
     assert [load_ms > 0 for load_ms in loads] == [True, True, False]
-    assert sum(vars(report.gpu_time).values()) == pytest.approx(wall_ms, rel=0.01)
 
 
 async def test_a_workers_account_closes_and_its_stages_are_all_of_a_run(
     make_worker: Callable[..., Worker], engine: DiffusersEngine, cache_dir: Path
 ) -> None:
     cold = an_engine(cache_dir)
-    began = time.monotonic()
+    began_s = time.monotonic()
     worker = make_worker(cold)
+    made_s = time.monotonic()
     report = worker.report(1)
     for tier in ("fast", "relax"):
         worker.render(a_request(tier=tier, spec={"width": 256, "height": 256, "steps": 8}))
@@ -738,11 +749,9 @@ async def test_a_workers_account_closes_and_its_stages_are_all_of_a_run(
         assert result.times != StageTimes()
         worker.acknowledge(1, result.attempt_id)
         report = worker.report(1)
-    wall_ms = (time.monotonic() - began) * 1000
-    uses = report.gpu_time
+    uses = uses_that_are_the_wall_time(worker, began_s=began_s, made_s=made_s)
     assert min(uses.fast_ms, uses.relax_ms, uses.load_ms) > 0
-    assert uses.idle_ms < 0.2 * wall_ms
-    assert sum(vars(uses).values()) == pytest.approx(wall_ms, rel=0.01)
+    assert uses.idle_ms < 0.2 * sum(vars(uses).values())
 
 
 def test_two_workers_that_start_together_build_one_stand_in_and_print_nothing(tmp_path: Path) -> None:

@@ -66,10 +66,12 @@ _SOME = [
     ("sd3", _FLOW),
     ("flux-dynamic", _FLOW),
     ("sd3", "FlowMatchLCMScheduler"),
+    # Its denoiser is given a list of pictures.
+    ("z-image", _FLOW),
 ]
 _ALL = [
     *((family, name) for family in ("sd", "sdxl") for name in [_EULER_A, _DPM, _UNIPC, *_OTHERS]),
-    *((family, _FLOW) for family in ("sd3", "flux", "flux-dynamic")),
+    *((family, _FLOW) for family in ("sd3", "flux", "flux-dynamic", "z-image")),
     ("sd3", "FlowMatchHeunDiscreteScheduler"),
     # It draws noise in each step, and its pipeline passes no generator.
     ("sd3", "FlowMatchLCMScheduler"),
@@ -110,7 +112,7 @@ class Control:
         self._other = other
         self._watched = watched
 
-    def check(self) -> None:
+    def check(self, *, last: bool = False) -> None:
         if not self.cuts and self._parked_at(0):
             self._park()
 
@@ -164,8 +166,9 @@ def a_small_spec(model: str, kind: RenderKind = RenderKind.IMAGINE, **changes: A
 
 
 def everything_at_once(model: str, kind: RenderKind) -> RenderSpec:
-    """Return a spec of parts, of a picture where the model takes any, stopped early and filmed."""
-    spec = a_small_spec(model, kind, steps=8, stop_percent=60, video=True, parts=_PARTS)
+    """Return a spec of parts and of a picture where the model takes any, stopped early and filmed."""
+    parts = () if model.startswith("z-image") else _PARTS
+    spec = a_small_spec(model, kind, steps=8, stop_percent=60, video=True, parts=parts)
     picture = PicturePart(path="", share_ppm=250_000)
     return replace(spec, pictures=(picture,)) if model.startswith(("sd ", "sdxl ")) else spec
 

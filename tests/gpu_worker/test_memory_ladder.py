@@ -54,7 +54,7 @@ class Watching:
         self._at = at
         self._meanwhile = meanwhile
 
-    def check(self) -> None:
+    def check(self, *, last: bool = False) -> None:
         pass
 
     def restored(self) -> None:

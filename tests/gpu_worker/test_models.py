@@ -101,6 +101,14 @@ def test_an_unknown_model_is_refused_with_the_known_ones() -> None:
             f'default = "mine"\n[models.mine]{_ENTRY}\nip_adapter = "builtin:stand-in"',
             "ip_adapter = 'builtin:stand-in' fits the stand-in only",
         ),
+        (
+            f'default = "mine"\n[models.mine]{_ENTRY}\nweighted_parts = 0',
+            "weighted_parts = 0 is not true or false",
+        ),
+        (
+            f'default = "mine"\n[models.mine]{_ENTRY}\nip_adapter = "./a"\nweighted_parts = false',
+            "weighted_parts = false leaves nothing to weigh pictures with",
+        ),
         (f'default = "mine"\n[models.mine]{_ENTRY}\nrevision = "main"', "revision = 'main' is for hub ids"),
         (
             f'default = "mine"\n[models.mine]{_ENTRY.replace("./weights", "weights")}',

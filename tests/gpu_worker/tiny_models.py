@@ -16,6 +16,9 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -47,6 +50,7 @@ def tiny_entry(family: str, folder: Path, scheduler: str = "", **changes: Any) -
         source=str(folder),
         scheduler=scheduler,
         ip_adapter=str(adapter) if adapter.exists() else "",
+        weighted_parts=family != "z-image",
         default_width=64,
         default_height=64,
     )
@@ -146,11 +150,47 @@ def _flux(**scheduling: Any) -> Any:
     )
 
 
+def _z_image() -> Any:
+    tokens = ["<|endoftext|>", "Ġ", *_LETTERS, *(f"Ġ{letter}" for letter in _LETTERS)]
+    tokenizer = Qwen2Tokenizer(
+        vocab={token: number for number, token in enumerate(tokens)}, merges=[], model_max_length=64
+    )
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} a{% endfor %}"
+    encoder = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=_WIDTH,
+        intermediate_size=37,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        initializer_range=0.3,
+    )
+    return diffusers.ZImagePipeline(
+        transformer=diffusers.ZImageTransformer2DModel(
+            in_channels=4,
+            dim=_WIDTH,
+            n_layers=1,
+            n_refiner_layers=1,
+            n_heads=2,
+            n_kv_heads=2,
+            cap_feat_dim=_WIDTH,
+            axes_dims=[4, 6, 6],
+            axes_lens=[128, 64, 64],
+        ),
+        vae=_vae(shift_factor=0.06, scaling_factor=1.5),
+        text_encoder=Qwen3Model(encoder),
+        tokenizer=tokenizer,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+
+
 _FAMILIES: Mapping[str, Callable[[], Any]] = {
     "sd": _sd,
     "sdxl": _sdxl,
     "sd3": _sd3,
     "flux": _flux,
+    "z-image": _z_image,
     "flux-dynamic": lambda: _flux(use_dynamic_shifting=True),
 }
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from pathlib import Path
 from typing import Any
 
-from gpu_worker.contract import RenderKind, RenderRequest, RenderSpec
+from gpu_worker.contract import GpuTime, RenderKind, RenderRequest, RenderSpec
 from gpu_worker.settings import WorkerSettings
+from gpu_worker.worker import Worker
 
 
 def a_spec(**changes: Any) -> RenderSpec:
@@ -49,3 +51,16 @@ def some_settings(folder: Path, **changes: Any) -> WorkerSettings:
         "memory_bytes": 1_000_000_000,
     }
     return WorkerSettings(**{**defaults, **changes})
+
+
+def uses_that_are_the_wall_time(worker: Worker, *, began_s: float, made_s: float) -> GpuTime:
+    """Return where a worker's time went, all of it to 1 %.
+
+    It was made between the two instants, and its account opened somewhere in there; that is read between two
+    others. Any of it may take long on a busy machine, and says nothing about the account.
+    """
+    asked_s = time.monotonic()
+    uses = worker.report(1).gpu_time
+    told_s = time.monotonic()
+    assert (asked_s - made_s) * 990 <= sum(vars(uses).values()) <= (told_s - began_s) * 1010
+    return uses

@@ -24,6 +24,7 @@ from scheduler.metrics import FrontDoorMetrics
 from scheduler.policy.decisions import Charge
 from scheduler.policy.ids import AccountId, JobId, Tier
 from scheduler.policy.parameters import Parameters
+from scheduler.running import Running
 from scheduler.store import accounts, dispatch, invariants
 from scheduler.store.jobs import JobKind
 from scheduler.store.pool import Pool, open_pool
@@ -44,6 +45,9 @@ class DirectLink:
     def accounts_changed(self, account_ids: Any) -> None:
         if self.leader is not None:
             self.leader.accounts_changed(account_ids)
+
+    def abilities(self) -> None:
+        """Nothing is known of the fleet here."""
 
 
 @dataclass
@@ -187,21 +191,39 @@ class Stage:
                 seen = (await leader.updates.after(seen, 0.2)).newest
 
     async def until_attempts(self, leader: Leader, job_id: str, count: int) -> None:
-        """Wait until a job's attempt of that number runs."""
+        """Wait until a job's attempt of that number runs, and its worker has it."""
 
         async def runs() -> bool:
             attempts = await self.attempts(job_id)
-            return len(attempts) == count and attempts[-1]["state"] == "running"
+            return (
+                len(attempts) == count
+                and attempts[-1]["state"] == "running"
+                and str(attempts[-1]["attempt_id"]) in {run.attempt_id for run in _given(leader)}
+            )
 
         await self.until(leader, runs)
 
     async def until_state(self, leader: Leader, job_id: str, state: str) -> Mapping[str, Any]:
+        """Wait until a job is in that state, and the leader knows it and has acted."""
+
         async def reached() -> Mapping[str, Any] | None:
             job = await self.job(job_id)
-            return job if job["state"] == state else None
+            given = job_id in {run.job_id for run in _given(leader)}
+            waits = job_id in leader.queue_statuses([job_id])
+            known = (given, waits) == (state == "running", state == "queued")
+            return job if job["state"] == state and known else None
 
         job: Mapping[str, Any] = await self.until(leader, reached)
         return job
+
+    async def until_waits(self, leader: Leader, job_id: str, reason: str) -> None:
+        """Wait until a job waits for that reason; a board that is still to hear of it tells none."""
+
+        def waits() -> bool:
+            status = leader.queue_statuses([job_id]).get(job_id)
+            return status is not None and status.reason.value == reason
+
+        await self.until(leader, waits)
 
     async def until_blocked(self) -> None:
         """Return once some transaction waits for a lock of another."""
@@ -215,6 +237,11 @@ class Stage:
                     pass
         finally:
             await watcher.close()
+
+
+def _given(leader: Leader) -> list[Running]:
+    """Return what the leader has given to workers and not seen settled: each a moment after its commit."""
+    return list(leader._loop._desk.running)
 
 
 def a_planned_attempt(

@@ -36,14 +36,6 @@ async def change_plan_version(stage: Stage, plan: str, **fields: object) -> Sequ
         return await accounts.accounts_known_to_scheduler(connection)
 
 
-async def until_held_for_funds(stage: Stage, leader: Leader, job_id: str) -> None:
-    def held() -> bool:
-        status = leader.queue_statuses([job_id]).get(job_id)
-        return status is not None and status.reason.value == "funds"
-
-    await stage.until(leader, held)
-
-
 async def a_poor_job(stage: Stage, leader: Leader, fleet: LocalFleet) -> str:
     """Return a job of ben's, on the plan basic, that waits for funds while a GPU is free."""
     await stage.open_account("ada")
@@ -53,7 +45,7 @@ async def a_poor_job(stage: Stage, leader: Leader, fleet: LocalFleet) -> str:
     poor = await stage.submit("ben", Tier.FAST)
     await stage.adjust_balance("ben", -12_000_000)
     fleet.finish("here/gpu-0")
-    await until_held_for_funds(stage, leader, poor)
+    await stage.until_waits(leader, poor, "funds")
     return poor
 
 

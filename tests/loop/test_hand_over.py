@@ -140,7 +140,7 @@ async def test_a_worker_whose_gpu_is_broken_takes_nothing_and_says_why_until_it_
         fleet.work(FIRST, 700)
         fleet.fall_ill(FIRST, "It drew another picture than it should.")
         await stage.until_state(leader, job_id, "queued")
-        await stage.until(leader, lambda: leader.queue_statuses([job_id])[job_id].reason.value == "no_worker")
+        await stage.until_waits(leader, job_id, "no_worker")
         (view,) = leader.workers_view()
         assert (view.healthy, view.sentence) == (False, "It drew another picture than it should.")
         assert not fleet.busy

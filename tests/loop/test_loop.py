@@ -259,12 +259,7 @@ async def test_job_without_fast_time_is_held_and_woken_by_a_grant(stage: Stage) 
         poor = await stage.submit("ben", Tier.FAST)
         await stage.adjust_balance("ben", -12_000_000)
         fleet.finish("here/gpu-0")
-
-        def held() -> bool:
-            status = leader.queue_statuses([poor]).get(poor)
-            return status is not None and status.reason.value == "funds"
-
-        await stage.until(leader, held)
+        await stage.until_waits(leader, poor, "funds")
         await stage.adjust_balance("ben", 600_000)
         leader.accounts_changed(["ben"])
         await stage.until_state(leader, poor, "running")

@@ -1,6 +1,6 @@
 """What goes wrong between jobs, attempts and the ledger is told by its own number, and by no other.
 
-The other numbers, which need the ledger alone, are told in its own tests.
+The other queries, which need the ledger alone, are told in its own tests.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from scheduler.store.invariants import AT_REST, INVARIANTS, NOT_ASKED, Invariant
 
 MEASURED_MS = 500
 _RUNNING = "(SELECT job_id FROM scheduler.job WHERE state = 'running')"
+_LOST = "(SELECT attempt_id FROM scheduler.attempt WHERE state = 'lost')"
 _DONE_FAST = "(SELECT min(job_id::text)::uuid FROM scheduler.job WHERE state = 'succeeded' AND tier = 'fast')"
 
 BREAKS: list[tuple[str, set[int], str]] = [
@@ -58,6 +59,21 @@ BREAKS: list[tuple[str, set[int], str]] = [
              WHERE a.lot_id = grant_lot.lot_id AND kind = 'post_pending'""",
     ),
     (
+        "a success that was charged for less than it measured",
+        {17},
+        f"""UPDATE scheduler.attempt SET gpu_ms = gpu_ms + 1
+             WHERE job_id = {_DONE_FAST} AND state = 'succeeded'""",
+    ),
+    (
+        "a loss that the ledger never heard of",
+        {17},
+        f"""WITH a AS (DELETE FROM billing.transfer WHERE attempt_id = {_LOST}),
+                 b AS (DELETE FROM billing.hold_leg WHERE hold_id IN (
+                           SELECT hold_id FROM billing.hold WHERE attempt_id = {_LOST})),
+                 c AS (DELETE FROM billing.hold WHERE attempt_id = {_LOST})
+            DELETE FROM billing.settlement WHERE attempt_id = {_LOST}""",
+    ),
+    (
         "a failure that was charged",
         {17},
         f"""WITH a AS (UPDATE scheduler.job SET state = 'failed', images = NULL, failure_reason = 'X'
@@ -71,6 +87,15 @@ BREAKS: list[tuple[str, set[int], str]] = [
         {18, 19},
         "UPDATE scheduler.attempt SET ended_at = started_at + interval '0.4 s' WHERE state = 'succeeded' "
         f"AND job_id = {_DONE_FAST}",
+    ),
+    (
+        "measured longer than it ran, beside another that was parked",
+        {18},
+        f"""UPDATE scheduler.attempt
+               SET started_at = '2026-01-01 00:00:00.1',
+                   ended_at = '2026-01-01 00:00:00.1'::timestamptz
+                              + CASE WHEN job_id = {_DONE_FAST} THEN interval '0.4 s' ELSE interval '2 s' END
+             WHERE state = 'succeeded'""",
     ),
     (
         "two that had one GPU at once",
@@ -162,24 +187,23 @@ async def test_what_goes_wrong_is_told_by_its_number(stage: Stage, subtests: pyt
     connection = stage.connection
     assert await check(connection) == []
     await without_their_guards(connection)
+    alone: set[str] = set()
     for what, numbers, sql in BREAKS:
         with subtests.test(what):
             transaction = connection.transaction()
             await transaction.start()
             try:
                 assert (await connection.execute(sql)).split()[-1] != "0", "this changes nothing"
-                assert {answer.number for answer in await check(connection)} == numbers
+                answers = await check(connection)
+                assert {answer.number for answer in answers} == numbers
+                alone |= {answer.sentence for answer in answers} if len(answers) == 1 else set()
             finally:
                 await transaction.rollback()
+    assert alone == {one.sentence for one in INVARIANTS if one not in OF_THE_LEDGER}
 
 
-def test_each_number_is_told_alone_by_some_break_here_or_in_the_ledgers_tests() -> None:
-    here = {number for _, numbers, _ in BREAKS for number in numbers}
-    assert (
-        here | {one.number for one in OF_THE_LEDGER}
-        == {one.number for one in INVARIANTS}
-        == set(range(1, 25))
-    )
+def test_no_number_is_without_a_query() -> None:
+    assert {one.number for one in INVARIANTS} == set(range(1, 25))
 
 
 async def test_what_is_left_to_be_done_is_told_at_rest(stage: Stage) -> None:
@@ -197,6 +221,28 @@ async def test_what_was_measured_and_is_in_no_settlement_is_told_at_rest(stage: 
     (_, measured) = await results(stage.connection, 60_000, AT_REST)
     # Of the fast job more is absorbed than was measured: nobody knows what the worker that died did.
     assert measured.violations == 1
+
+
+async def test_what_was_settled_and_nobody_measured_is_told_at_rest(
+    stage: Stage, subtests: pytest.Subtests
+) -> None:
+    await a_busy_day(stage)
+    connection = stage.connection
+    await without_their_guards(connection)
+    for what, sql in (
+        ("relax", "UPDATE billing.settlement SET absorbed_ms = absorbed_ms + 1 WHERE tier = 'relax'"),
+        # Its worker had the GPU for at most 0.6 s.
+        ("lost", "UPDATE billing.settlement SET absorbed_ms = absorbed_ms + 700 WHERE ending = 'void'"),
+    ):
+        with subtests.test(what):
+            transaction = connection.transaction()
+            await transaction.start()
+            try:
+                assert await connection.execute(sql) == "UPDATE 1"
+                (_, measured) = await results(connection, 60_000, AT_REST)
+                assert measured.violations == 1
+            finally:
+                await transaction.rollback()
 
 
 async def test_an_answer_that_takes_too_long_is_none_and_the_next_is_given(stage: Stage) -> None:

@@ -212,9 +212,7 @@ async def test_store_that_is_away_sets_no_worker_aside_and_a_dying_gpu_is(stage:
         waiting = await stage.connection.fetchval(
             "SELECT job_id::text FROM scheduler.job WHERE state = 'queued'"
         )
-        await stage.until(
-            leader, lambda: leader.queue_statuses([waiting])[waiting].reason.value == "no_worker"
-        )
+        await stage.until_waits(leader, waiting, "no_worker")
         assert not fleet.busy
 
 
@@ -272,7 +270,7 @@ async def test_grant_whose_notice_was_lost_wakes_the_job(stage: Stage) -> None:
         poor = await stage.submit("ben", Tier.FAST)
         await stage.adjust_balance("ben", -54_000_000)
         fleet.finish(WORKER, gpu_ms=1)
-        await stage.until(leader, lambda: leader.queue_statuses([poor])[poor].reason.value == "funds")
+        await stage.until_waits(leader, poor, "funds")
         await stage.adjust_balance("ben", 600_000)
         await stage.until_state(leader, poor, "running")
 

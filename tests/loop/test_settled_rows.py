@@ -59,6 +59,29 @@ async def test_videos_and_the_time_an_upscale_took_are_kept_with_the_job(stage: 
     assert tuple(learned) == (100_000, 2_010_000)
 
 
+async def test_what_is_released_is_told_as_it_was_held_after_the_multiplier(stage: Stage) -> None:
+    await stage.open_account("ada")
+    epoch, now_ms, planned = await _started(stage, multiplier_bp=30_000)
+    result = AttemptResult(
+        attempt_id=planned.attempt_id,
+        incarnation="first",
+        job_id=planned.job_id,
+        token=planned.token,
+        outcome=Outcome.SUCCEEDED,
+        times=StageTimes(denoise_ms=100),
+    )
+    (settled,) = await endings.settle_attempts(
+        stage.connection,
+        epoch=epoch,
+        ends=[end_of(result, device="gpu-a", speed_permille=1_000, memory_bytes=24 * GIB)],
+        parameters=Parameters(),
+        now_ms=now_ms,
+    )
+    assert isinstance(settled, endings.Settled)
+    assert settled.billed_ms == 300
+    assert settled.released_ms == 3 * planned.charge.predicted_ms - 300
+
+
 async def test_a_job_that_ran_out_of_memory_waits_with_what_was_too_little_in_its_row(stage: Stage) -> None:
     await stage.open_account("ada")
     epoch, now_ms, planned = await _started(stage)
@@ -121,8 +144,12 @@ def _out_of_memory(planned: dispatch.PlannedAttempt) -> AttemptResult:
     )
 
 
-async def _started(stage: Stage) -> tuple[int, int, dispatch.PlannedAttempt]:
+async def _started(stage: Stage, *, multiplier_bp: int = 10_000) -> tuple[int, int, dispatch.PlannedAttempt]:
     job_id = await stage.submit("ada", Tier.FAST)
+    await stage.connection.execute(
+        "UPDATE scheduler.job SET pricing = pricing || jsonb_build_object('multiplier_bp', $1::integer)",
+        multiplier_bp,
+    )
     lead = await leadership.take_lead(stage.connection, "test")
     await stage.connection.execute("UPDATE scheduler.cell SET decay_origin_ms = $1", lead.now_ms)
     planned = a_planned_attempt(job_id, lead.now_ms)

@@ -12,6 +12,7 @@ from scheduler.policy.auditing.journal import Dispatch, Journal, Record
 from scheduler.policy.decisions import Charge, ChosenBecause, Standing, StartKeys
 from scheduler.policy.events import (
     AccountRestored,
+    AttemptDrawn,
     AttemptFinished,
     AttemptLost,
     AttemptParked,
@@ -180,6 +181,9 @@ class Made:
 
     def resume(self, name: str) -> None:
         self.note(AttemptResumed(at_ms=self.now_ms, attempt_id=AttemptId(name)))
+
+    def draw(self, name: str) -> None:
+        self.note(AttemptDrawn(at_ms=self.now_ms, attempt_id=AttemptId(name)))
 
     def run(self, name: str, tag: int, **how: Any) -> None:
         """Start a job and end it after its time."""

@@ -16,6 +16,7 @@ from scheduler.policy.board import Board
 from scheduler.policy.decisions import Decision, GiveUp, Migrate, Resume, Start, Stop
 from scheduler.policy.events import (
     AccountRestored,
+    AttemptDrawn,
     AttemptFinished,
     AttemptLost,
     AttemptMigrated,
@@ -122,7 +123,7 @@ class Rows:
 
 @dataclass
 class Running:
-    """An attempt that a worker has in hand, active or parked."""
+    """An attempt that a worker has in hand, active, parked or drawn."""
 
     attempt_id: AttemptId
     job: Job
@@ -134,11 +135,21 @@ class Running:
     done_ms: int = 0
     """Of that, before it last got the GPU."""
     active_since_ms: int | None = 0
-    """None: it is parked."""
+    """None: it is parked or drawn."""
     parked_since_ms: int | None = None
     parks: int = 0
     sheltered: bool = False
     checkpoint: Checkpoint | None = None
+    stored_ms: int | None = None
+    """Of one that is drawn, when its pictures will be there."""
+
+    @property
+    def is_drawn(self) -> bool:
+        return self.stored_ms is not None
+
+    @property
+    def is_parked(self) -> bool:
+        return self.active_since_ms is None and not self.is_drawn
 
     def done_by(self, now_ms: int) -> int:
         """Return the GPU time it has taken so far."""
@@ -335,6 +346,17 @@ class Cell:
             self.waiting.add(job_id)
         self.apply(AttemptLost(at_ms=self.now_ms, attempt_id=attempt_id))
 
+    def draw(self, attempt_id: AttemptId, stored_in_ms: int = 1) -> None:
+        """Have an active run need its GPU no more, and be settled so much later."""
+        running = self.running[attempt_id]
+        assert running.active_since_ms is not None
+        running.actual_ms = running.done_ms = running.done_by(self.now_ms)
+        running.active_since_ms = None
+        running.stored_ms = self.now_ms + stored_in_ms
+        self._count += 1
+        heapq.heappush(self._ends, (running.stored_ms, self._count, attempt_id))
+        self.apply(AttemptDrawn(at_ms=self.now_ms, attempt_id=attempt_id))
+
     def outgrow(self, attempt_id: AttemptId, gib: int) -> None:
         """Void an attempt that ran out of memory; its job needs so much from now on."""
         running = self.running.pop(attempt_id)
@@ -417,7 +439,7 @@ class Cell:
         return self.running[self.attempt(job_id)].worker_id
 
     def is_parked(self, job_id: str) -> bool:
-        return self.running[self.attempt(job_id)].active_since_ms is None
+        return self.running[self.attempt(job_id)].is_parked
 
     def starts_of(self, account: str) -> int:
         return sum(one.account == account for one in self.served)
@@ -430,12 +452,12 @@ class Cell:
         return self.board.share(AccountId(account), Tier.RELAX).usage / grown
 
     def check(self) -> None:
-        """Check what must hold at any instant: caps, one attempt a worker and a job, no GPU counted twice."""
+        """Check what must hold at any instant: caps, one attempt a GPU and a job, no GPU counted twice."""
         active = [one.worker_id for one in self.running.values() if one.active_since_ms is not None]
         assert len(set(active)) == len(active), "a worker runs at most one attempt"
-        parked = [one.worker_id for one in self.running.values() if one.active_since_ms is None]
+        parked = [one.worker_id for one in self.running.values() if one.is_parked]
         assert len(set(parked)) == len(parked), "at most one is parked on it"
-        assert all(one.job.tier is Tier.RELAX for one in self.running.values() if one.active_since_ms is None)
+        assert all(one.job.tier is Tier.RELAX for one in self.running.values() if one.is_parked)
         assert self.board.parked() == len(parked)
         jobs = [one.job.job_id for one in self.running.values()]
         assert len(set(jobs)) == len(jobs)
@@ -585,6 +607,8 @@ class Cell:
     def _ends_as(self, entry: tuple[int, int, AttemptId]) -> bool:
         """Return whether an attempt still ends as was foreseen, and was neither parked nor ended before."""
         running = self.running.get(entry[2])
-        if running is None or running.active_since_ms is None:
+        if running is None or running.is_parked:
             return False
+        if running.active_since_ms is None:
+            return entry[0] == running.stored_ms
         return entry[0] == running.active_since_ms + running.actual_ms - running.done_ms

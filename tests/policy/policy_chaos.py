@@ -85,6 +85,7 @@ steps = st.one_of(
     *often(passes, 10),
     *often(st.tuples(st.just("join"), worker_ids), 3),
     st.tuples(st.just("cancel"), numbers, st.booleans()),
+    *often(st.tuples(st.just("draw"), numbers, spans), 3),
     st.tuples(st.just("lose"), numbers),
     st.tuples(st.just("lose_worker"), worker_ids),
     st.tuples(st.just("join"), worker_ids),
@@ -188,6 +189,9 @@ class Chaos(Cell):
                 self.run(until_ms=self.now_ms + duration)
             case ("cancel", int(number), bool(answers)) if self.jobs:
                 self._cancel(sorted(self.jobs)[number % len(self.jobs)], answers)
+            case ("draw", int(number), int(stored_in_ms)) if self.active():
+                active = self.active()
+                self.draw(active[number % len(active)], stored_in_ms)
             case ("lose", int(number)) if self.running:
                 self.lose(sorted(self.running)[number % len(self.running)])
             case ("lose_worker", str(worker)) if worker in self.present:
@@ -242,6 +246,10 @@ class Chaos(Cell):
             case ("copy", _):
                 self.go_on_with_a_copy()
 
+    def active(self) -> list[AttemptId]:
+        """Return the attempts that have a GPU."""
+        return sorted(key for key, one in self.running.items() if one.active_since_ms is not None)
+
     def look(self) -> None:
         """Check what must hold after every cycle."""
         for tier in Tier:
@@ -251,7 +259,7 @@ class Chaos(Cell):
             assert 0 <= self.board.share(AccountId(name), Tier.RELAX).usage < math.inf
         active = {one.worker_id: one for one in self.running.values() if one.active_since_ms is not None}
         for one in self.running.values():
-            if one.active_since_ms is None and one.worker_id in self.present:
+            if one.is_parked and one.worker_id in self.present:
                 assert active[one.worker_id].job.tier is Tier.FAST, "only fast keeps a run parked"
         idle = [
             worker for key, worker in self.present.items() if key not in active and key not in self.draining
@@ -263,7 +271,7 @@ class Chaos(Cell):
                 assert not [worker for worker in idle if fits(worker, job)], f"{job_id} could start"
         if idle:
             for one in self.running.values():
-                if one.active_since_ms is None and one.job.job_id not in self.unwanted:
+                if one.is_parked and one.job.job_id not in self.unwanted:
                     assert not self._could_migrate(one, idle), "it waited longest for a GPU open to relax"
 
     def startable(self) -> list[str]:
@@ -279,7 +287,7 @@ class Chaos(Cell):
     def relax_has_work(self) -> bool:
         """Return whether relax work is parked, or waits for nothing but a GPU."""
         taking = [worker for key, worker in self.present.items() if key not in self.draining]
-        return any(one.active_since_ms is None for one in self.running.values()) or any(
+        return any(one.is_parked for one in self.running.values()) or any(
             self.jobs[job_id].tier is Tier.RELAX and any(fits(worker, self.jobs[job_id]) for worker in taking)
             for job_id in self.startable()
         )
@@ -337,7 +345,7 @@ class Chaos(Cell):
             super().stop(running)
 
     def _start(self, start: Start) -> Served:
-        parked = {one.worker_id for one in self.running.values() if one.active_since_ms is None}
+        parked = {one.worker_id for one in self.running.values() if one.is_parked}
         active = {one.worker_id for one in self.running.values() if one.active_since_ms is not None}
         job = self.jobs[start.job_id]
         assert start.worker_id in self.present
@@ -510,6 +518,7 @@ def _attempt_row(chaos: Chaos, attempt_id: AttemptId, run: Running) -> AttemptRe
         charged_at_ms=run.start.charge.charged_at_ms,
         started_ms=run.started_ms,
         parked_since_ms=run.parked_since_ms,
+        drawn=run.is_drawn,
         parks=run.parks,
         sheltered=run.sheltered,
         checkpoint=chaos.checkpoints.get(run.job.job_id),

@@ -490,6 +490,23 @@ def test_b11_is_broken_by_two_attempts_on_one_worker() -> None:
     assert made.finding(Bound.B11).verdict is Verdict.VIOLATED
 
 
+def test_b11_lets_the_next_have_the_gpu_of_a_run_that_is_drawn() -> None:
+    made = Made()
+    for name in "ab":
+        made.account(name)
+        made.submit(name, f"{name}0")
+    made.start("a0", 0, last=True)
+    made.now_ms += 900
+    made.draw("a0")
+    made.start("b0", 0, last=True)
+    made.now_ms += 100
+    made.end("a0")
+    made.now_ms += 900
+    made.end("b0")
+    assert made.broken() == []
+    assert made.finding(Bound.B11).cases == 2
+
+
 def out_of_order(because: ChosenBecause, *, theta_ms: int) -> Made:
     made = Made(Parameters(memory_span_ms=0, affinity_ms=theta_ms, aging_ms=0))
     for name in "ab":

@@ -143,7 +143,7 @@ def test_every_bound_holds_unwidened_where_its_assumptions_do(
         st.tuples(
             st.integers(0, 400_000),
             st.sampled_from(
-                ["lose", "outgrow", "drain", "pause", "limits", "reset", "gone", "move", "cancel"]
+                ["draw", "lose", "outgrow", "drain", "pause", "limits", "reset", "gone", "move", "cancel"]
             ),
             st.integers(0, 20),
         ),
@@ -174,6 +174,10 @@ def trouble(cell: Cell, what: str, number: int) -> None:
     match what:
         case "lose" if running:
             cell.lose(running[number % len(running)])
+        case "draw":
+            active = sorted(key for key, one in cell.running.items() if one.active_since_ms is not None)
+            if active:
+                cell.draw(active[number % len(active)], stored_in_ms=1 + 700 * number)
         case "outgrow":
             for attempt in [key for key, one in cell.running.items() if one.worker_id == "w0"]:
                 cell.outgrow(attempt, 9)
@@ -237,6 +241,25 @@ def test_a_job_that_outgrew_a_worker_is_not_owed_its_like() -> None:
         (10_000, "w1"),
     ], "w0 was idle meanwhile"
     assert not broken(journal_of(cell), PLAIN)
+
+
+def test_a_run_that_comes_from_a_gpu_too_small_for_who_waits_is_counted() -> None:
+    cell = Cell(PLAIN, workers=0)
+    for name, gib in (("w0", 8), ("w1", 16), ("w2", 16)):
+        cell.join(a_worker(name, gib=gib))
+    cell.submit("a", 50_000, step_ms=1000, name="comes")
+    cell.decide()
+    cell.submit("b", 60_000, tier=Tier.FAST, gib=12)
+    cell.submit("c", 90_000, tier=Tier.FAST, gib=12)
+    cell.at(10_000, lambda: cell.submit("d", 200_000, tier=Tier.FAST))
+    cell.at(20_000, lambda: cell.submit("e", 50_000, gib=12, name="waits"))
+    cell.run()
+    ((migrated_ms, _),) = cell.migrations
+    assert 20_000 < migrated_ms < cell.started_ms("waits") == 90_000
+    journal = journal_of(cell)
+    assert not broken(journal, PLAIN)
+    (b2,) = [one for one in audit(journal, PLAIN) if one.bound is Bound.B2]
+    assert b2.widened == ("preemption: a job for each run that came from GPUs that do not count (1 cases)",)
 
 
 def test_the_bounds_are_met_with_cases_of_each() -> None:

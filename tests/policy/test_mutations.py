@@ -359,13 +359,13 @@ MUTANTS = [
         file="planning.py",
         old=(
             "            placement = self._fleet.place(head.job.fit)\n"
-            "            if placement is None:\n                fits.remove"
+            "            if placement is None:\n                del lines["
         ),
         new=(
             "            placement = self._fleet.place(head.job.fit)\n"
             "            if placement is None and self._cell.parked:\n"
             "                placement = self._fleet.place_by_parking(head.job.fit, self._now_ms)\n"
-            "            if placement is None:\n                fits.remove"
+            "            if placement is None:\n                del lines["
         ),
         broken="test_preemption.test_relax_that_waits_beside_a_parked_run_parks_nobody",
     ),
@@ -439,6 +439,39 @@ MUTANTS = [
         old="            self._cell.jobs[attempt.job.job_id].checkpoint = event.checkpoint\n",
         new="",
         broken="test_preemption.test_a_lost_job_goes_on_from_its_checkpoint",
+    ),
+    # -- drawn runs ------------------------------------------------------------------------------------
+    Mutant(
+        what="a drawn run keeps its worker from the next",
+        file="board.py",
+        old="        self._lose_gpu(attempt)\n        attempt.drawn, attempt.ends_ms = True, event.at_ms\n",
+        new="        attempt.drawn, attempt.ends_ms = True, event.at_ms\n",
+        broken="test_drawn_runs.test_the_next_job_starts_once_the_run_before_it_is_drawn",
+    ),
+    Mutant(
+        what="a drawn run that ends takes the next off its worker",
+        file="board.py",
+        old="        attempt.drawn, attempt.ends_ms = True, event.at_ms\n",
+        new="        attempt.ends_ms = event.at_ms\n",
+        broken="test_drawn_runs.test_the_end_of_a_drawn_run_leaves_the_next_its_gpu",
+    ),
+    Mutant(
+        what="a drawn run counts for its account no more",
+        file="board.py",
+        old="        attempt.drawn, attempt.ends_ms = True, event.at_ms\n",
+        new=(
+            "        attempt.drawn, attempt.ends_ms = True, event.at_ms\n"
+            "        self._cell.accounts[attempt.job.account_id].count(attempt.job.tier, -1)\n"
+            "        self._reconcile(self._cell.accounts[attempt.job.account_id])\n"
+        ),
+        broken="test_drawn_runs.test_a_drawn_run_counts_for_its_account_until_it_ends",
+    ),
+    Mutant(
+        what="who takes over believes that a drawn run has the gpu",
+        file="facts.py",
+        old="        drawn=attempt.drawn,\n",
+        new="",
+        broken="test_drawn_runs.test_a_copy_of_the_board_knows_what_is_drawn",
     ),
     # -- workers ---------------------------------------------------------------------------------------
     Mutant(

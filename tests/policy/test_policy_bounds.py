@@ -502,7 +502,7 @@ def test_b11_a_worker_runs_one_attempt_a_job_has_one_and_a_parked_one_has_its_wo
     for step in plan:
         cell.play([step])
         active = [one.worker_id for one in cell.running.values() if one.active_since_ms is not None]
-        parked = [one.worker_id for one in cell.running.values() if one.active_since_ms is None]
+        parked = [one.worker_id for one in cell.running.values() if one.is_parked]
         jobs = [one.job.job_id for one in cell.running.values()]
         for unique in (active, parked, jobs):
             assert len(set(unique)) == len(unique)

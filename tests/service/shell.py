@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_DARKROOM = str(Path(sys.executable).with_name("darkroom"))
+DARKROOM = str(Path(sys.executable).with_name("darkroom"))
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Person:
         """Run a command and return it, having seen its exit status."""
         environment = {**os.environ, "DARKROOM_ADDRESS": self.address, "DARKROOM_KEY": self.key}
         done = subprocess.run(
-            [_DARKROOM, *arguments],
+            [DARKROOM, *arguments],
             cwd=self.folder,
             env=environment,
             input=answers,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 
+import asyncpg
 import pytest
 
 from scheduler.client.aio import DarkroomClient, JobHandle
 from scheduler.v1 import job_pb2
 from tests.service.people import People, result_of
+from tests.service.process import ServiceProcess
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
@@ -32,6 +34,25 @@ async def test_two_accounts_that_flood_relax_share_it_evenly(people: People) -> 
     # Ben's flood begins when Ada's has the GPUs already; from there on neither is ever far ahead.
     behind = [started[:number].count("ada") - started[:number].count("ben") for number in range(1, 2 * EACH)]
     assert max(map(abs, behind)) <= 3, started
+
+
+async def test_a_gpu_has_the_next_job_before_the_one_before_it_is_settled(
+    people: People, running: ServiceProcess
+) -> None:
+    async with await people.account("ada") as ada, await people.account("ben") as ben:
+        handles = [*await flood(ada), *await flood(ben)]
+        await asyncio.gather(*[result_of(handle) for handle in handles])
+    connection = await asyncpg.connect(running.dsn)
+    try:
+        passed_on = await connection.fetchval(
+            """SELECT count(*) FROM scheduler.attempt JOIN scheduler.attempt following USING (worker_id)
+               WHERE attempt.job_id = ANY($1::uuid[]) AND attempt.drawn_at <= following.started_at
+                     AND following.started_at < attempt.ended_at""",
+            [handle.job.name.rsplit("/", 1)[1] for handle in handles],
+        )
+    finally:
+        await connection.close()
+    assert passed_on > 0
 
 
 async def test_fast_job_passes_every_waiting_relax_job(people: People) -> None:

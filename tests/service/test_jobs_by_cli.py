@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import json
+import os
+import pty
+import subprocess
 import tempfile
+import uuid
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +21,7 @@ from PIL import Image
 
 from tests.service.people import People
 from tests.service.process import ServiceProcess, service
-from tests.service.shell import Person
+from tests.service.shell import DARKROOM, Person
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
@@ -77,6 +82,7 @@ def picture(ann: Artist) -> str:
 
 def test_a_seed_fixes_the_grid_and_case_does_not_matter(ann: Artist, grid: dict[str, Any]) -> None:
     assert len(set(bits(grid))) == 4, "each of the four has its own noise"
+    assert all(image["fileName"].startswith(str(uuid.UUID(grid["uid"]))) for image in grid["images"])
     assert bits(ann.drew("a lighthouse in fog --SEED 5 --Public")) == bits(grid)
     assert bits(ann.drew("a lighthouse in fog --seed 6")) != bits(grid)
 
@@ -86,6 +92,8 @@ def test_weights_and_no_change_what_is_drawn(ann: Artist) -> None:
     weighed = ann.drew("hot dog::2 food::-1 --seed 5")
     assert bits(weighed) != bits(plain)
     assert bits(ann.drew("hot dog::4 food::-2 --seed 5")) == bits(weighed), "it is the shares that count"
+    missing = ann.drew("hot dog:: food::-1 animal:: --seed 5")
+    assert bits(missing) == bits(ann.drew("hot dog::1 food::-1 animal::1 --seed 5")), "missing weights are 1"
     without = ann.drew("a lighthouse --no trees --seed 5")
     assert bits(without) == bits(ann.drew("a lighthouse:: trees::-0.5 --seed 5"))
 
@@ -130,6 +138,41 @@ def test_a_video_of_how_it_came_to_be(ann: Artist) -> None:
     assert mp4.read_bytes()[4:8] == b"ftyp"
 
 
+@pytest.mark.parametrize(
+    ("prompt", "warning"),
+    [("hot dog animal::-1", "all of the text before it, “hot dog animal”"), ("fox " * 70, "about 60 words")],
+    ids=["one weight at the end", "many words"],
+)
+def test_what_may_surprise_is_said_before_it_is_drawn(ann: Artist, prompt: str, warning: str) -> None:
+    (said,) = ann.gets("imagine", *prompt.split(), "--dry-run")["warnings"]
+    assert warning in said
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sentence"),
+    [("hot dog::0 food::0", "All weights are zero"), ("x" * 6_001, "at most 6,000 are allowed")],
+    ids=["no weight at all", "too long"],
+)
+def test_a_prompt_that_cannot_be_drawn_is_refused(ann: Artist, prompt: str, sentence: str) -> None:
+    (violation,) = ann.refusal("imagine", *prompt.split())["violations"]
+    assert sentence in violation["sentence"]
+
+
+def test_tier_and_visibility_are_the_accounts_unless_the_prompt_says_otherwise(ann: Artist) -> None:
+    def said(*flags: str) -> tuple[str, str]:
+        job = ann.gets("imagine", "a boat " + " ".join(flags), "--dry-run")
+        return job["tier"], job["visibility"]
+
+    ann.types("relax")
+    ann.types("private")
+    assert said() == ("TIER_RELAX", "VISIBILITY_PRIVATE")
+    assert said("--fast", "--public") == ("TIER_FAST", "VISIBILITY_PUBLIC")
+    ann.types("fast")
+    ann.types("public")
+    assert said() == ("TIER_FAST", "VISIBILITY_PUBLIC")
+    assert said("--relax", "--private") == ("TIER_RELAX", "VISIBILITY_PRIVATE")
+
+
 def test_everything_wrong_with_a_prompt_is_said_at_once(ann: Artist) -> None:
     refused = ann.refusal("imagine", "a", "boat", "--w", "65", "--sed", "3", "--iw", "x")
     assert refused["reason"] == "INVALID_PARAMETER"
@@ -168,9 +211,12 @@ def test_light_and_detailed_upscales_and_redo(ann: Artist, grid: dict[str, Any])
     assert added[0] < added[1], "light adds less"
 
 
-def test_uplight_makes_upscales_light(ann: Artist) -> None:
-    job = ann.drew("a boat --uplight")
-    assert ann.made("upscale", job["uid"], "1")["upscaleAlgorithm"] == "UPSCALE_ALGORITHM_LIGHT"
+def test_uplight_makes_upscales_light_and_a_video_is_not_of_upscales(ann: Artist) -> None:
+    job = ann.drew("a boat --uplight --video")
+    upscaled = ann.made("upscale", job["uid"], "1")
+    assert upscaled["upscaleAlgorithm"] == "UPSCALE_ALGORITHM_LIGHT"
+    assert upscaled["videos"] == []
+    assert "--video has no effect on an upscale" in upscaled["warnings"][0]
 
 
 def test_a_max_upscale_is_fast_only_and_of_small_grids_and_within_three_megapixels(
@@ -180,6 +226,9 @@ def test_a_max_upscale_is_fast_only_and_of_small_grids_and_within_three_megapixe
     made = json.loads(ann.types("upscale", grid["uid"], "1", "--max", "--no-wait", "--json").stdout)["job"]
     assert 2_900_000 < made["width"] * made["height"] <= 3_000_000
     ann.types("cancel", made["uid"])
+    large = ann.made("imagine", "a boat --stop 10", "--w", "64", "--h", "512")
+    refused = ann.refusal("upscale", large["uid"], "1", "--max")
+    assert "under 512 pixels" in refused["violations"][0]["sentence"]
 
 
 @pytest.mark.long
@@ -196,21 +245,66 @@ def test_a_reroll_has_a_new_seed_unless_the_prompt_fixes_one(ann: Artist, grid: 
     assert bits(again) != bits(free)
 
 
+def test_a_job_that_waits_is_moved_and_one_that_waits_or_runs_is_cancelled(ann: Artist, ben: Artist) -> None:
+    # On each of the two GPUs something that takes a while.
+    running = [sent(ben, "a boat", "--w", "512", "--h", "512") for _ in range(2)]
+    waiting = sent(ann, "a boat", "--relax")
+    shown = ann.types("show", waiting["uid"]).stdout
+    assert "place 1" in shown
+    assert "Starts in about" in shown
+    assert ann.gets("fast", waiting["uid"])["tier"] == "TIER_FAST"
+    assert "fast queue" in ann.types("explain", waiting["uid"]).stdout
+    cancelled = ann.gets("cancel", waiting["uid"])
+    assert (cancelled["state"], cancelled["receipt"]["gpuMs"]) == ("JOB_STATE_CANCELLED", "0")
+
+    for job in running:
+        ben.types("cancel", job["uid"])
+    for job in running:
+        watched = [
+            json.loads(line)
+            for line in ben.types("watch", job["uid"], "--json", expect=4).stdout.splitlines()
+        ]
+        assert watched[-1]["event"]["job"]["state"] == "JOB_STATE_CANCELLED"
+        receipt = ben.gets("show", job["uid"], "--receipt")["receipt"]
+        assert receipt["decodeMs"] == "0", "what nobody wants is not decoded"
+        assert receipt["billedGpuMs"] == receipt["gpuMs"]
+        assert int(receipt["gpuMs"]) < int(job["price"]["predictedGpuMs"])
+
+
+def test_progress_is_told_in_steps_and_shown_in_pictures(ann: Artist) -> None:
+    job = sent(ann, "a boat")
+    lines = ann.types("watch", job["uid"], "--json").stdout.splitlines()
+    steps = [told["progress"] for told in map(json.loads, lines) if "progress" in told]
+    assert len(steps) > 1
+    assert all(told["percent"] == 100 * told["step"] // told["steps"] for told in steps)
+    # At a terminal; what it prints of a job that it only watches is previews.
+    assert "▀" in at_a_terminal(ann, "watch", sent(ann, "a boat")["uid"])
+
+
 def test_the_same_bits_come_out_again(ann: Artist, grid: dict[str, Any]) -> None:
     said = json.loads(ann.types("verify", grid["uid"], "--json").stdout)
     assert said["equal"]
     assert [pair["equal"] for pair in said["pictures"]] == [True] * 4
+    for made in (ann.made("vary", grid["uid"], "1"), ann.made("upscale", grid["uid"], "1", "--light")):
+        assert ann.gets("verify", made["uid"])["equal"]
     receipt = json.loads(ann.types("show", grid["uid"], "--receipt", "--json").stdout)
     assert receipt["record"]["weights_sha256"]
     assert receipt["record"]["torch"]
 
 
-def test_only_its_author_sees_a_job_and_can_go_on_from_it(
-    ann: Artist, ben: Artist, grid: dict[str, Any]
+def test_only_its_author_sees_a_job_and_can_go_on_from_it_and_a_moderator_sees_it(
+    drawing: ServiceProcess, ann: Artist, ben: Artist, grid: dict[str, Any]
 ) -> None:
     assert ann.types("show", grid["uid"]).stdout
     for command in (("show", grid["uid"]), ("vary", grid["uid"], "1"), ("upscale", grid["uid"], "1")):
         assert ben.refusal(*command)["reason"] == "NOT_FOUND_OR_NOT_YOURS"
+    admin = Person(address=drawing.address, key=drawing.admin_key, folder=ben.folder)
+    account = ben.gets("info")["name"].removeprefix("accounts/")
+    key = admin.types("admin", "keys", "create", account, "--role", "moderator", "--reason", "a test")
+    moderator = Person(address=drawing.address, key=key.stdout.strip(), folder=ben.folder)
+    hidden = ann.drew("a boat --private")
+    assert moderator.gets("show", hidden["uid"])["uid"] == hidden["uid"]
+    assert moderator.refusal("vary", hidden["uid"], "1")["reason"] == "NOT_FOUND_OR_NOT_YOURS"
 
 
 def test_the_feed_shows_upscales_of_others_and_no_private_ones(
@@ -246,6 +340,34 @@ def test_a_deleted_job_is_gone_and_what_was_made_of_it_stays(ann: Artist) -> Non
     assert ann.refusal("show", job["uid"])["reason"] == "NOT_FOUND_OR_NOT_YOURS"
     assert job["uid"] not in ann.types("jobs").stdout
     ann.types("download", variation["uid"], "--out", "kept")
+
+
+def sent(person: Artist, prompt: str, *options: str) -> dict[str, Any]:
+    """Return a job that was accepted and goes on by itself."""
+    job: dict[str, Any] = person.gets("imagine", prompt, *options, "--no-wait")["job"]
+    return job
+
+
+def at_a_terminal(person: Person, *arguments: str) -> str:
+    """Return what a command prints to a terminal of many colours."""
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "DARKROOM_ADDRESS": person.address, "DARKROOM_KEY": person.key}
+    command = subprocess.Popen(
+        [DARKROOM, *arguments],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        cwd=person.folder,
+        env={**environment, "TERM": "xterm-256color", "COLUMNS": "100", "LINES": "40"},
+    )
+    os.close(theirs)
+    printed = b""
+    with open(ours, "rb", buffering=0) as terminal, contextlib.suppress(OSError):
+        # Linux ends what a terminal says, once nobody holds its other side, with an error.
+        while read := terminal.read(65_536):
+            printed += read
+    assert command.wait(60) == 0, printed.decode()
+    return printed.decode()
 
 
 def pixels(person: Artist, job: dict[str, Any], number: int) -> Image.Image:

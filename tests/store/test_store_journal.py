@@ -15,9 +15,11 @@ from scheduler.policy.board import Board
 from scheduler.policy.decisions import Start
 from scheduler.policy.events import (
     AccountRestored,
+    AttemptDrawn,
     AttemptFinished,
     AttemptLost,
     AttemptParked,
+    AttemptRestored,
     AttemptStarted,
     CancelWanted,
     CellRestored,
@@ -246,6 +248,29 @@ async def test_a_run_parked_before_a_period_is_parked_in_it(
     parked = [getattr(record, "parked_since_ms", None) for record in period.journal.records]
     assert START_MS + 1_000 in parked
     assert not violated(period.journal)
+
+
+async def test_a_run_drawn_before_a_period_is_drawn_in_it(connection: asyncpg.Connection, epoch: int) -> None:
+    service = Service()
+    for name in ("ann", "ben"):
+        service.submit(name, 0)
+    service.cycle()
+    service.now_ms += 1_000
+    (drawn,) = service.running
+    service.tell(AttemptDrawn(at_ms=service.now_ms, attempt_id=drawn))
+    service.cycle()
+    assert len(service.running) == 2
+    service.finish()
+    await journal.write(connection, epoch=epoch, lines=service.notes.lines())
+    period = await read(connection, START_MS + 1_500, service.now_ms + 1)
+    restored = [one for one in period.journal.records if isinstance(one, AttemptRestored)]
+    assert {one.attempt_id: one.drawn for one in restored} == {
+        AttemptId("ann-0/1"): drawn == "ann-0/1",
+        AttemptId("ben-0/1"): drawn == "ben-0/1",
+    }
+    assert not violated(period.journal)
+    whole = await read(connection, START_MS, service.now_ms + 1)
+    assert list(whole.journal.records) == list(service.recorder.journal().records)
 
 
 async def test_a_takeover_begins_anew(connection: asyncpg.Connection, epoch: int) -> None:

@@ -249,6 +249,10 @@ class _Audit:
         if errors_ms:
             allowed_ms += errors_ms
             widened.append("predictions: what was charged and not used, and held and not charged")
+        came = pool.came - contention.came
+        if came:
+            allowed_ms += came * c_max
+            widened.append("preemption: a job for each run that came from GPUs that do not count")
         if contention.runs > contention.room:
             widened.append("preemption and overruns: a job for each run beyond the GPUs that count")
         span_ms: float = self._parameters.memory_span_ms if queue.tier is Tier.RELAX else 0

@@ -31,6 +31,7 @@ from scheduler.policy.auditing.replay_state import (
 from scheduler.policy.decisions import ChosenBecause
 from scheduler.policy.events import (
     AccountRestored,
+    AttemptDrawn,
     AttemptFinished,
     AttemptLost,
     AttemptMigrated,
@@ -211,6 +212,8 @@ class Replay:
                 self._parked(record)
             case AttemptResumed():
                 self._resumed(record)
+            case AttemptDrawn():
+                self._drawn(record)
             case AttemptMigrated():
                 self._migrated(record)
             case CancelWanted():
@@ -438,6 +441,7 @@ class Replay:
         queue = self.queues[job.tier]
         queue.most_cost_ms = max(queue.most_cost_ms, record.predicted_ms)
         self._count(account, job.tier, 1)
+        run.drawn = record.drawn
         self._begin(run, record.parked_since_ms)
         self._reconcile(account)
 
@@ -451,6 +455,8 @@ class Replay:
         self.runs[run.attempt_id] = run
         self.running_jobs[run.job.job_id] = run.attempt_id
         hands = self.hands.setdefault(run.worker_id, Hands())
+        if run.drawn:
+            return
         if parked_since_ms is None:
             self._get_gpu(run, hands)
         else:
@@ -470,6 +476,8 @@ class Replay:
     def _lose_gpu(self, run: Run) -> Hands:
         """Take a run off its worker, parked or not, and return what the worker has then."""
         hands = self.hands[run.worker_id]
+        if run.drawn:
+            return hands
         if run.active_since_ms is not None:
             spent_ms = self.now_ms - run.active_since_ms
             run.spent_ms += spent_ms
@@ -497,10 +505,19 @@ class Replay:
         run.sheltered = run.sheltered or record.sheltered
         self._get_gpu(run, hands)
 
+    def _drawn(self, record: AttemptDrawn) -> None:
+        run = self.runs[record.attempt_id]
+        self._lose_gpu(run)
+        run.drawn = True
+        self._changed(run.worker_id)
+
     def _migrated(self, record: AttemptMigrated) -> None:
         run = self.runs.pop(record.attempt_id)
         self._lose_gpu(run)
         self._changed(run.worker_id)
+        before, after = self._slots.get(run.worker_id), self._slots.get(record.worker_id)
+        for pool in after.pools if after is not None else ():
+            pool.came += before is None or pool not in before.pools
         run.attempt_id, run.worker_id = record.to_attempt_id, record.worker_id
         self.runs[run.attempt_id] = run
         self.running_jobs[run.job.job_id] = run.attempt_id
@@ -618,6 +635,7 @@ class Replay:
         pool.advance(self.now_ms, self.paused)
         contention.capacity_ms = pool.capacity_ms[queue.tier]
         contention.room, contention.runs = pool.room(queue.tier), pool.runs(queue.tier)
+        contention.came = pool.came
         contention.position = queue.served.starts
         contention.aged, contention.warm = queue.aged, queue.warm
         contention.refunded_ms, contention.uncharged_ms = queue.refunded_ms, queue.uncharged_ms

@@ -19,6 +19,7 @@ class Contention:
     __slots__ = (
         "aged",
         "at_ms",
+        "came",
         "capacity_ms",
         "from_virtual",
         "low",
@@ -41,6 +42,8 @@ class Contention:
         """GPUs that its tier could have."""
         self.runs = 0
         """Runs of its tier on the GPUs that could take it, parked ones included."""
+        self.came = 0
+        """Runs that had migrated there from others."""
         self.position = 0
         """Starts of its tier so far."""
         self.tag: int | None = None
@@ -162,6 +165,7 @@ class Run:
         "active_since_ms",
         "attempt_id",
         "charged_at_ms",
+        "drawn",
         "job",
         "left_ms",
         "over",
@@ -193,6 +197,8 @@ class Run:
         self.sheltered = sheltered
         self.active_since_ms: int | None = None
         self.parked_since_ms: int | None = None
+        self.drawn = False
+        """It needs no GPU any more."""
         self.spent_ms = 0
         """Of its GPU, up to when it last lost it."""
         self.left_ms = predicted_ms
@@ -259,12 +265,14 @@ _OPEN, _HELD, _FAST, _RELAX, FAST_RUNS, _RELAX_RUNS, _PARKABLE = range(7)
 class Pool:
     """The workers that could take jobs of one fit, counted by what they do, and the time they offered."""
 
-    __slots__ = ("_at_ms", "capacity_ms", "counts")
+    __slots__ = ("_at_ms", "came", "capacity_ms", "counts")
 
     def __init__(self, at_ms: int) -> None:
         self.counts = [0] * 7
         self.capacity_ms = {Tier.FAST: 0, Tier.RELAX: 0}
         """GPU time that was open to the tier, or went to runs of it within what they were charged."""
+        self.came = 0
+        """Runs that migrated to one of them from one that could not take such jobs."""
         self._at_ms = at_ms
 
     @property

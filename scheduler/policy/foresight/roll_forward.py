@@ -325,7 +325,7 @@ class _Roll:
             attempt.attempt_id,
             attempt.job,
             attempt.worker_id,
-            self._total_ms(attempt.job, worked_ms),
+            worked_ms if attempt.drawn else self._total_ms(attempt.job, worked_ms),
             worked_ms,
         )
         self._runs[run.attempt_id] = run
