@@ -18,11 +18,13 @@ from billing import plans
 from billing.books import grant
 from billing.periods import period_at
 from billing.plans import PlanLimits
-from billing.refusals import AccountExists, UnknownAccount
+from billing.refusals import AccountExists, PlanLacksOverage, UnknownAccount
 from billing.renewal import period_grant, renew
 
 ERASED = "erased-"
 """What the ids of erased accounts begin with; the schema knows it too."""
+
+_ERASURE_S = 1_800.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,8 @@ class Terms:
     """What the plan changes to at `renews_at`; None: nothing."""
     period_start: datetime
     renews_at: datetime
+    ended_at: datetime | None
+    """When the account was erased: it is renewed no more."""
 
     def in_period(self, at: datetime) -> datetime:
         """Return `at`, but not before the period the account is in.
@@ -103,7 +107,7 @@ async def lock(connection: asyncpg.Connection, account_ids: Iterable[str], at: d
         rows = await _subscriptions(connection, ids, at)
         for missing in sorted(ids - {row["account_id"] for row in rows}):
             raise UnknownAccount(account_id=missing)
-    stale = [row for row in rows if row["stale"]]
+    stale = [row["account_id"] for row in rows if row["stale"]]
     if stale:
         await renew(connection, stale, at)
         rows = await _subscriptions(connection, ids, at)
@@ -133,10 +137,13 @@ async def set_overage(
 ) -> Terms:
     """Set consent to overage, the spend cap, or both; None leaves one as it is, a cap of 0 removes it.
 
-    Accepted jobs keep the consent in their snapshot; the cap counts at each dispatch. Locks the account.
-    Raises UnknownAccount.
+    Accepted jobs keep the consent in their snapshot. The cap counts at each dispatch, and what is dispatched
+    keeps the one it found: lowered while a job runs, it does not stop what that takes beyond its hold. Locks
+    the account. Raises UnknownAccount, or PlanLacksOverage for a consent that would be to any price.
     """
-    await lock(connection, [account_id], at)
+    terms = await lock_terms(connection, account_id, at)
+    if allowed and not terms.overage_micros_per_minute:
+        raise PlanLacksOverage(plan=terms.plan)
     await connection.execute(
         """UPDATE billing.subscription
               SET overage_allowed = COALESCE($2, overage_allowed),
@@ -166,6 +173,8 @@ async def erase(connection: asyncpg.Connection, account_id: str, at: datetime) -
         account_id,
         pseudonym,
         at,
+        # Every row that names it follows: of an account with 100,000 fast jobs, 400,000 in 20 s.
+        timeout=_ERASURE_S,
     )
     if not erased:
         raise UnknownAccount(account_id=account_id)
@@ -181,19 +190,28 @@ async def erase(connection: asyncpg.Connection, account_id: str, at: datetime) -
         account_id,
     )
     await connection.execute("DELETE FROM billing.idempotency WHERE account_id = $1", account_id)
-    # What admins were answered, and what they did or the account itself: names of resources, whole or begun.
+    # What admins were answered about it, found by what they did: all answers there are would be too many to
+    # look through. A new version of a plan names some who were on it.
     await connection.execute(
         """UPDATE billing.idempotency
-              SET outcome = regexp_replace(outcome::text, $1, '"accounts/' || $2 || '\\1', 'g')::jsonb
-            WHERE outcome::text ~ $1""",
+              SET outcome = regexp_replace(outcome::text, $3, '"accounts/' || $4 || '\\1', 'g')::jsonb
+             FROM (SELECT DISTINCT split_part(actor, '/', 2) AS account_id, action, request_id
+                     FROM billing.audit_event
+                    WHERE target = $1 OR target ^@ $2 OR target ^@ 'plans/' AND action = 'UpdatePlan') AS deed
+            WHERE idempotency.account_id = deed.account_id AND method = action
+              AND idempotency.request_id = deed.request_id AND outcome::text ~ $3""",
+        f"accounts/{account_id}",
+        f"accounts/{account_id}/",
         f'"accounts/{account_id}(["/])',
         pseudonym,
     )
     await connection.execute(
         """UPDATE billing.audit_event
-              SET actor = regexp_replace(actor, $1, 'accounts/' || $2 || '\\1'),
-                  target = regexp_replace(target, $1, 'accounts/' || $2 || '\\1')
-            WHERE actor ~ $1 OR target ~ $1""",
+              SET actor = regexp_replace(actor, $3, 'accounts/' || $4 || '\\1'),
+                  target = regexp_replace(target, $3, 'accounts/' || $4 || '\\1')
+            WHERE actor = $1 OR actor ^@ $2 OR target = $1 OR target ^@ $2""",
+        f"accounts/{account_id}",
+        f"accounts/{account_id}/",
         f"^accounts/{account_id}(/|$)",
         pseudonym,
     )
@@ -234,4 +252,5 @@ def _terms(row: asyncpg.Record) -> Terms:
         scheduled_plan=row["scheduled_plan"],
         period_start=row["period_start"],
         renews_at=row["period_end"],
+        ended_at=row["ended_at"],
     )

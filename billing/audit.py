@@ -61,6 +61,21 @@ async def record(
     return audit_id
 
 
+async def was_done(connection: asyncpg.Connection, action: str, target: str, request_id: str) -> bool:
+    """Return whether this was done to a target under a request id, by whomever.
+
+    Two callers may choose the same id, and each has claimed it for itself. Asked under a lock of the target.
+    """
+    done: bool = await connection.fetchval(
+        """SELECT EXISTS (SELECT FROM billing.audit_event
+                           WHERE target = $1 AND action = $2 AND request_id = $3)""",
+        target,
+        action,
+        request_id,
+    )
+    return done
+
+
 async def events(
     connection: asyncpg.Connection,
     *,

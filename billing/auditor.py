@@ -8,7 +8,7 @@ numbers, and then held against what the other tables say. Findings bear the numb
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import pairwise
@@ -18,30 +18,37 @@ from uuid import UUID
 import asyncpg
 
 from billing.invariants import one_moment
+from billing.plan_auditor import Deed, PeriodTime, deed, plan_findings
 
-# Between two of these others have their turn in the event loop: about 20 ms.
+# Of a cursor's round trip; all rows at once would be all in memory.
 _ROWS_AT_ONCE = 500
 
 # Who may pay whom, by the kind of account, why, and in which of the two units.
 _MOVEMENTS = {
     ("issued", "lot"): {"period", "rollover", "plan_change", "admin", "promo", "purchase", "refund"},
-    ("lot", "revoked"): {"plan_change", "admin"},
+    ("lot", "revoked"): {"plan_change", "plan_undo", "admin"},
     ("lot", "expired"): {"rollover", "expiry", "refund"},
-    ("lot", "consumed"): {"hold", "settle", "overrun"},
+    ("lot", "consumed"): {"hold", "hold_expiry", "settle", "overrun", "refund_undo"},
     ("consumed", "lot"): {"refund"},
-    ("platform", "consumed"): {"metered_time"},
+    ("platform", "consumed"): {"metered_time", "refund_undo"},
     ("consumed", "platform"): {"refund"},
     ("platform", "consumed_relax"): {"relax"},
     ("platform", "absorbed"): {"absorbed"},
-    ("metered", "revenue"): {"hold", "settle", "overrun"},
+    ("metered", "revenue"): {"hold", "hold_expiry", "settle", "overrun", "refund_undo"},
     ("revenue", "metered"): {"refund"},
-    ("subscription", "revenue"): {"plan_change"},
-    ("revenue", "subscription"): {"plan_change"},
+    ("subscription", "revenue"): {"plan_change", "plan_undo"},
+    ("revenue", "subscription"): {"plan_change", "plan_undo"},
 }
 _IN_MONEY = {"metered", "revenue", "subscription"}
-_KINDS_OF_CODES = {"hold": {"pending"}, "settle": {"post_pending", "void_pending", "expire_pending"}}
-_OF_NO_ATTEMPT = {"period", "rollover", "expiry", "plan_change", "admin", "promo", "purchase"}
-_AUDITED = {"admin", "promo", "purchase", "refund"}
+_KINDS_OF_CODES = {
+    "hold": {"pending"},
+    "hold_expiry": {"expire_pending"},
+    "settle": {"post_pending", "void_pending"},
+}
+_OF_NO_ATTEMPT = {"period", "rollover", "expiry", "plan_change", "plan_undo", "admin", "promo", "purchase"}
+_REASONS = {"plan": "period", "proration": "plan_change"}
+"""Why a lot is issued, by its source; of the other sources it is their own name."""
+_AUDITED = {"plan_undo", "admin", "promo", "purchase", "refund", "refund_undo"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,20 +65,29 @@ class Finding:
 async def replay(connection: asyncpg.Connection) -> list[Finding]:
     """Replay the whole journal as of one moment; no finding is what is hoped for. Locks nothing.
 
-    It takes one to two minutes for a million rows, and memory for every lot and attempt. A caller may end it
-    at any time, with a timeout of its own.
+    It takes one to two minutes of a core for a million rows, and memory for every lot and attempt: not for an
+    event loop that has others waiting. A caller may end it with a timeout of its own.
     """
     async with one_moment(connection):
         replayed = _Replay(await connection.fetch("SELECT * FROM billing.grant_lot"))
         for hold in await connection.fetch(
             """SELECT attempt_id, period_start, overage_allowed, spend_cap_micros, overage_micros_per_minute,
-                      multiplier_bp
+                      currency, multiplier_bp
                  FROM billing.hold"""
         ):
             replayed.terms[hold["attempt_id"]] = hold
-        replayed.audits = {
-            row["audit_id"]: row["target"]
-            for row in await connection.fetch("SELECT audit_id, target FROM billing.audit_event")
+        deeds: list[Deed] = []
+        for row in await connection.fetch(
+            """SELECT audit_id, target, action, at, before::text AS before, after::text AS after
+                 FROM billing.audit_event"""
+        ):
+            replayed.audits[row["audit_id"]] = row["target"]
+            deeds.append(deed(row))
+        replayed.unpaid = {
+            row["attempt_id"]
+            for row in await connection.fetch(
+                "SELECT attempt_id FROM billing.settlement WHERE billed_ms < due_ms"
+            )
         }
         async for row in connection.cursor(
             "SELECT * FROM billing.transfer ORDER BY transfer_id", prefetch=_ROWS_AT_ONCE
@@ -91,8 +107,24 @@ async def replay(connection: asyncpg.Connection) -> list[Finding]:
             )
         )
         replayed.compare_settlements(await connection.fetch("SELECT * FROM billing.settlement"))
-        replayed.compare_refunds(await connection.fetch("SELECT * FROM billing.refund"))
-        replayed.compare_plan_versions(await connection.fetch("SELECT * FROM billing.plan_version"))
+        replayed.compare_refunds(
+            await connection.fetch("SELECT * FROM billing.refund"),
+            await connection.fetch("SELECT * FROM billing.refund_undo"),
+        )
+        changes = await connection.fetch("SELECT * FROM billing.plan_change")
+        versions = await connection.fetch("SELECT * FROM billing.plan_version")
+        replayed.compare_plan_changes(changes)
+        replayed.compare_plan_versions(versions)
+        replayed.compare_rollover(versions)
+        replayed.compare_deeds(deeds)
+        for number, what, sentence in plan_findings(
+            periods=replayed.periods(),
+            subscriptions=await connection.fetch("SELECT * FROM billing.subscription"),
+            versions=versions,
+            changes=changes,
+            deeds=deeds,
+        ):
+            replayed.findings.append(Finding(number=number, what=what, sentence=sentence))
     return replayed.findings
 
 
@@ -107,6 +139,8 @@ class _Lot:
     held_ms: int = 0
     expired_ms: int = 0
     revoked_ms: int = 0
+    issued: bool = False
+    """Its time came into it."""
 
     @property
     def left_ms(self) -> int:
@@ -146,6 +180,7 @@ class _Attempt:
     posted: int = 0
     from_lots: dict[int, int] = field(default_factory=lambda: defaultdict(int))
     metered_ms: int = 0
+    metered_back_ms: int = 0
     micros: int = 0
     relax_ms: int = 0
     absorbed_ms: int = 0
@@ -161,6 +196,32 @@ class _Attempt:
         return self.billed_ms + self.relax_ms + self.micros > 0
 
 
+@dataclass(kw_only=True, slots=True)
+class _PlanChange:
+    """What the journal says of a change of plan, or of one that takes another back."""
+
+    granted_ms: int = 0
+    credit_micros: int = 0
+    charge_micros: int = 0
+
+
+@dataclass(kw_only=True, slots=True)
+class _Moved:
+    """What was moved for one audit event."""
+
+    ms: int = 0
+    """Granted, less what was revoked."""
+    given_back_ms: int = 0
+    given_back_micros: int = 0
+    charged_micros: int = 0
+    ended_ms: int = 0
+    """Given back to lots that had ended."""
+    anew_ms: int = 0
+    """Granted in their place."""
+    of_lots: dict[int, int] = field(default_factory=lambda: defaultdict(int))
+    """By a refund: what it left in each lot; by what takes one back, negative."""
+
+
 class _Replay:
     """The ledger as the journal tells it."""
 
@@ -168,21 +229,33 @@ class _Replay:
         self.findings: list[Finding] = []
         self.terms: dict[UUID, asyncpg.Record] = {}
         self.audits: dict[int, str] = {}
+        self.unpaid: set[UUID] = set()
+        """Attempts of which less was billed than was due."""
         self._lots = {row["lot_id"]: _Lot(row=row) for row in lots}
         self._lots_of: dict[str, list[_Lot]] = defaultdict(list)
         for lot in self._lots.values():
             self._lots_of[lot.row["account_id"]].append(lot)
         self._metered: dict[tuple[str, Any, str], _Metered] = defaultdict(_Metered)
         self._pendings: dict[int, asyncpg.Record] = {}
-        self._ended: set[int] = set()
+        self._ended: dict[int, str] = {}
+        """How each pending that has ended did."""
         self._attempts: dict[UUID, _Attempt] = {}
         self._charged: dict[UUID, UUID] = {}
+        self._plan_changes: dict[int, _PlanChange] = defaultdict(_PlanChange)
+        """By audit event."""
+        self._moved: dict[int, _Moved] = defaultdict(_Moved)
+        """By audit event."""
+        self._by_versions_ms: dict[tuple[str, datetime], int] = defaultdict(int)
+        """By account and start of the period."""
+        self._rolled_ms: dict[tuple[str, datetime], list[int]] = defaultdict(lambda: [0, 0])
+        """Out of the lots that ended at a time, and into those that began then, by account and that time."""
 
     def apply(self, row: asyncpg.Record) -> None:
         """Take one row of the journal in."""
         if not self._is_a_movement(row):
             return
-        if row["code"] in _AUDITED or row["audit_id"] is not None:
+        paid_for = "subscription" in (_kind_of(row["debit_account"]), _kind_of(row["credit_account"]))
+        if row["code"] in _AUDITED or paid_for or row["audit_id"] is not None:
             target = self.audits.get(row["audit_id"])
             if target is None or row["account_id"] not in target.split("/"):
                 self._find(23, row, "nobody says who made it and why")
@@ -264,7 +337,7 @@ class _Replay:
         if pending is None:
             self._find(5, row, f"there is no pending {row['pending_id']}")
             return
-        self._ended.add(row["pending_id"])
+        self._ended[row["pending_id"]] = row["kind"]
         same = ("account_id", "job_id", "attempt_id", "debit_account", "credit_account", "unit", "lot_id")
         posts = row["kind"] == "post_pending"
         if any(row[name] != pending[name] for name in same) or (
@@ -285,17 +358,29 @@ class _Replay:
 
     def _move(self, row: asyncpg.Record, attempt: _Attempt | None, amount: int) -> None:
         """Move what is posted."""
+        if row["code"] in ("plan_change", "plan_undo") and row["audit_id"] is not None:
+            self._change_plan(row, self._plan_changes[row["audit_id"]])
+        if row["audit_id"] is not None:
+            _add(row, self._moved[row["audit_id"]])
         lot = None if row["lot_id"] is None else self._lots[row["lot_id"]]
         match _kind_of(row["debit_account"]), _kind_of(row["credit_account"]):
             case ("issued", "lot"):
                 assert lot is not None
+                self._issue(row, lot)
                 lot.granted_ms += amount
             case ("lot", "revoked"):
                 assert lot is not None
                 lot.revoked_ms += amount
+                if row["code"] == "plan_change" and row["audit_id"] is None:
+                    self._by_versions_ms[row["account_id"], lot.row["effective_at"]] -= amount
             case ("lot", "expired"):
                 assert lot is not None
                 lot.expired_ms += amount
+                if row["code"] == "rollover":
+                    self._rolled_ms[row["account_id"], lot.row["expires_at"]][0] += amount
+            case (_, _) if row["code"] == "refund_undo":
+                assert attempt is not None
+                self._take_back(row, attempt, lot)
             case ("lot", "consumed"):
                 assert lot is not None
                 assert attempt is not None
@@ -320,6 +405,7 @@ class _Replay:
             case ("consumed", "platform"):
                 assert attempt is not None
                 attempt.metered_ms -= amount
+                attempt.metered_back_ms += amount
                 attempt.given_back_ms += amount
                 if attempt.metered_ms < 0:
                     self._find(11, row, "more metered time is given back than was charged")
@@ -332,6 +418,9 @@ class _Replay:
             case ("platform", "absorbed"):
                 assert attempt is not None
                 attempt.absorbed_ms += amount
+                if row["attempt_id"] in self.unpaid:
+                    self._is_next(row, attempt)
+                    self._cannot_be_metered(row, attempt)
             case ("metered", "revenue"):
                 assert attempt is not None
                 attempt.micros += amount
@@ -348,6 +437,47 @@ class _Replay:
                     self._find(11, row, "more money is given back than was charged")
         if lot is not None and lot.left_ms < 0:
             self._find(3, row, f"lot {row['lot_id']} is overdrawn by {-lot.left_ms} ms")
+
+    def _take_back(self, row: asyncpg.Record, attempt: _Attempt, lot: _Lot | None) -> None:
+        """Charge again what a refund had given back."""
+        amount = row["amount"]
+        if row["credit_account"] == "revenue":
+            attempt.micros += amount
+            attempt.given_back_micros -= amount
+            self._meter(row).posted_micros += amount
+            return
+        attempt.given_back_ms -= amount
+        if lot is None:
+            attempt.metered_ms += amount
+            attempt.metered_back_ms -= amount
+        else:
+            lot.used_ms += amount
+            attempt.from_lots[lot.row["lot_id"]] += amount
+            if not lot.lives(row["at"]):
+                self._find(9, row, f"lot {row['lot_id']} did not live when this was taken back")
+        self._charge(row)
+
+    def _issue(self, row: asyncpg.Record, lot: _Lot) -> None:
+        source = lot.row["source"]
+        if lot.issued or row["code"] != _REASONS.get(source, source):
+            self._find(7, row, f"it is not the one {source} that lot {row['lot_id']} is made of")
+        lot.issued = True
+        start = lot.row["effective_at"]
+        if row["code"] == "rollover":
+            self._rolled_ms[row["account_id"], start][1] += row["amount"]
+        elif row["code"] == "plan_change" and row["audit_id"] is None:
+            self._by_versions_ms[row["account_id"], start] += row["amount"]
+
+    def _change_plan(self, row: asyncpg.Record, change: _PlanChange) -> None:
+        match _kind_of(row["debit_account"]), _kind_of(row["credit_account"]):
+            case ("issued", "lot"):
+                change.granted_ms += row["amount"]
+            case ("lot", "revoked"):
+                change.granted_ms -= row["amount"]
+            case ("revenue", "subscription"):
+                change.credit_micros -= row["amount"]
+            case ("subscription", "revenue"):
+                change.charge_micros += row["amount"]
 
     def _charge(self, row: asyncpg.Record) -> None:
         before = self._charged.get(row["job_id"])
@@ -390,6 +520,16 @@ class _Replay:
         takes_more = row["kind"] in ("pending", "post")
         if takes_more and 0 < cap < metered.posted_micros + metered.held_micros:
             self._find(12, row, f"the cap was {cap}")
+
+    def _cannot_be_metered(self, row: asyncpg.Record, attempt: _Attempt) -> None:
+        terms = self.terms.get(row["attempt_id"])
+        if terms is None or not terms["overage_allowed"]:
+            return
+        price, cap = terms["overage_micros_per_minute"], terms["spend_cap_micros"]
+        metered = self._metered[row["account_id"], terms["period_start"], terms["currency"]]
+        one_more_micros = _price(attempt.metered_ms + 1, price) - _price(attempt.metered_ms, price)
+        if not cap or metered.posted_micros + metered.held_micros + one_more_micros <= cap:
+            self._find(18, row, "its account had agreed to be charged for this, and the cap was not reached")
 
     def compare_lots(self) -> None:
         """Hold every lot's row against the journal."""
@@ -438,7 +578,8 @@ class _Replay:
             found = [self._pendings[number] for number in pendings if number in self._pendings]
             lots_ms = sum(pending["amount"] for pending in found if pending["lot_id"] is not None)
             micros = sum(pending["amount"] for pending in found if pending["lot_id"] is None)
-            ended = len(pendings & self._ended)
+            ends = [self._ended[number] for number in pendings if number in self._ended]
+            expired = ends.count("expire_pending")
             agrees = (
                 attempt is not None
                 and len(found) == len(pendings)
@@ -448,12 +589,15 @@ class _Replay:
             )
             match row["state"]:
                 case "open":
-                    agrees = agrees and ended == 0 and row["ending"] is None
+                    agrees = agrees and not ends and row["ending"] is None
+                case "expired":
+                    agrees = agrees and expired == len(pendings)
                 case "posted":
-                    agrees = agrees and ended == len(pendings) and row["ending"] == "post"
+                    agrees = agrees and len(ends) == len(pendings) and row["ending"] == "post"
+                    agrees = agrees and expired == 0
                 case "voided":
-                    agrees = agrees and ended == len(pendings) and row["ending"] == "void"
-                    agrees = agrees and attempt is not None and attempt.posted == 0
+                    agrees = agrees and ends.count("void_pending") == len(pendings)
+                    agrees = agrees and row["ending"] == "void"
             if not agrees:
                 self._say(
                     6, f"hold of attempt {row['attempt_id']}", "its state or legs are not the journal's"
@@ -483,14 +627,13 @@ class _Replay:
             micros = moved.micros + moved.given_back_micros
             terms = self.terms.get(row["attempt_id"])
             price = 0 if terms is None else terms["overage_micros_per_minute"]
-            given_back = moved.given_back_micros or moved.given_back_ms
             if (
                 (row["due_ms"], row["billed_ms"], row["amount_micros"]) != (due, billed, micros)
                 or (terms is not None and row["multiplier_bp"] != terms["multiplier_bp"])
                 or billed > due
                 or row["absorbed_ms"] != moved.absorbed_ms
                 or moved.relax_ms != (0 if fast else row["measured_ms"])
-                or (not given_back and micros != (moved.metered_ms * price + 59_999) // 60_000)
+                or micros != _price(moved.metered_ms + moved.metered_back_ms, price)
                 or (billed < due) != (row["unpaid_ms"] > 0)
             ):
                 self._say(18, what, f"it moved {billed} ms, {micros} micros, absorbed {moved.absorbed_ms} ms")
@@ -498,23 +641,123 @@ class _Replay:
             if attempt_id not in settled and (attempt.posted or attempt.charged or attempt.absorbed_ms):
                 self._say(18, f"attempt {attempt_id}", "it was charged and is not settled")
 
-    def compare_refunds(self, rows: Iterable[asyncpg.Record]) -> None:
-        """Hold what was given back of each attempt against its refunds."""
+    def compare_refunds(self, rows: Iterable[asyncpg.Record], undos: Iterable[asyncpg.Record]) -> None:
+        """Hold what was given back of each attempt against its refunds, and what took these back."""
+        refunds = {row["refund_id"]: row for row in rows}
+        undone = {row["refund_id"]: row for row in undos}
         told: dict[UUID, tuple[int, int]] = defaultdict(lambda: (0, 0))
-        for row in rows:
-            ms, micros = told[row["attempt_id"]]
-            told[row["attempt_id"]] = ms + row["refunded_ms"], micros + row["refunded_micros"]
+        for refund_id, row in refunds.items():
+            ms, micros = row["refunded_ms"], row["refunded_micros"]
+            undo = undone.get(refund_id)
+            if undo is not None:
+                self._compare_refund_undo(row, undo)
+                ms, micros = ms - undo["taken_ms"], micros - undo["taken_micros"]
+            of_ms, of_micros = told[row["attempt_id"]]
+            told[row["attempt_id"]] = of_ms + ms, of_micros + micros
+        for refund_id in undone.keys() - refunds.keys():
+            self._say(11, f"refund {refund_id}", "it was taken back, and there is none")
         for attempt_id in told.keys() | self._attempts.keys():
             attempt = self._attempts.get(attempt_id)
             moved = (0, 0) if attempt is None else (attempt.given_back_ms, attempt.given_back_micros)
             if moved != told[attempt_id]:
                 self._say(11, f"attempt {attempt_id}", f"{moved} was given back, not {told[attempt_id]}")
 
+    def _compare_refund_undo(self, refund: asyncpg.Record, undo: asyncpg.Record) -> None:
+        gave, took = self._moved[refund["audit_id"]], self._moved[undo["audit_id"]]
+        as_said = (-took.given_back_ms, took.charged_micros) == (undo["taken_ms"], undo["taken_micros"])
+        within = undo["taken_ms"] <= refund["refunded_ms"] and all(
+            -ms <= gave.of_lots[lot_id] for lot_id, ms in took.of_lots.items()
+        )
+        all_money = undo["taken_micros"] == refund["refunded_micros"]
+        if not (as_said and within and all_money and undo["account_id"] == refund["account_id"]):
+            self._say(11, f"refund {refund['refund_id']}", f"{took} took it back, of {gave}")
+
+    def compare_plan_changes(self, rows: Iterable[asyncpg.Record]) -> None:
+        """Hold changes of plan against what they moved, and what took them back against them."""
+        told = {row["change_id"]: row for row in rows}
+        undone: set[int] = set()
+        for row in told.values():
+            what = f"change of plan {row['change_id']}"
+            moved = self._plan_changes.pop(row["audit_id"], _PlanChange())
+            if (row["granted_ms"], row["credit_micros"], row["charge_micros"]) != (
+                moved.granted_ms,
+                moved.credit_micros,
+                moved.charge_micros,
+            ):
+                self._say(11, what, f"it moved {moved}")
+            if row["undoes"] is None:
+                continue
+            of = told.get(row["undoes"])
+            if (
+                of is None
+                or of["undoes"] is not None
+                or row["undoes"] in undone
+                or (row["account_id"], row["currency"]) != (of["account_id"], of["currency"])
+                or (row["credit_micros"], row["charge_micros"])
+                != (-of["charge_micros"], -of["credit_micros"])
+            ):
+                self._say(11, what, f"it is not what takes change {row['undoes']} back, once")
+            undone.add(row["undoes"])
+        for audit_id in self._plan_changes:
+            self._say(11, f"audit event {audit_id}", "it moved time or money and is no change of plan")
+
     def compare_plan_versions(self, rows: Iterable[asyncpg.Record]) -> None:
         """Ask for the audit event of every plan version."""
         for row in rows:
             if self.audits.get(row["audit_id"]) != f"plans/{row['plan']}":
                 self._say(23, f"plan {row['plan']} version {row['version']}", "nobody says who made it")
+
+    def compare_rollover(self, versions: Iterable[asyncpg.Record]) -> None:
+        """Ask where every rollover came from."""
+        ended = {
+            (lot.row["account_id"], lot.row["expires_at"])
+            for lot in self._lots.values()
+            if lot.row["source"] == "plan"
+        }
+        # What a period leaves of which nothing was ever granted, because nobody touched the account in it.
+        untouched = {min(row["rollover_ms"], row["quota_ms"]) for row in versions}
+        for key, (gone_ms, came_ms) in self._rolled_ms.items():
+            if gone_ms != came_ms and (gone_ms or key in ended or came_ms not in untouched):
+                self._say(7, f"account {key[0]}", f"{gone_ms} ms rolled over, and {came_ms} came of it")
+
+    def compare_deeds(self, deeds: Iterable[Deed]) -> None:
+        """Hold what admins and accounts did against what was moved for it."""
+        for one in deeds:
+            moved = self._moved[one.audit_id]
+            what = f"audit event {one.audit_id}"
+            said = 0, 0, 0, 0
+            match one.action:
+                case "AdjustBalance":
+                    said = one.says("amount_ms"), 0, 0, 0
+                case "RefundJob":
+                    said = 0, one.says("amount_ms"), one.says("amount_micros"), 0
+                case "UndoRefund":
+                    said = 0, -one.says("amount_ms"), 0, one.says("amount_micros")
+                case "ChangePlan":
+                    said = one.says("granted_ms"), 0, -one.says("credit_micros"), one.says("charge_micros")
+                case "UndoPlanChange":
+                    # The two sides of its money are held against the change that it takes back.
+                    back_micros = moved.given_back_micros
+                    charged_micros = back_micros + one.says("amount_micros")
+                    said = -one.says("revoked_ms"), 0, back_micros, charged_micros
+            if said != (moved.ms, moved.given_back_ms, moved.given_back_micros, moved.charged_micros):
+                self._say(23, what, f"it says {said}, and {moved} was moved for it")
+            if moved.ended_ms != moved.anew_ms:
+                self._say(11, what, f"{moved.anew_ms} ms was granted for {moved.ended_ms} ms that had ended")
+
+    def periods(self) -> Iterator[PeriodTime]:
+        """Yield what plans gave for every period."""
+        for lot in self._lots.values():
+            row = lot.row
+            if row["source"] == "plan":
+                key = row["account_id"], row["effective_at"]
+                yield PeriodTime(
+                    account_id=row["account_id"],
+                    start=row["effective_at"],
+                    end=row["expires_at"],
+                    opened_ms=lot.granted_ms,
+                    by_versions_ms=self._by_versions_ms.get(key, 0),
+                )
 
     def _find(self, number: int, row: asyncpg.Record, sentence: str) -> None:
         self._say(number, f"transfer {row['transfer_id']}", sentence)
@@ -525,3 +768,32 @@ class _Replay:
 
 def _kind_of(account: str) -> str:
     return account.partition("/")[0]
+
+
+def _price(ms: int, micros_per_minute: int) -> int:
+    return (ms * micros_per_minute + 59_999) // 60_000
+
+
+def _add(row: asyncpg.Record, moved: _Moved) -> None:
+    """Add a row to what was moved for its audit event."""
+    amount, anew = row["amount"], row["code"] == "refund"
+    if row["lot_id"] is not None and row["code"] in ("refund", "refund_undo"):
+        left = _kind_of(row["credit_account"]) == "lot"
+        moved.of_lots[row["lot_id"]] += amount if left else -amount
+    match _kind_of(row["debit_account"]), _kind_of(row["credit_account"]):
+        case ("issued", "lot") if anew:
+            moved.anew_ms += amount
+        case ("issued", "lot"):
+            moved.ms += amount
+        case ("lot", "revoked"):
+            moved.ms -= amount
+        case ("lot", "expired"):
+            moved.ended_ms += amount
+        case ("consumed", _):
+            moved.given_back_ms += amount
+        case (_, "consumed"):
+            moved.given_back_ms -= amount
+        case ("revenue", _):
+            moved.given_back_micros += amount
+        case (_, "revenue"):
+            moved.charged_micros += amount

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Literal
 
@@ -12,7 +13,15 @@ from billing import accounts
 from billing.accounts import Terms
 from billing.books import MeteredKey, open_books
 from billing.entries import available_ms
-from billing.prices import ONE_BP, ChargeMode, PricingSnapshot, billed_ms, price_micros
+from billing.prices import (
+    ONE_BP,
+    ChargeMode,
+    PricingSnapshot,
+    billed_ms,
+    foreseen_bp,
+    price_micros,
+    priced_for,
+)
 from billing.refusals import FastTimeExhausted, PlanLacksPrivate, SpendCapReached
 
 Tier = Literal["fast", "relax"]
@@ -60,9 +69,10 @@ async def balance(connection: asyncpg.Connection, account_id: str, at: datetime)
                   (SELECT COALESCE(sum(CASE credit_account WHEN 'consumed' THEN amount ELSE -amount END), 0)
                      FROM billing.transfer JOIN live USING (lot_id)
                     WHERE transfer.account_id = $1 AND at >= $3 AND kind IN ('post', 'post_pending')
-                      AND (credit_account = 'consumed'
-                           -- What is given back of an earlier period's use was not shown as used either.
-                           OR debit_account = 'consumed' AND EXISTS (
+                      AND (credit_account = 'consumed' AND code <> 'refund_undo'
+                           -- Of an earlier period's use, which is not shown, nor is what is given back,
+                           -- and what of that is taken again.
+                           OR code IN ('refund', 'refund_undo') AND EXISTS (
                                SELECT FROM billing.settlement
                                 WHERE settlement.attempt_id = transfer.attempt_id AND settlement.at >= $3))
                   )::bigint AS used_ms,
@@ -104,33 +114,37 @@ async def price(
     predicted_ms: int,
     waiting_ms: int,
     at: datetime,
+    devices: Collection[str] = (),
 ) -> PricingSnapshot:
     """Return the terms on which a job is accepted: the soft check, before anything is held.
 
     `predicted_ms` is GPU time before the multiplier; `waiting_ms` is what the account's waiting fast jobs are
-    expected to cost, after theirs. What can still be taken, less what already waits, must cover the job, or
-    the account have agreed to overage within its cap. Locks nothing; with the account locked
-    (`accounts.lock_terms`) two acceptances at once cannot both count on the same time.
+    expected to cost, after theirs. `devices` are the types of GPU there are; empty: not known, so any. What
+    can still be taken, less what already waits, must cover the job on the dearest of them, or the account
+    have agreed to overage within its cap: what is accepted can then start on any. Locks nothing; with the
+    account locked (`accounts.lock_terms`) two acceptances at once cannot both count on the same time.
 
     Raises PlanLacksPrivate, FastTimeExhausted or SpendCapReached.
     """
     if private and not terms.private_allowed:
         raise PlanLacksPrivate(plan=terms.plan)
-    multiplier_bp = terms.private_multiplier_bp if private else ONE_BP
-    charge_mode = ChargeMode.RELAX
-    if tier == "fast":
-        cost_ms = waiting_ms + billed_ms(predicted_ms, multiplier_bp)
-        charge_mode = await _fast_mode(connection, terms, cost_ms, waiting_ms, terms.in_period(at))
-    return PricingSnapshot(
+    of_relax = PricingSnapshot(
         plan=terms.plan,
         plan_version=terms.plan_version,
-        charge_mode=charge_mode,
-        multiplier_bp=multiplier_bp,
+        charge_mode=ChargeMode.RELAX,
+        multiplier_bp=terms.private_multiplier_bp if private else ONE_BP,
         overage_allowed=terms.overage_allowed,
         overage_micros_per_minute=terms.overage_micros_per_minute,
         currency=terms.currency,
         gpu_class_bp=terms.gpu_class_bp,
     )
+    if tier == "relax":
+        return of_relax
+    pricing = priced_for(of_relax, devices)
+    _, dearest_bp = foreseen_bp(pricing)
+    cost_ms = waiting_ms + billed_ms(predicted_ms, dearest_bp)
+    charge_mode = await _fast_mode(connection, terms, cost_ms, waiting_ms, terms.in_period(at))
+    return replace(pricing, charge_mode=charge_mode)
 
 
 async def _fast_mode(

@@ -1,6 +1,6 @@
 """The arithmetic of the ledger, without a database: which lot is taken from, and what is written for it.
 
-Lots and entries are plain values. What is decided here is stored by `journal`.
+Lots and entries are plain values. What is decided here is stored by `books`.
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ class Kind(StrEnum):
     PENDING = "pending"
     POST_PENDING = "post_pending"
     VOID_PENDING = "void_pending"
+    EXPIRE_PENDING = "expire_pending"
 
 
 class Code(StrEnum):
@@ -95,6 +96,8 @@ class Code(StrEnum):
     PLAN_CHANGE = "plan_change"
     """The account's plan, or its plan's version, changed in mid-period. Time: issued → lot, or lot → revoked.
     Money: subscription → revenue for the new plan, revenue → subscription for the old one."""
+    PLAN_UNDO = "plan_undo"
+    """A change of plan was taken back: lot → revoked, and its money the other way."""
     ADMIN = "admin"
     """An admin's adjustment: issued → lot, or lot → revoked."""
     PROMO = "promo"
@@ -105,7 +108,11 @@ class Code(StrEnum):
     """Given back of an attempt's charge, each row with its job and attempt: consumed → lot, and if that lot
     has ended also lot → expired and issued → a new lot; of what was metered, consumed → platform and, in
     money, revenue → metered."""
+    REFUND_UNDO = "refund_undo"
+    """A refund was taken back, each row with its job and attempt: lot → consumed; of what was metered,
+    platform → consumed and, in money, metered → revenue."""
     HOLD = "hold"
+    HOLD_EXPIRY = "hold_expiry"
     SETTLE = "settle"
     OVERRUN = "overrun"
     METERED_TIME = "metered_time"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid5
 
@@ -34,6 +34,11 @@ from billing.entries import (
 from billing.prices import ChargeMode, PricingSnapshot, billed_ms, multiplier_of, price_micros
 from billing.refusals import FastTimeExhausted, HoldRefusedBefore, Refusal, SpendCapReached
 
+HOLD_LASTS = timedelta(hours=1)
+"""How long a hold stands, unless it is ended before or `hold_expiry` puts it off."""
+
+_REFUSALS_LAST = timedelta(days=1)
+
 # Any fixed UUID: the ids of holds are derived under it.
 _HOLDS = UUID("5f1e5e3c-4f0a-4c53-9a55-0d7a1f9a6b11")
 
@@ -51,6 +56,8 @@ class HoldRequest:
     at: datetime
     device: str = ""
     """Type of the GPU it will run on, which may have a multiplier of its own."""
+    lasts: timedelta = HOLD_LASTS
+    """When nobody has ended the hold by then, it is due to expire."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +208,25 @@ async def place_holds(
             "INSERT INTO billing.refused_hold VALUES ($1, $2) ON CONFLICT DO NOTHING", refused
         )
     return outcomes
+
+
+async def forget_refusals(connection: asyncpg.Connection, at: datetime, most: int) -> int:
+    """Forget up to `most` refusals that nobody asks about any more, and return how many they were.
+
+    Whoever waits for fast time is refused every few seconds, each time as another attempt. Of an attempt that
+    was refused a day ago no request is on its way. Locks none that others have locked.
+    """
+    forgotten: int = await connection.fetchval(
+        """WITH old AS (
+               SELECT attempt_id FROM billing.refused_hold WHERE at <= $1 LIMIT $2 FOR UPDATE SKIP LOCKED),
+           forgotten AS (
+               DELETE FROM billing.refused_hold USING old
+                WHERE refused_hold.attempt_id = old.attempt_id RETURNING true)
+           SELECT count(*) FROM forgotten""",
+        at - _REFUSALS_LAST,
+        most,
+    )
+    return forgotten
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -385,13 +411,13 @@ async def _insert(
                INSERT INTO billing.hold (
                       hold_id, account_id, job_id, attempt_id, predicted_ms, multiplier_bp, lots_ms,
                       metered_ms, metered_micros, overage_allowed, overage_micros_per_minute, currency,
-                      spend_cap_micros, period_start, placed_at)
+                      spend_cap_micros, period_start, placed_at, stands_until)
                SELECT * FROM unnest($1::uuid[], $2::text[], $3::uuid[], $4::uuid[], $5::bigint[],
                                     $6::integer[], $7::bigint[], $8::bigint[], $9::bigint[], $10::boolean[],
                                     $11::bigint[], $12::text[], $13::bigint[], $14::timestamptz[],
-                                    $15::timestamptz[]))
+                                    $15::timestamptz[], $16::timestamptz[]))
            INSERT INTO billing.hold_leg (hold_id, leg, lot_id, held_ms, pending_id)
-           SELECT * FROM unnest($16::uuid[], $17::smallint[], $18::bigint[], $19::bigint[], $20::bigint[])""",
+           SELECT * FROM unnest($17::uuid[], $18::smallint[], $19::bigint[], $20::bigint[], $21::bigint[])""",
         [hold.placed.hold_id for hold in new],
         [hold.request.account_id for hold in new],
         [hold.job_id for hold in new],
@@ -407,6 +433,7 @@ async def _insert(
         [hold.terms.spend_cap_micros for hold in new],
         [hold.terms.period_start for hold in new],
         [hold.at for hold in new],
+        [hold.at + hold.request.lasts for hold in new],
         *(list(column) for column in zip(*legs, strict=True)),
     )
 

@@ -20,7 +20,7 @@ from billing.entries import REVENUE, Code, Entry, Kind, Source, subscription_acc
 from billing.periods import Period
 from billing.plans import PlanVersion
 from billing.prices import prorated
-from billing.refusals import EtagMismatch
+from billing.refusals import AccountErased, EtagMismatch, PlanNotSelfService, RequestIdReused
 
 # How long what a preview showed can be had. In that time its share shrinks by a 4,000th of the period.
 _PREVIEW_HOLDS = timedelta(minutes=10)
@@ -56,13 +56,19 @@ class PlanChange:
         return self.credit_micros + self.charge_micros
 
 
-async def preview(connection: asyncpg.Connection, account_id: str, plan: str, at: datetime) -> PlanChange:
+async def preview(
+    connection: asyncpg.Connection, account_id: str, plan: str, at: datetime, *, by_itself: bool = False
+) -> PlanChange:
     """Return what a change to the newest version of `plan` would give and cost at `at`.
 
-    Locks the account only to open a new period. Raises UnknownAccount or UnknownPlan.
+    An account that changes its plan `by_itself` has those that are open to that; to keep its plan, and so
+    take back what is scheduled, is such a change too, because an admin may have scheduled it. Locks the
+    account only to open a new period.
+
+    Raises UnknownAccount, AccountErased, UnknownPlan or PlanNotSelfService.
     """
     terms = (await accounts.terms(connection, [account_id], at))[account_id]
-    return await _foreseen(connection, terms, plan, terms.in_period(at))
+    return await _foreseen(connection, terms, plan, terms.in_period(at), by_itself=by_itself)
 
 
 async def change(
@@ -75,6 +81,7 @@ async def change(
     reason: str,
     request_id: str,
     at: datetime,
+    by_itself: bool = False,
 ) -> PlanChange:
     """Change an account's plan, with an audit event, and return what that gave and cost.
 
@@ -82,15 +89,16 @@ async def change(
     neither the account's plan nor the terms of either have changed since; with an empty one it is what a
     preview at `at` would show. Locks the account; a repeated request is for `idempotency.claim`.
 
-    Raises UnknownAccount, UnknownPlan or EtagMismatch.
+    Raises what `preview` does, EtagMismatch or RequestIdReused.
     """
     terms = await accounts.lock_terms(connection, account_id, at)
     at = terms.in_period(at)
-    planned = await _foreseen(connection, terms, plan, at)
-    if etag:
-        planned = await _foreseen(connection, terms, plan, _previewed_at(etag, terms, at) or at)
-        if planned.etag != etag:
-            raise EtagMismatch(given=etag, current=planned.etag)
+    if await audit.was_done(connection, "ChangePlan", f"accounts/{account_id}", request_id):
+        raise RequestIdReused(request_id=request_id)
+    moment = (_previewed_at(etag, terms, at) or at) if etag else at
+    planned = await _foreseen(connection, terms, plan, moment, by_itself=by_itself)
+    if etag and planned.etag != etag:
+        raise EtagMismatch(given=etag, current=planned.etag)
     audit_id = await audit.record(
         connection,
         actor=actor,
@@ -113,14 +121,21 @@ async def change(
         await _schedule(connection, account_id, None)
     elif planned.at_once:
         await _change_now(connection, terms, planned, request_id, audit_id, at)
+        await _record(connection, terms, planned, audit_id, at)
     else:
         await _schedule(connection, account_id, plan)
     return planned
 
 
-async def _foreseen(connection: asyncpg.Connection, terms: Terms, plan: str, at: datetime) -> PlanChange:
+async def _foreseen(
+    connection: asyncpg.Connection, terms: Terms, plan: str, at: datetime, *, by_itself: bool
+) -> PlanChange:
+    if terms.ended_at is not None:
+        raise AccountErased(account_id=terms.account_id)
     old = await plans.get(connection, terms.plan, terms.plan_version)
     new = await plans.newest(connection, plan)
+    if by_itself and not new.self_service:
+        raise PlanNotSelfService(plan=plan)
     change = PlanChange(
         account_id=terms.account_id,
         from_plan=terms.plan,
@@ -232,6 +247,29 @@ async def _change_now(
                 )
             )
     await money.write(connection)
+
+
+async def _record(
+    connection: asyncpg.Connection, terms: Terms, change: PlanChange, audit_id: int, at: datetime
+) -> None:
+    """Write what a change at once gave and cost, so that it can be taken back: see `plan_undo`."""
+    await connection.execute(
+        """INSERT INTO billing.plan_change (account_id, from_plan, from_version, to_plan, to_version,
+                  period_start, granted_ms, credit_micros, charge_micros, currency, audit_id, at)
+           VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)""",
+        change.account_id,
+        terms.plan,
+        terms.plan_version,
+        change.to_plan,
+        change.to_version,
+        terms.period_start,
+        change.granted_ms,
+        change.credit_micros,
+        change.charge_micros,
+        change.currency,
+        audit_id,
+        at,
+    )
 
 
 async def _schedule(connection: asyncpg.Connection, account_id: str, plan: str | None) -> None:

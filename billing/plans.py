@@ -11,11 +11,17 @@ from enum import StrEnum
 import asyncpg
 
 from billing import audit
-from billing.entries import OF_THE_PLAN
+from billing.entitlement import renewed
 from billing.refusals import EtagMismatch, PlanExists, UnknownPlan
+from billing.renewal import standings, versions_of
 
 # Through text: the caller's connection may decode JSON, or not.
 _COLUMNS = "plan_version.*, gpu_class_bp::text AS gpu_classes"
+
+_SHOWN = 100
+"""Accounts that an impact names."""
+# Accounts that an impact looks at with one statement: between two the event loop has its turn.
+_AT_ONCE = 1_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +58,8 @@ class PlanFields:
     """Most unused time of the plan that a period leaves to the next."""
     gpu_class_bp: Mapping[str, int] = field(default_factory=dict)
     """Multipliers by device type, beside the private one; a type that is not named counts 10,000."""
+    self_service: bool = False
+    """Accounts may change to it by themselves; otherwise only admins change theirs to it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +103,8 @@ class PlanImpact:
     revoked_ms: int
     cut_short: int
     """Accounts from which not all that the quota fell by can be taken: it is used or held."""
+    behind: int
+    """Accounts that would take up at once what earlier versions were to change with their next period."""
     first: tuple[AccountImpact, ...]
     """The first hundred accounts by id."""
 
@@ -169,9 +179,10 @@ async def update(
 ) -> PlanVersion:
     """Make a new version of a plan, with its audit event, and return it.
 
-    With NOW, each subscriber's limits and terms change at the next touch of its account, and its present
-    period gains or loses the difference of the quotas, though never what is used or held. So an update costs
-    the same for ten subscribers as for a million. Locks the plan. Raises UnknownPlan or EtagMismatch, and
+    With NOW, each subscriber's limits and terms change at the next touch of its account, and a new quota is
+    that of its present period too: what is missing to it is granted, and what is too much taken back, though
+    never what is used or held. So an update costs the same for ten subscribers as for a million. Locks the
+    plan. Raises UnknownPlan or EtagMismatch, and
     asyncpg.CheckViolationError for numbers no plan can have: the caller has refused those.
     """
     await connection.execute(
@@ -208,64 +219,65 @@ async def impact(
 ) -> PlanImpact:
     """Return what `update` with these fields would do to the plan's subscribers. Changes and locks nothing.
 
-    One statement, however many they are. Who has not been touched since a version at once was made counts
-    with that version; whose period has ended counts with the one it had, until it is renewed.
+    Each counts as it will be once it is touched, by the rule of the renewal that does it: with the versions
+    at once made since it was, and, where its period has ended, in its new period, on the plan it changes to.
+    Raises UnknownPlan.
     """
-    row = await connection.fetchrow(
-        """WITH subscriber AS (
-               SELECT account_id, COALESCE(at_once.quota_ms, own.quota_ms) - own.quota_ms AS pending_ms,
-                      CASE WHEN $3 THEN $2 - COALESCE(at_once.quota_ms, own.quota_ms) ELSE 0 END AS delta_ms
-                 FROM billing.subscription
-                      JOIN billing.plan_version AS own USING (plan, version)
-                      LEFT JOIN LATERAL (
-                          SELECT quota_ms FROM billing.plan_version AS newer
-                           WHERE newer.plan = subscription.plan AND newer.version > subscription.version
-                             AND newer.at_once
-                           ORDER BY newer.version DESC LIMIT 1) AS at_once ON true
-                WHERE subscription.plan = $1 AND ended_at IS NULL),
-           living AS (
-               SELECT account_id, sum(available_ms)::bigint AS available_ms,
-                      COALESCE(sum(available_ms) FILTER (WHERE source = ANY($5)), 0)::bigint AS of_plan_ms
-                 FROM (SELECT account_id, source,
-                              granted_ms - used_ms - held_ms - expired_ms - revoked_ms AS available_ms
-                         FROM billing.grant_lot JOIN subscriber USING (account_id)
-                        WHERE effective_at <= $4 AND (expires_at IS NULL OR expires_at > $4)) AS lot
-                GROUP BY account_id),
-           before AS (
-               SELECT account_id, delta_ms,
-                      COALESCE(available_ms, 0)
-                          + GREATEST(pending_ms, -COALESCE(of_plan_ms, 0)) AS available_ms,
-                      GREATEST(COALESCE(of_plan_ms, 0) + pending_ms, 0) AS of_plan_ms
-                 FROM subscriber LEFT JOIN living USING (account_id)),
-           touched AS (
-               SELECT account_id, available_ms, GREATEST(delta_ms, 0) AS granted_ms,
-                      LEAST(GREATEST(-delta_ms, 0), of_plan_ms) AS revoked_ms,
-                      -delta_ms > of_plan_ms AS cut_short
-                 FROM before),
-           first AS (SELECT * FROM touched ORDER BY account_id LIMIT 100)
-           SELECT count(*) AS accounts, COALESCE(sum(granted_ms), 0)::bigint AS granted_ms,
-                  COALESCE(sum(revoked_ms), 0)::bigint AS revoked_ms,
-                  count(*) FILTER (WHERE cut_short) AS cut_short,
-                  ARRAY(SELECT (account_id, available_ms, available_ms + granted_ms - revoked_ms)
-                          FROM first ORDER BY account_id) AS first
-             FROM touched""",
-        fields.plan,
-        fields.quota_ms,
-        effective_from is EffectiveFrom.NOW,
-        at,
-        list(OF_THE_PLAN),
-    )
-    assert row is not None
+    current = await newest(connection, fields.plan)
+    accounts = granted_ms = revoked_ms = cut_short = behind_newest = 0
+    first: list[AccountImpact] = []
+    behind = ""
+    while ids := await _subscribers(connection, fields.plan, behind, at):
+        found = await standings(connection, ids, at)
+        versions = await versions_of(connection, found)
+        for standing in found:
+            step = renewed(standing, versions, at)
+            available_ms = standing.living_ms
+            if step.period == standing.period:
+                available_ms += step.moved_ms
+            else:
+                available_ms += step.version.quota_ms + step.rolled_ms
+            moved_ms = 0
+            if effective_from is EffectiveFrom.NOW and fields.quota_ms != step.version.quota_ms:
+                moved_ms = step.time.to(fields.quota_ms)
+                cut_short += moved_ms > step.time.short_of(fields.quota_ms)
+            if effective_from is EffectiveFrom.NOW:
+                behind_newest += step.version.version < current.version
+            accounts += 1
+            granted_ms += max(moved_ms, 0)
+            revoked_ms += max(-moved_ms, 0)
+            if len(first) < _SHOWN:
+                first.append(
+                    AccountImpact(
+                        account_id=standing.account_id,
+                        available_before_ms=available_ms,
+                        available_after_ms=available_ms + moved_ms,
+                    )
+                )
+        behind = ids[-1]
     return PlanImpact(
-        accounts=row["accounts"],
-        granted_ms=row["granted_ms"],
-        revoked_ms=row["revoked_ms"],
-        cut_short=row["cut_short"],
-        first=tuple(
-            AccountImpact(account_id=account_id, available_before_ms=before, available_after_ms=after)
-            for account_id, before, after in row["first"]
-        ),
+        accounts=accounts,
+        granted_ms=granted_ms,
+        revoked_ms=revoked_ms,
+        cut_short=cut_short,
+        behind=behind_newest,
+        first=tuple(first),
     )
+
+
+async def _subscribers(connection: asyncpg.Connection, plan: str, behind: str, at: datetime) -> list[str]:
+    """Return the next accounts that are on a plan at `at`, or will be found on it, by their ids."""
+    rows = await connection.fetch(
+        """SELECT account_id FROM billing.subscription
+            WHERE account_id > $2 AND ended_at IS NULL
+              AND $1 = CASE WHEN period_end <= $3 THEN COALESCE(scheduled_plan, plan) ELSE plan END
+            ORDER BY account_id LIMIT $4""",
+        plan,
+        behind,
+        at,
+        _AT_ONCE,
+    )
+    return [row["account_id"] for row in rows]
 
 
 def limits_of(row: asyncpg.Record) -> PlanLimits:
@@ -297,8 +309,10 @@ async def _insert(
         f"""INSERT INTO billing.plan_version (
                 plan, version, quota_ms, limit_running, limit_relax_running, limit_accepted,
                 relax_weight_milli, private_allowed, private_multiplier_bp, overage_micros_per_minute,
-                currency, price_micros, rollover_ms, gpu_class_bp, at_once, created_at, audit_id)
-            VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14::text::jsonb, $15, $16, $17)
+                currency, price_micros, rollover_ms, gpu_class_bp, at_once, created_at, audit_id,
+                self_service)
+            VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14::text::jsonb, $15, $16, $17,
+                    $18)
             ON CONFLICT DO NOTHING RETURNING {_COLUMNS}""",  # noqa: S608
         fields.plan,
         version,
@@ -317,6 +331,7 @@ async def _insert(
         at_once,
         at,
         audit_id,
+        fields.self_service,
     )
     return None if row is None else _plan_version(row)
 
@@ -335,6 +350,7 @@ def _plan_version(row: asyncpg.Record) -> PlanVersion:
         price_micros=row["price_micros"],
         rollover_ms=row["rollover_ms"],
         gpu_class_bp=classes_of(row["gpu_classes"]),
+        self_service=row["self_service"],
         at_once=row["at_once"],
         created_at=row["created_at"],
     )

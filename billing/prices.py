@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
@@ -41,6 +41,9 @@ class PricingSnapshot:
     gpu_class_bp: Mapping[str, int] = field(default_factory=dict)
     """Multipliers by device type, in basis points; a type that is not named counts 10,000. Snapshots from
     before plans had them name none."""
+    cheapest_bp: int | None = None
+    """Of `foreseen_bp`, as `dearest_bp`: found when the job was accepted. None in snapshots from before."""
+    dearest_bp: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values that from_json takes back."""
@@ -55,6 +58,18 @@ class PricingSnapshot:
 def multiplier_of(pricing: PricingSnapshot, device: str) -> int:
     """Return the multiplier of a job on a device type, in basis points: ceil(private * class / 10000)."""
     return -(-pricing.multiplier_bp * pricing.gpu_class_bp.get(device, ONE_BP) // ONE_BP)
+
+
+def priced_for(pricing: PricingSnapshot, devices: Collection[str]) -> PricingSnapshot:
+    """Return the terms of a job that may run on any of these device types; none: on whatever there is."""
+    # The empty name stands for any type that the plan does not name.
+    found = [multiplier_of(pricing, device) for device in devices or (*pricing.gpu_class_bp, "")]
+    return replace(pricing, cheapest_bp=min(found), dearest_bp=max(found))
+
+
+def foreseen_bp(pricing: PricingSnapshot) -> tuple[int, int]:
+    """Return the least and the greatest multiplier that a job was expected to meet, in basis points."""
+    return pricing.cheapest_bp or pricing.multiplier_bp, pricing.dearest_bp or pricing.multiplier_bp
 
 
 def billed_ms(measured_ms: int, multiplier_bp: int) -> int:

@@ -161,7 +161,11 @@ async def _given_back_under(
 ) -> asyncpg.Record | None:
     return await connection.fetchrow(
         """SELECT refund.*, billed_ms,
-                  (SELECT sum(earlier.refunded_ms) FROM billing.refund AS earlier
+                  (SELECT sum(earlier.refunded_ms - COALESCE(taken_ms, 0))
+                     FROM billing.refund AS earlier
+                          LEFT JOIN billing.refund_undo AS undone
+                                 ON undone.refund_id = earlier.refund_id
+                                AND undone.audit_id < refund.audit_id
                     WHERE earlier.attempt_id = refund.attempt_id
                       AND earlier.refund_id <= refund.refund_id)::bigint AS refunded_in_all_ms
              FROM billing.refund JOIN billing.settlement USING (attempt_id)
@@ -205,7 +209,15 @@ async def _charge(connection: asyncpg.Connection, account_id: str, job_id: str) 
     metered_ms = metered_back_ms = micros_back = entries = 0
     for row in rows:
         lot_id, amount = row["lot_id"], row["amount"]
-        if row["code"] == Code.REFUND:
+        if row["code"] == Code.REFUND_UNDO:
+            # Charged again, and can be given back again: to a lot that may be the refund's own.
+            if row["credit_account"] == REVENUE:
+                micros_back -= amount
+            elif lot_id is None:
+                metered_back_ms -= amount
+            else:
+                left_ms[lot_id] = left_ms.get(lot_id, 0) + amount
+        elif row["code"] == Code.REFUND:
             entries += 1
             if row["debit_account"] == REVENUE:
                 micros_back += amount

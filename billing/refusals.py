@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from decimal import Decimal
 from typing import ClassVar
 
 
@@ -96,6 +97,23 @@ class PlanLacksPrivate(Refusal):
         return {"plan": self.plan}
 
 
+class PlanLacksOverage(Refusal):
+    """Consent to be charged beyond the plan's time was given on a plan that has no price for it."""
+
+    reason = "PLAN_LACKS_OVERAGE"
+
+    def __init__(self, *, plan: str) -> None:
+        self.plan = plan
+        super().__init__(
+            f"The plan {plan} has no price for fast time beyond its own, so there is nothing to agree to. "
+            "Relax jobs are free; or change to a plan that has one."
+        )
+
+    def metadata(self) -> dict[str, str]:
+        """Return `plan`."""
+        return {"plan": self.plan}
+
+
 class EtagMismatch(Refusal):
     """What is to be changed is another by now than what the caller read."""
 
@@ -135,6 +153,23 @@ class UnknownPlan(Refusal):
     def __init__(self, *, plan: str) -> None:
         self.plan = plan
         super().__init__(f"There is no plan {plan}. List the plans to see their names.")
+
+    def metadata(self) -> dict[str, str]:
+        """Return `plan`."""
+        return {"plan": self.plan}
+
+
+class PlanNotSelfService(Refusal):
+    """An account may not change to that plan by itself."""
+
+    reason = "PLAN_NOT_SELF_SERVICE"
+
+    def __init__(self, *, plan: str) -> None:
+        self.plan = plan
+        super().__init__(
+            f"Accounts do not change to the plan {plan} by themselves. Ask the people who run this service: "
+            "they can change yours."
+        )
 
     def metadata(self) -> dict[str, str]:
         """Return `plan`."""
@@ -190,6 +225,58 @@ class RefundTooLarge(Refusal):
         return {"billed_ms": str(self.billed_ms), "refunded_ms": str(self.refunded_ms)}
 
 
+class NothingToUndo(Refusal):
+    """The account has had no change of plan that counted at once and was not taken back."""
+
+    reason = "NOTHING_TO_UNDO"
+
+    def __init__(self, *, account_id: str) -> None:
+        self.account_id = account_id
+        super().__init__(
+            f"The account {account_id} has no change of plan to take back: there was none that moved time or "
+            "money, or each was taken back before."
+        )
+
+    def metadata(self) -> dict[str, str]:
+        """Return `account`."""
+        return {"account": self.account_id}
+
+
+class NoRefundToUndo(Refusal):
+    """The account has no job of that id with a refund that was not taken back."""
+
+    reason = "NO_REFUND_TO_UNDO"
+
+    def __init__(self, *, job_id: str) -> None:
+        self.job_id = job_id
+        super().__init__(
+            f"The job {job_id} of this account has no refund to take back: there was none, or each was taken "
+            "back before."
+        )
+
+    def metadata(self) -> dict[str, str]:
+        """Return `job_id`."""
+        return {"job_id": self.job_id}
+
+
+class RefundSpent(Refusal):
+    """Of the time that a refund gave, nothing is left that could be taken back."""
+
+    reason = "REFUND_SPENT"
+
+    def __init__(self, *, job_id: str, refunded_ms: int) -> None:
+        self.job_id = job_id
+        self.refunded_ms = refunded_ms
+        super().__init__(
+            f"Nothing of the {refunded_ms} ms that the job {job_id} was given back can be taken: they are "
+            "used or held, or gone with the time they were part of. To take other time, adjust the balance."
+        )
+
+    def metadata(self) -> dict[str, str]:
+        """Return `job_id` and `refunded_ms`."""
+        return {"job_id": self.job_id, "refunded_ms": str(self.refunded_ms)}
+
+
 class UnknownAccount(Refusal):
     """There is no account of that id."""
 
@@ -198,6 +285,23 @@ class UnknownAccount(Refusal):
     def __init__(self, *, account_id: str) -> None:
         self.account_id = account_id
         super().__init__(f"There is no account {account_id}. Check its id.")
+
+    def metadata(self) -> dict[str, str]:
+        """Return `account`."""
+        return {"account": self.account_id}
+
+
+class AccountErased(Refusal):
+    """The account was erased: it has no plan to change any more."""
+
+    reason = "ACCOUNT_ERASED"
+
+    def __init__(self, *, account_id: str) -> None:
+        self.account_id = account_id
+        super().__init__(
+            f"The account {account_id} was erased. Its books stay, and what its jobs were charged can still "
+            "be given back; it has no plan any more."
+        )
 
     def metadata(self) -> dict[str, str]:
         """Return `account`."""
@@ -236,16 +340,35 @@ class AccountExists(Refusal):
         return {"account": self.account_id}
 
 
+class UnknownGrant(Refusal):
+    """The account had no grant by an audit event of that number."""
+
+    reason = "UNKNOWN_GRANT"
+
+    def __init__(self, *, account_id: str, number: int) -> None:
+        self.account_id = account_id
+        self.number = number
+        super().__init__(
+            f"The audit event {number} granted no fast time to the account {account_id}. List the account's "
+            "audit events to find the number of its grant."
+        )
+
+    def metadata(self) -> dict[str, str]:
+        """Return `account` and `number`."""
+        return {"account": self.account_id, "number": str(self.number)}
+
+
 class AdjustmentTooLarge(Refusal):
-    """An adjustment would take more than the account's unused time."""
+    """An adjustment would take more than the account's unused time, or than is left of the grant it names."""
 
     reason = "ADJUSTMENT_TOO_LARGE"
 
-    def __init__(self, *, available_ms: int, amount_ms: int) -> None:
+    def __init__(self, *, available_ms: int, amount_ms: int, of_grant: bool = False) -> None:
         self.available_ms = available_ms
         self.amount_ms = amount_ms
+        of = "what was granted" if of_grant else "the account"
         super().__init__(
-            f"Cannot take {-amount_ms} ms: only {available_ms} ms of the account are neither used nor held."
+            f"Cannot take {-amount_ms} ms: only {available_ms} ms of {of} are neither used nor held."
         )
 
     def metadata(self) -> dict[str, str]:
@@ -262,4 +385,6 @@ def _moment(at: datetime) -> str:
 
 
 def _money(micros: int, currency: str) -> str:
-    return f"{micros / 1_000_000:.2f} {currency}"
+    # All of it, where it is not whole cents: a cap may be one millionth.
+    digits = 2 if micros % 10_000 == 0 else 6
+    return f"{Decimal(micros) / 1_000_000:.{digits}f} {currency}"

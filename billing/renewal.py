@@ -1,20 +1,20 @@
 """A new period of an account: its plan's lot, what rolls over into it, and the version of its plan.
 
-What comes of a renewal depends on when the periods began, not on when somebody noticed. So a sweeper that is
-late, or an account that nobody touched for months, changes nothing of it.
+What comes of a renewal depends on when the periods began and the versions were made, not on when somebody
+noticed. So a sweeper that is late, or an account that nobody touched for months, changes nothing of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 import asyncpg
 
 from billing.books import Grant, grant, open_books, revoke
+from billing.entitlement import PlanTime, Renewed, Standing, Version, renewed
 from billing.entries import OF_THE_PLAN, Code, Source, burn_order, taken
-from billing.periods import Period, period_at
+from billing.periods import Period
 
 _US = timedelta(microseconds=1)
 
@@ -33,77 +33,117 @@ def period_grant(account_id: str, quota_ms: int, period: Period, at: datetime) -
     )
 
 
-async def renew(connection: asyncpg.Connection, stale: Sequence[asyncpg.Record], at: datetime) -> None:
-    """Bring subscriptions, which the caller has locked, to the period that contains `at` and its version."""
-    versions = await _versions(
-        connection, {plan for row in stale for plan in (row["plan"], row["scheduled_plan"]) if plan}
-    )
-    ended = [row for row in stale if row["period_end"] <= at]
-    carried_ms = await _carry(
-        connection,
-        {
-            row["account_id"]: _in_force_at_end(versions[row["plan"]], row).rollover_ms
-            for row in ended
-            if period_at(row["anchor"], at).start == row["period_end"]
-        },
-        at,
-    )
-    grants: list[Grant] = []
-    cuts: dict[str, int] = {}
-    updates: list[tuple[str, str, int, datetime, datetime, str | None]] = []
-    for row in stale:
-        account_id, plan, scheduled = row["account_id"], row["plan"], row["scheduled_plan"]
-        period = Period(start=row["period_start"], end=row["period_end"])
-        # Version numbers count from 1 without gaps.
-        current = versions[plan][row["version"] - 1]
-        if period.end <= at:
-            renewed = period_at(row["anchor"], at)
-            plan, scheduled = scheduled or plan, None
-            least = current.version if plan == row["plan"] else 1
-            rolled_ms = carried_ms.get(account_id, 0)
-            if renewed.start > period.end:
-                # Of the periods between nothing was used: each left to the next what it may.
-                skipped = period_at(row["anchor"], renewed.start - _US)
-                last = _in_force(versions[plan], least, skipped.start)
-                rolled_ms = min(last.rollover_ms, last.quota_ms)
-            period, current = renewed, _in_force(versions[plan], least, renewed.start)
-            grants.append(period_grant(account_id, current.quota_ms, period, at))
-            if rolled_ms:
-                grants.append(_rollover_grant(account_id, rolled_ms, period, at))
-        at_once = next(
-            (v for v in reversed(versions[plan]) if v.at_once and v.version > current.version), current
-        )
-        gained_ms = at_once.quota_ms - current.quota_ms
-        if gained_ms > 0:
-            grants.append(
-                Grant(
-                    account_id=account_id,
-                    source=Source.PRORATION,
-                    source_key=f"plan_change/{account_id}/{period.start.isoformat()}/{plan}/{at_once.version}",
-                    code=Code.PLAN_CHANGE,
-                    amount_ms=gained_ms,
-                    effective_at=period.start,
-                    expires_at=period.end,
-                    at=at,
-                )
-            )
-        elif gained_ms < 0:
-            cuts[account_id] = -gained_ms
-        updates.append((account_id, plan, at_once.version, period.start, period.end, scheduled))
+async def renew(connection: asyncpg.Connection, account_ids: Iterable[str], at: datetime) -> None:
+    """Bring accounts, which the caller has locked, to the period that contains `at` and its version."""
+    before = await standings(connection, account_ids, at)
+    versions = await versions_of(connection, before)
+    steps = [(standing, renewed(standing, versions, at)) for standing in before]
+    opened = [(standing, step) for standing, step in steps if step.period != standing.period]
 
-    await grant(connection, grants)
-    await _cut(connection, cuts, at)
+    await _move(connection, steps, at)
+    if opened:
+        await _open(connection, opened, at)
     await connection.execute(
         """UPDATE billing.subscription AS subscription
               SET plan = renewed.plan, version = renewed.version, scheduled_plan = renewed.scheduled_plan,
                   period_start = renewed.period_start, period_end = renewed.period_end
-             FROM unnest($1::text[], $2::text[], $3::integer[], $4::timestamptz[], $5::timestamptz[],
-                         $6::text[])
-                  AS renewed (account_id, plan, version, period_start, period_end, scheduled_plan)
+             FROM unnest($1::text[], $2::text[], $3::integer[], $4::text[], $5::timestamptz[],
+                         $6::timestamptz[])
+                  AS renewed (account_id, plan, version, scheduled_plan, period_start, period_end)
             WHERE subscription.account_id = renewed.account_id""",
-        *(list(column) for column in zip(*updates, strict=True)),
+        [standing.account_id for standing in before],
+        [step.plan for _, step in steps],
+        [step.version.version for _, step in steps],
+        [step.scheduled_plan for _, step in steps],
+        [step.period.start for _, step in steps],
+        [step.period.end for _, step in steps],
     )
-    await close_lots(connection, [row["account_id"] for row in ended], at)
+
+
+async def standings(
+    connection: asyncpg.Connection, account_ids: Iterable[str], at: datetime
+) -> list[Standing]:
+    """Return how accounts were left, and what of their lots lives at `at`. Locks nothing."""
+    rows = await connection.fetch(
+        """SELECT subscription.*, of_plan.*, living.*, missed.*
+             FROM billing.subscription
+                  CROSS JOIN LATERAL (
+                      SELECT COALESCE(sum(granted_ms) FILTER (WHERE source = 'plan'), 0)::bigint
+                                 + COALESCE(sum(later.ms), 0)::bigint AS given_ms,
+                             COALESCE(sum(granted_ms - used_ms - held_ms - expired_ms - revoked_ms),
+                                      0)::bigint AS unused_ms
+                        FROM billing.grant_lot AS lot
+                             CROSS JOIN LATERAL (
+                                 SELECT sum(CASE credit_account WHEN 'revoked' THEN -amount ELSE amount END)
+                                            AS ms
+                                   FROM billing.transfer
+                                  WHERE transfer.lot_id = lot.lot_id
+                                    AND code IN ('plan_change', 'plan_undo')
+                                    -- Most came with their period and were never cut: no need to look.
+                                    AND (lot.source <> 'plan' OR lot.revoked_ms > 0)) AS later
+                       WHERE lot.account_id = subscription.account_id AND source = ANY($3)
+                         AND effective_at = period_start AND expires_at = period_end) AS of_plan
+                  CROSS JOIN LATERAL (
+                      SELECT COALESCE(sum(granted_ms - used_ms - held_ms - expired_ms - revoked_ms),
+                                      0)::bigint AS living_ms
+                        FROM billing.grant_lot AS lot
+                       WHERE lot.account_id = subscription.account_id
+                         AND effective_at <= $2 AND (expires_at IS NULL OR expires_at > $2)) AS living
+                  CROSS JOIN LATERAL (
+                      SELECT COALESCE(sum(new.quota_ms - old.quota_ms - granted_ms), 0)::bigint AS missed_ms
+                        FROM billing.plan_change AS change
+                             JOIN billing.plan_version AS old
+                                  ON (old.plan, old.version) = (change.from_plan, change.from_version)
+                             JOIN billing.plan_version AS new
+                                  ON (new.plan, new.version) = (change.to_plan, change.to_version)
+                       WHERE change.account_id = subscription.account_id
+                         AND change.period_start = subscription.period_start AND undoes IS NULL
+                         AND NOT EXISTS (SELECT FROM billing.plan_change AS undo
+                                          WHERE undo.undoes = change.change_id)) AS missed
+            WHERE account_id = ANY($1) ORDER BY account_id""",
+        list(account_ids),
+        at,
+        list(OF_THE_PLAN),
+    )
+    return [
+        Standing(
+            account_id=row["account_id"],
+            plan=row["plan"],
+            version=row["version"],
+            scheduled_plan=row["scheduled_plan"],
+            anchor=row["anchor"],
+            period=Period(start=row["period_start"], end=row["period_end"]),
+            time=PlanTime(given_ms=row["given_ms"], missed_ms=row["missed_ms"], unused_ms=row["unused_ms"]),
+            living_ms=row["living_ms"],
+        )
+        for row in rows
+    ]
+
+
+async def versions_of(
+    connection: asyncpg.Connection, accounts: Iterable[Standing]
+) -> dict[str, list[Version]]:
+    """Return every version of the plans that accounts have, or change to, by plan. Locks nothing."""
+    versions: dict[str, list[Version]] = {}
+    for standing in accounts:
+        versions[standing.plan] = []
+        if standing.scheduled_plan is not None:
+            versions[standing.scheduled_plan] = []
+    for row in await connection.fetch(
+        """SELECT plan, version, quota_ms, rollover_ms, at_once, created_at FROM billing.plan_version
+            WHERE plan = ANY($1) ORDER BY version""",
+        list(versions),
+    ):
+        versions[row["plan"]].append(
+            Version(
+                version=row["version"],
+                quota_ms=row["quota_ms"],
+                rollover_ms=row["rollover_ms"],
+                at_once=row["at_once"],
+                created_at=row["created_at"],
+            )
+        )
+    return versions
 
 
 async def close_lots(connection: asyncpg.Connection, account_ids: Iterable[str], at: datetime) -> None:
@@ -134,73 +174,97 @@ async def close_lots(connection: asyncpg.Connection, account_ids: Iterable[str],
     )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Version:
-    """What of a plan's version a renewal goes by."""
-
-    version: int
-    quota_ms: int
-    rollover_ms: int
-    at_once: bool
-    created_at: datetime
-
-
-async def _versions(connection: asyncpg.Connection, names: Iterable[str]) -> dict[str, list[_Version]]:
-    versions: dict[str, list[_Version]] = {plan: [] for plan in names}
-    for row in await connection.fetch(
-        """SELECT plan, version, quota_ms, rollover_ms, at_once, created_at FROM billing.plan_version
-            WHERE plan = ANY($1) ORDER BY version""",
-        list(versions),
-    ):
-        versions[row["plan"]].append(
-            _Version(
-                version=row["version"],
-                quota_ms=row["quota_ms"],
-                rollover_ms=row["rollover_ms"],
-                at_once=row["at_once"],
-                created_at=row["created_at"],
-            )
-        )
-    return versions
+async def _move(
+    connection: asyncpg.Connection, steps: Sequence[tuple[Standing, Renewed]], at: datetime
+) -> None:
+    """Grant, or take back, what versions at once move in the periods that accounts were in."""
+    raises = [_raise(standing, step, at) for standing, step in steps if step.moved_ms > 0]
+    if raises:
+        await grant(connection, raises)
+    cuts = [(standing, step) for standing, step in steps if step.moved_ms < 0]
+    if cuts:
+        await _cut(connection, cuts, at)
 
 
-def _in_force(versions: Sequence[_Version], least: int, start: datetime) -> _Version:
-    """Return the version that a period beginning at `start` has: the newest of then, from `least` on."""
-    newest = next((version for version in reversed(versions) if version.created_at <= start), versions[0])
-    return versions[max(newest.version, least) - 1]
+def _within(period: Period, at: datetime) -> datetime:
+    """Return `at`, or the last moment of a period that is over: what moves in it is of its statement."""
+    return min(at, period.end - _US)
 
 
-def _in_force_at_end(versions: Sequence[_Version], row: asyncpg.Record) -> _Version:
-    """Return the version that held when the period of a subscription ended."""
-    return next(
-        (
-            version
-            for version in reversed(versions)
-            if version.at_once and version.version > row["version"] and version.created_at < row["period_end"]
-        ),
-        versions[row["version"] - 1],
+def _raise(standing: Standing, step: Renewed, at: datetime) -> Grant:
+    account_id, period = standing.account_id, standing.period
+    return Grant(
+        account_id=account_id,
+        source=Source.PRORATION,
+        source_key=f"plan_change/{account_id}/{period.start.isoformat()}/{standing.plan}/{step.moved_by}",
+        code=Code.PLAN_CHANGE,
+        amount_ms=step.moved_ms,
+        effective_at=period.start,
+        expires_at=period.end,
+        at=_within(period, at),
     )
 
 
-def _rollover_grant(account_id: str, rolled_ms: int, period: Period, at: datetime) -> Grant:
+def _rollover_grant(account_id: str, step: Renewed, at: datetime) -> Grant:
     return Grant(
         account_id=account_id,
         source=Source.ROLLOVER,
-        source_key=f"rollover/{account_id}/{period.start.isoformat()}",
+        source_key=f"rollover/{account_id}/{step.period.start.isoformat()}",
         code=Code.ROLLOVER,
-        amount_ms=rolled_ms,
-        effective_at=period.start,
-        expires_at=period.end,
+        amount_ms=step.rolled_ms,
+        effective_at=step.period.start,
+        expires_at=step.period.end,
         at=at,
     )
 
 
-async def _carry(connection: asyncpg.Connection, most_ms: Mapping[str, int], at: datetime) -> dict[str, int]:
-    """Take what rolls over out of the lots of the plan whose period ended; return how much, by account.
+async def _cut(
+    connection: asyncpg.Connection, cuts: Sequence[tuple[Standing, Renewed]], at: datetime
+) -> None:
+    starts = [standing.period.start for standing, _ in cuts]
+    books = await open_books(
+        connection, [standing.account_id for standing, _ in cuts], since=min(starts), until=max(starts)
+    )
+    for standing, step in cuts:
+        account_id, period = standing.account_id, standing.period
+        lots = [
+            lot
+            for lot in books.lots(account_id)
+            if lot.source in OF_THE_PLAN and (lot.effective_at, lot.expires_at) == (period.start, period.end)
+        ]
+        parts = taken(burn_order(lots, period.start)[::-1], -step.moved_ms)
+        revoke(books, account_id, parts, Code.PLAN_CHANGE, _within(period, at))
+    await books.write(connection)
+
+
+async def _open(
+    connection: asyncpg.Connection, opened: Sequence[tuple[Standing, Renewed]], at: datetime
+) -> None:
+    """Begin the new periods of accounts, and close what ended with those that they were in."""
+    await _carry(
+        connection,
+        {
+            standing.account_id: step.rolled_ms
+            for standing, step in opened
+            if step.period.start == standing.period.end
+        },
+        at,
+    )
+    grants: list[Grant] = []
+    for standing, step in opened:
+        grants.append(period_grant(standing.account_id, step.version.quota_ms, step.period, at))
+        if step.rolled_ms:
+            grants.append(_rollover_grant(standing.account_id, step, at))
+    await grant(connection, grants)
+    await close_lots(connection, [standing.account_id for standing, _ in opened], at)
+
+
+async def _carry(connection: asyncpg.Connection, rolled_ms: Mapping[str, int], at: datetime) -> None:
+    """Take what rolls over out of the lots of the plan whose period ended.
 
     What a job still holds does not roll over: it is not known yet whether it is used.
     """
-    rows = await connection.fetch(
+    carried_ms = await connection.fetchval(
         """WITH most AS (
                SELECT * FROM unnest($1::text[], $2::bigint[]) AS most (account_id, ms) WHERE ms > 0),
            lot AS (
@@ -225,19 +289,10 @@ async def _carry(connection: asyncpg.Connection, most_ms: Mapping[str, int], at:
                       kind, code, account_id, debit_account, credit_account, unit, amount, lot_id, at)
                SELECT 'post', 'rollover', account_id, 'lot/' || lot_id, 'expired', 'gpu_ms', ms, lot_id, $4
                  FROM part ORDER BY lot_id)
-           SELECT account_id, sum(ms)::bigint AS ms FROM part GROUP BY account_id""",
-        list(most_ms),
-        list(most_ms.values()),
+           SELECT COALESCE(sum(ms), 0)::bigint FROM part""",
+        list(rolled_ms),
+        list(rolled_ms.values()),
         list(OF_THE_PLAN),
         at,
     )
-    return {row["account_id"]: row["ms"] for row in rows}
-
-
-async def _cut(connection: asyncpg.Connection, cuts: dict[str, int], at: datetime) -> None:
-    """Take time of the present period's plan back, as far as it is neither used nor held."""
-    books = await open_books(connection, cuts, since=at, until=at)
-    for account_id, cut_ms in cuts.items():
-        lots = [lot for lot in books.lots(account_id) if lot.source in OF_THE_PLAN]
-        revoke(books, account_id, taken(burn_order(lots, at)[::-1], cut_ms), Code.PLAN_CHANGE, at)
-    await books.write(connection)
+    assert carried_ms == sum(rolled_ms.values()), "more was to roll over than is left"

@@ -80,6 +80,8 @@ class Settled:
     """Charged money, for a part of `billed_ms` or all of it."""
     absorbed_ms: int
     """Measured time the platform bears, with that of an overrun nobody could pay."""
+    released_ms: int
+    """Held for it, after the multiplier, and free again now."""
     balance_before_ms: int
     """Fast time of the account but for this charge; less after it by what the charge took of it."""
     balance_after_ms: int
@@ -138,19 +140,19 @@ async def settle(
         seen.add(ended.attempt_id)
         charges.append(_charge(opened.books, ended, opened.holds.get(ended.attempt_id)))
     await opened.books.write(connection)
-    await _insert(connection, charges)
     # The last charge of an account in the batch tells what all of them reached.
     last = {
         settlement.account_id: place
         for place, settlement in enumerate(settlements)
         if settlement.tier == "fast"
     }
-    settled = [charge.settled for charge in charges]
-    told = await thresholds.tell(
-        connection, locked, {account_id: opened.books.lots(account_id) for account_id in last}, max(times)
+    reached = thresholds.reached_in_periods(
+        locked, {account_id: opened.books.lots(account_id) for account_id in last}, max(times)
     )
-    for account_id, percents in told.items():
-        settled[last[account_id]] = replace(settled[last[account_id]], thresholds=percents)
+    settled = [charge.settled for charge in charges]
+    for account_id, percent in await _insert(connection, charges, reached, max(times)):
+        one = settled[last[account_id]]
+        settled[last[account_id]] = replace(one, thresholds=(*one.thresholds, percent))
     return settled
 
 
@@ -179,13 +181,15 @@ def _charge(books: Books, ended: _Ended, hold: Hold | None) -> _Charge:
     settlement = ended.settlement
     multiplier_bp = settlement.pricing.multiplier_bp
     measured_ms = settlement.measured_ms if settlement.ending is Ending.POST else 0
-    due_ms = billed = unpaid_ms = amount_micros = 0
+    due_ms = billed = unpaid_ms = amount_micros = released_ms = 0
     charged: list[Part] = []
     if settlement.tier == "fast":
         assert hold is not None, "a fast attempt was dispatched without a hold"
         assert hold.account_id == settlement.account_id
         multiplier_bp = hold.multiplier_bp
         due_ms = billed_ms(measured_ms, multiplier_bp)
+        if hold.state == "open":
+            released_ms = max(hold.lots_ms + hold.metered_ms - due_ms, 0)
         charged, metered_ms = _end_hold(books, ended, hold, due_ms)
         amount_micros = price_micros(metered_ms, hold.overage_micros_per_minute)
         billed = sum(part.ms for part in charged) + metered_ms
@@ -210,6 +214,7 @@ def _charge(books: Books, ended: _Ended, hold: Hold | None) -> _Charge:
             billed_ms=billed,
             amount_micros=amount_micros,
             absorbed_ms=absorbed_ms,
+            released_ms=released_ms,
             balance_before_ms=balance_after_ms + sum(part.ms for part in charged if part.lot_id in live),
             balance_after_ms=balance_after_ms,
             currency=settlement.pricing.currency,
@@ -221,7 +226,9 @@ def _end_hold(books: Books, ended: _Ended, hold: Hold, due_ms: int) -> tuple[lis
     """End every leg of a hold and take what is due beyond; return the parts of lots and the metered time."""
     charged: list[Part] = []
     metered_ms = 0
-    for leg, ms in zip(hold.legs, filled([leg.held_ms for leg in hold.legs], due_ms), strict=True):
+    # Of a hold that has expired nothing is set aside any more: all that is due is beyond it.
+    legs = hold.legs if hold.state == "open" else ()
+    for leg, ms in zip(legs, filled([leg.held_ms for leg in legs], due_ms), strict=True):
         if leg.lot_id is not None:
             books.move_lot(leg.lot_id, used_ms=ms, held_ms=-leg.held_ms)
             debit, credit, unit = lot_account(leg.lot_id), CONSUMED, GPU_MS
@@ -338,19 +345,39 @@ def _entry(
     )
 
 
-async def _insert(connection: asyncpg.Connection, charges: Sequence[_Charge]) -> None:
-    await connection.execute(
+async def _insert(
+    connection: asyncpg.Connection,
+    charges: Sequence[_Charge],
+    reached: Sequence[tuple[str, datetime, int]],
+    at: datetime,
+) -> list[tuple[str, int]]:
+    """Write the settlements, and of the thresholds that are `reached` those that were not told before.
+
+    Returns these, as account and percent, in the order of the percents.
+    """
+    rows = await connection.fetch(
+        # Which holds are open is not asked in a WHERE: the index of those would then be read whole for it.
         """WITH ended AS (
                UPDATE billing.hold
-                  SET state = CASE ending WHEN 'post' THEN 'posted' ELSE 'voided' END, ended_at = ended.at
+                  SET state = CASE WHEN hold.state = 'expired' THEN 'expired'
+                                   WHEN ending = 'post' THEN 'posted' ELSE 'voided' END,
+                      ended_at = COALESCE(ended_at, ended.at)
                  FROM unnest($1::uuid[], $5::text[], $14::timestamptz[]) AS ended (attempt_id, ending, at)
-                WHERE hold.attempt_id = ended.attempt_id)
-           INSERT INTO billing.settlement (
-                  attempt_id, job_id, account_id, tier, ending, measured_ms, multiplier_bp, due_ms, billed_ms,
-                  unpaid_ms, absorbed_ms, amount_micros, currency, at)
-           SELECT * FROM unnest($1::uuid[], $2::uuid[], $3::text[], $4::text[], $5::text[], $6::bigint[],
-                                $7::integer[], $8::bigint[], $9::bigint[], $10::bigint[], $11::bigint[],
-                                $12::bigint[], $13::text[], $14::timestamptz[])""",
+                WHERE hold.attempt_id = ended.attempt_id),
+           settled AS (
+               INSERT INTO billing.settlement (
+                      attempt_id, job_id, account_id, tier, ending, measured_ms, multiplier_bp, due_ms,
+                      billed_ms, unpaid_ms, absorbed_ms, amount_micros, currency, at)
+               SELECT * FROM unnest($1::uuid[], $2::uuid[], $3::text[], $4::text[], $5::text[], $6::bigint[],
+                                    $7::integer[], $8::bigint[], $9::bigint[], $10::bigint[], $11::bigint[],
+                                    $12::bigint[], $13::text[], $14::timestamptz[])),
+           told AS (
+               INSERT INTO billing.threshold_event (account_id, period_start, percent, at)
+               SELECT account_id, period_start, percent, $18
+                 FROM unnest($15::text[], $16::timestamptz[], $17::smallint[])
+                      AS reached (account_id, period_start, percent)
+               ON CONFLICT DO NOTHING RETURNING account_id, percent)
+           SELECT account_id, percent FROM told ORDER BY percent""",
         [charge.ended.attempt_id for charge in charges],
         [charge.ended.job_id for charge in charges],
         [charge.ended.settlement.account_id for charge in charges],
@@ -365,4 +392,9 @@ async def _insert(connection: asyncpg.Connection, charges: Sequence[_Charge]) ->
         [charge.settled.amount_micros for charge in charges],
         [charge.settled.currency for charge in charges],
         [charge.ended.at for charge in charges],
+        [account_id for account_id, _, _ in reached],
+        [period_start for _, period_start, _ in reached],
+        [percent for _, _, percent in reached],
+        at,
     )
+    return [(row["account_id"], row["percent"]) for row in rows]

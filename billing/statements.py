@@ -7,8 +7,10 @@ then is gone when it is released.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
+from typing import Any
 from uuid import UUID
 
 import asyncpg
@@ -18,6 +20,8 @@ from billing.entries import GPU_MS, Source
 from billing.periods import Period, period_at
 from billing.prices import ONE_BP
 from billing.refusals import OutsidePeriods, UnknownAccount
+
+_US = timedelta(microseconds=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +67,8 @@ class Line:
     metered_ms: int = 0
     """Charged in money for time beyond the lots; negative where it was given back."""
     amount_micros: int = 0
+    currency: str = ""
+    """Of `amount_micros`; empty where that is 0."""
     relax_ms: int = 0
 
 
@@ -70,8 +76,8 @@ class Line:
 class Statement:
     """One period of an account. Of fast time, opening + granted - used - expired - revoked = closing.
 
-    Times are GPU milliseconds. `fast_ms` of the lines adds up to closing - opening, `metered_ms`,
-    `amount_micros` and `relax_ms` of the lines to those of the statement.
+    Times are GPU milliseconds. `fast_ms` of the lines adds up to closing - opening, `metered_ms` and
+    `relax_ms` of the lines to those of the statement, and their `amount_micros` to `amounts`, by currency.
     """
 
     account_id: str
@@ -88,8 +94,10 @@ class Statement:
     held_ms: int
     """Of the closing time."""
     metered_ms: int
-    amount_micros: int
+    amounts: Mapping[str, int]
+    """Charged in money, in millionths, by currency: plans may change theirs, and sums of two mean nothing."""
     currency: str
+    """The present plan's."""
     relax_ms: int
     lines: tuple[Line, ...]
 
@@ -134,17 +142,21 @@ async def statement(
     would outgrow what can be sent, and what anybody reads. `transfers` has each.
 
     Reads one moment of the database: the caller's transaction is REPEATABLE READ, or holds the account's
-    lock. Raises OutsidePeriods.
+    lock. The last period of an account that was erased runs on. Raises OutsidePeriods.
     """
     account_id, at = terms.account_id, terms.in_period(at)
     anchor: datetime = await connection.fetchval(
         "SELECT anchor FROM billing.subscription WHERE account_id = $1", account_id
     )
     period = Period(start=terms.period_start, end=terms.renews_at)
+    if terms.ended_at is not None:
+        # It is renewed no more, and what is given back since then is in no later one.
+        period = Period(start=terms.period_start, end=max(terms.renews_at, at + _US))
     if moment is not None:
-        if not anchor <= moment < terms.renews_at:
-            raise OutsidePeriods(opened_at=anchor, renews_at=terms.renews_at)
-        period = period_at(anchor, moment)
+        if not anchor <= moment < period.end:
+            raise OutsidePeriods(opened_at=anchor, renews_at=period.end)
+        if moment < period.start:
+            period = period_at(anchor, moment)
     lots = await _lots(connection, account_id, period)
     # Of the present period, what has ended by now is gone, and what ends later is not.
     until = min(period.end, at)
@@ -155,14 +167,23 @@ async def statement(
         *await _movements(connection, account_id, period),
         *await _charges(connection, account_id, period, most_attempts),
         *await _refunds(connection, account_id, period),
+        *await _refunds_taken_back(connection, account_id, period),
         *await _thresholds(connection, account_id, period),
         *(_expiry(lot, ms, period) for lot, ms in gone if ms),
     ]
-    money = await connection.fetchrow(
-        """SELECT COALESCE(sum(CASE WHEN credit_account = 'revenue' THEN amount ELSE -amount END)
-                           FILTER (WHERE unit <> 'gpu_ms' AND kind IN ('post', 'post_pending')), 0)::bigint
-                      AS amount_micros,
-                  COALESCE(sum(CASE WHEN debit_account = 'platform' THEN amount ELSE -amount END)
+    money = await connection.fetch(
+        """SELECT unit,
+                  sum(CASE WHEN credit_account = 'revenue' THEN amount ELSE -amount END)::bigint AS micros
+             FROM billing.transfer
+            WHERE account_id = $1 AND at >= $2 AND at < $3 AND unit <> $4 AND kind IN ('post', 'post_pending')
+            GROUP BY unit ORDER BY unit""",
+        account_id,
+        period.start,
+        period.end,
+        GPU_MS,
+    )
+    times = await connection.fetchrow(
+        """SELECT COALESCE(sum(CASE WHEN debit_account = 'platform' THEN amount ELSE -amount END)
                            FILTER (WHERE 'platform' IN (debit_account, credit_account)
                                          AND 'consumed' IN (debit_account, credit_account)), 0)::bigint
                       AS metered_ms,
@@ -172,7 +193,7 @@ async def statement(
         period.start,
         period.end,
     )
-    assert money is not None
+    assert times is not None
     made = Statement(
         account_id=account_id,
         plan=await _plan_of(connection, terms, period),
@@ -184,10 +205,10 @@ async def statement(
         revoked_ms=sum(lot.revoked_ms for lot in closing) - sum(lot.revoked_ms for lot in opening),
         closing_ms=sum(lot.after.left_ms(lot, until) for lot in lots),
         held_ms=sum(lot.held_ms for lot in closing),
-        metered_ms=money["metered_ms"],
-        amount_micros=money["amount_micros"],
+        metered_ms=times["metered_ms"],
+        amounts={row["unit"]: row["micros"] for row in money},
         currency=terms.currency,
-        relax_ms=money["relax_ms"],
+        relax_ms=times["relax_ms"],
         lines=tuple(sorted(lines, key=lambda line: line.at)),
     )
     _assert_adds_up(made)
@@ -200,10 +221,14 @@ def _assert_adds_up(made: Statement) -> None:
     for of_lines, whole in (
         (sum(line.fast_ms for line in made.lines), moved_ms),
         (sum(line.metered_ms for line in made.lines), made.metered_ms),
-        (sum(line.amount_micros for line in made.lines), made.amount_micros),
         (sum(line.relax_ms for line in made.lines), made.relax_ms),
     ):
         assert of_lines == whole, f"the lines add up to {of_lines}, and the period to {whole}"
+    amounts = dict.fromkeys(made.amounts, 0)
+    for line in made.lines:
+        if line.amount_micros:
+            amounts[line.currency] += line.amount_micros
+    assert amounts == made.amounts, f"the lines add up to {amounts}, and the period to {made.amounts}"
 
 
 async def _plan_of(connection: asyncpg.Connection, terms: Terms, period: Period) -> str:
@@ -214,7 +239,8 @@ async def _plan_of(connection: asyncpg.Connection, terms: Terms, period: Period)
         """SELECT at, before ->> 'plan' AS before, after ->> 'plan' AS after,
                   (after ->> 'effective_at')::timestamptz AS effective_at
              FROM billing.audit_event
-            WHERE target = 'accounts/' || $1 AND action = 'ChangePlan' ORDER BY audit_id""",
+            WHERE target = 'accounts/' || $1 AND action IN ('ChangePlan', 'UndoPlanChange')
+            ORDER BY audit_id""",
         terms.account_id,
     )
     plan: str = changes[0]["before"] if changes else terms.plan
@@ -320,9 +346,9 @@ async def _charges(connection: asyncpg.Connection, account_id: str, period: Peri
                        sum(measured_ms)::bigint AS measured_ms, sum(billed_ms)::bigint AS billed_ms,
                        COALESCE(sum(metered_ms), 0)::bigint AS metered_ms,
                        sum(absorbed_ms)::bigint AS absorbed_ms, sum(amount_micros)::bigint AS amount_micros,
-                       max(currency) AS currency
+                       currency
                   FROM ({_ENDED}) AS ended JOIN billing.settlement USING (attempt_id)
-                 GROUP BY 1, tier, ending ORDER BY max(at)""",  # noqa: S608 - a constant
+                 GROUP BY 1, tier, ending, currency ORDER BY max(at)""",  # noqa: S608 - a constant
             *of_period,
         )
         return [_charges_of_a_day(row) for row in rows]
@@ -368,11 +394,12 @@ def _charges_of_a_day(row: asyncpg.Record) -> Line:
     )
 
 
-def _amounts(row: asyncpg.Record) -> dict[str, int]:
+def _amounts(row: asyncpg.Record) -> dict[str, Any]:
     return {
         "fast_ms": row["metered_ms"] - row["billed_ms"],
         "metered_ms": row["metered_ms"],
         "amount_micros": row["amount_micros"],
+        "currency": row["currency"] if row["amount_micros"] else "",
         "relax_ms": row["measured_ms"] if row["tier"] == "relax" else 0,
     }
 
@@ -430,6 +457,46 @@ async def _refunds(connection: asyncpg.Connection, account_id: str, period: Peri
                 fast_ms=row["lots_ms"] + row["anew_ms"],
                 metered_ms=-row["metered_ms"],
                 amount_micros=-row["micros"],
+                currency=row["currency"] if row["micros"] else "",
+            )
+        )
+    return lines
+
+
+async def _refunds_taken_back(connection: asyncpg.Connection, account_id: str, period: Period) -> list[Line]:
+    """Return a line for each refund that was taken back in the period."""
+    rows = await connection.fetch(
+        """SELECT min(at) AS at, job_id, attempt_id, max(unit) FILTER (WHERE unit <> $4) AS currency,
+                  COALESCE(sum(amount) FILTER (WHERE lot_id IS NOT NULL), 0)::bigint AS lots_ms,
+                  COALESCE(sum(amount) FILTER (WHERE debit_account = 'platform'), 0)::bigint AS metered_ms,
+                  COALESCE(sum(amount) FILTER (WHERE credit_account = 'revenue'), 0)::bigint AS micros
+             FROM billing.transfer
+            WHERE account_id = $1 AND at >= $2 AND at < $3 AND code = 'refund_undo'
+            GROUP BY audit_id, job_id, attempt_id
+            ORDER BY min(transfer_id)""",
+        account_id,
+        period.start,
+        period.end,
+        GPU_MS,
+    )
+    lines = []
+    for row in rows:
+        parts = []
+        if row["lots_ms"]:
+            parts.append(f"{_seconds(row['lots_ms'])} of fast time")
+        if row["metered_ms"] or row["micros"]:
+            money = _money(row["micros"], row["currency"] or "")
+            parts.append(f"{money} for {_seconds(row['metered_ms'])}")
+        lines.append(
+            Line(
+                at=row["at"],
+                sentence=f"Charged again, what had been given back: {'; and '.join(parts)}.",
+                job_id=row["job_id"],
+                attempt_id=row["attempt_id"],
+                fast_ms=-row["lots_ms"],
+                metered_ms=row["metered_ms"],
+                amount_micros=row["micros"],
+                currency=row["currency"] if row["micros"] else "",
             )
         )
     return lines
@@ -441,7 +508,7 @@ async def _movements(connection: asyncpg.Connection, account_id: str, period: Pe
         """SELECT transfer.at, code, debit_account, credit_account, amount, unit, source
              FROM billing.transfer LEFT JOIN billing.grant_lot USING (lot_id)
             WHERE transfer.account_id = $1 AND transfer.at >= $2 AND transfer.at < $3
-              AND code IN ('period', 'rollover', 'plan_change', 'admin', 'promo', 'purchase')
+              AND code IN ('period', 'rollover', 'plan_change', 'plan_undo', 'admin', 'promo', 'purchase')
               AND credit_account <> 'expired'
             ORDER BY transfer_id""",
         account_id,
@@ -462,23 +529,32 @@ _GRANTED = {
 }
 
 
+_TAKEN_BACK = {
+    "plan_change": "after a change of the plan",
+    "plan_undo": "with the change of plan that had given them",
+}
+# By code, and whether it is owed.
+_MONEY_OF_PLANS = {
+    ("plan_change", True): "Charged {} for the rest of the period on the new plan.",
+    ("plan_change", False): "Credited {} for the rest of the period on the old plan.",
+    ("plan_undo", True): "Charged {} again, which a change of plan that was taken back had credited.",
+    ("plan_undo", False): "Given back {}, which a change of plan that was taken back had charged.",
+}
+
+
 def _movement(row: asyncpg.Record) -> Line:
     amount = row["amount"]
     if row["unit"] != GPU_MS:
         owed = row["credit_account"] == "revenue"
         money = _money(amount, row["unit"])
-        sentence = (
-            f"Charged {money} for the rest of the period on the new plan."
-            if owed
-            else f"Credited {money} for the rest of the period on the old plan."
+        return Line(
+            at=row["at"],
+            sentence=_MONEY_OF_PLANS[row["code"], owed].format(money),
+            amount_micros=amount if owed else -amount,
+            currency=row["unit"],
         )
-        return Line(at=row["at"], sentence=sentence, amount_micros=amount if owed else -amount)
     if row["credit_account"] == "revoked":
-        why = (
-            "after a change of the plan"
-            if row["code"] == "plan_change"
-            else "by the people who run this service"
-        )
+        why = _TAKEN_BACK.get(row["code"], "by the people who run this service")
         return Line(at=row["at"], sentence=f"Taken back {_minutes(amount)}, {why}.", fast_ms=-amount)
     return Line(
         at=row["at"],

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 
-import asyncpg
-
 from billing.accounts import Terms
 from billing.entries import Lot
 
@@ -32,33 +30,15 @@ def reached_by(lots: Iterable[Lot], period_start: datetime, at: datetime) -> tup
     )
 
 
-async def tell(
-    connection: asyncpg.Connection,
-    terms: Mapping[str, Terms],
-    lots_of: Mapping[str, Sequence[Lot]],
-    at: datetime,
-) -> dict[str, tuple[int, ...]]:
-    """Store what accounts have reached and was not told in their periods yet, and return it by account.
+def reached_in_periods(
+    terms: Mapping[str, Terms], lots_of: Mapping[str, Sequence[Lot]], at: datetime
+) -> list[tuple[str, datetime, int]]:
+    """Return (account, start of its present period, percent) for all that accounts have reached of theirs.
 
-    `lots_of` are their lots after what was just charged. The caller holds the locks of the accounts. Most
-    have reached nothing, and then nothing is asked of the database.
+    `lots_of` are their lots as they are at `at`. What of it was told before, `threshold_event` knows.
     """
-    told = [
+    return [
         (account_id, terms[account_id].period_start, percent)
         for account_id, lots in lots_of.items()
         for percent in reached_by(lots, terms[account_id].period_start, terms[account_id].in_period(at))
     ]
-    if not told:
-        return {}
-    new: dict[str, tuple[int, ...]] = {}
-    for row in await connection.fetch(
-        """INSERT INTO billing.threshold_event (account_id, period_start, percent, at)
-           SELECT account_id, period_start, percent, $4
-             FROM unnest($1::text[], $2::timestamptz[], $3::smallint[])
-                  AS told (account_id, period_start, percent)
-           ON CONFLICT DO NOTHING RETURNING account_id, percent""",
-        *(list(column) for column in zip(*told, strict=True)),
-        at,
-    ):
-        new[row["account_id"]] = (*new.get(row["account_id"], ()), row["percent"])
-    return {account_id: tuple(sorted(percents)) for account_id, percents in new.items()}

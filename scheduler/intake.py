@@ -10,7 +10,7 @@ concerns no scheduler.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -120,7 +120,9 @@ async def submit(
             connection, account_id, "CreateJob", submission.request_id, submission.digest
         )
         if outcome is None:
-            accepted = await _accept(connection, metrics, account_id, submission, parameters, at)
+            accepted = await _accept(
+                connection, metrics, account_id, submission, parameters, devices_of(link), at
+            )
             await idempotency.store(
                 connection, account_id, "CreateJob", submission.request_id, {"job_id": accepted.job.job_id}
             )
@@ -137,6 +139,7 @@ async def submit(
 
 async def rehearse(
     pool: Pool,
+    link: SchedulerLink,
     metrics: FrontDoorMetrics,
     *,
     account_id: str,
@@ -150,7 +153,9 @@ async def rehearse(
     request id's.
     """
     async with pool.rehearsal() as connection:
-        accepted = await _accept(connection, metrics, account_id, submission, parameters, at)
+        accepted = await _accept(
+            connection, metrics, account_id, submission, parameters, devices_of(link), at
+        )
         assert accepted.queue_status is not None, "a job just accepted waits"
         if accepted.queue_status.reason is QueueReason.CONCURRENCY_LIMIT:
             return accepted
@@ -167,6 +172,7 @@ async def rehearse(
 
 async def refuse_early(
     pool: Pool,
+    link: SchedulerLink,
     metrics: FrontDoorMetrics,
     *,
     account_id: str,
@@ -183,7 +189,7 @@ async def refuse_early(
             connection, account_id, "CreateJob", submission.request_id, submission.digest
         )
         if outcome is None:
-            await _accept(connection, metrics, account_id, submission, parameters, at)
+            await _accept(connection, metrics, account_id, submission, parameters, devices_of(link), at)
 
 
 async def cancel(
@@ -236,7 +242,7 @@ async def move(
         outcome = await idempotency.claim(connection, account_id, "UpdateJob", request_id, digest)
         status = None
         if outcome is None:
-            status = await _move(connection, metrics, account_id, job_id, tier, at)
+            status = await _move(connection, metrics, account_id, job_id, tier, devices_of(link), at)
             await idempotency.store(connection, account_id, "UpdateJob", request_id, {"job_id": job_id})
         job = await jobs.read_job(connection, job_id)
     if job is None:
@@ -269,6 +275,12 @@ def expected_status(tier: Tier, place: LivePlace, terms: Terms) -> QueueStatus:
             reason=QueueReason.CONCURRENCY_LIMIT, sentence=CONCURRENCY_LIMIT.sentence, position=0
         )
     return QueueStatus(reason=QueueReason.WAITING_FOR_GPU, sentence=_ACCEPTED_SENTENCE, position=0)
+
+
+def devices_of(link: SchedulerLink) -> frozenset[str]:
+    """Return the types of GPU that a job may come to run on; empty while they are not known."""
+    abilities = link.abilities()
+    return frozenset() if abilities is None else abilities.devices
 
 
 def refuse_too_long(predicted_ms: int, parameters: Parameters) -> None:
@@ -306,6 +318,7 @@ async def _accept(
     account_id: str,
     submission: Submission,
     parameters: Parameters,
+    devices: Collection[str],
     at: datetime,
 ) -> Accepted:
     refuse_too_long(submission.predicted_ms, parameters)
@@ -331,6 +344,7 @@ async def _accept(
             submission.predicted_ms,
             live.waiting_fast_ms,
             at,
+            devices,
         )
     job = await jobs.insert_job(
         connection,
@@ -430,6 +444,7 @@ async def _move(
     account_id: str,
     job_id: str,
     tier: Tier,
+    devices: Collection[str],
     at: datetime,
 ) -> QueueStatus | None:
     """Return what can be said of it in its new tier; None: it is there already."""
@@ -454,6 +469,7 @@ async def _move(
             job.predicted_ms,
             live.waiting_fast_ms,
             at,
+            devices,
         )
     await jobs.move_waiting(connection, job_id, tier, pricing, f"Moved to {tier} by its owner.")
     return expected_status(tier, (await jobs.live_places(connection, [job_id]))[job_id], terms)

@@ -91,6 +91,8 @@ class AdminAction(StrEnum):
     UPDATE_PLAN = "update_plan"
     ADJUST_BALANCE = "adjust_balance"
     REFUND_JOB = "refund_job"
+    UNDO_REFUND = "undo_refund"
+    UNDO_PLAN_CHANGE = "undo_plan_change"
     DRAIN_WORKER = "drain_worker"
     RESUME_WORKER = "resume_worker"
     PAUSE_TIER = "pause_tier"

@@ -215,6 +215,7 @@ class Plan(_message.Message):
     ROLLOVER_MS_FIELD_NUMBER: _builtins.int
     GPU_CLASS_BP_FIELD_NUMBER: _builtins.int
     IMPACT_FIELD_NUMBER: _builtins.int
+    SELF_SERVICE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """plans/{plan}"""
     version: _builtins.int
@@ -233,6 +234,8 @@ class Plan(_message.Message):
     """Price of a period, in millionths of the currency."""
     rollover_ms: _builtins.int
     """Most unused time of a period that is carried into the next; 0: none."""
+    self_service: _builtins.bool
+    """Accounts may change to it by themselves; otherwise only admins change theirs to it."""
     @_builtins.property
     def limits(self) -> _billing_pb2.PlanLimits: ...
     @_builtins.property
@@ -260,10 +263,11 @@ class Plan(_message.Message):
         rollover_ms: _builtins.int = ...,
         gpu_class_bp: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         impact: Global___PlanImpact | None = ...,
+        self_service: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["impact", b"impact", "limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["currency_code", b"currency_code", "etag", b"etag", "gpu_class_bp", b"gpu_class_bp", "impact", b"impact", "limits", b"limits", "name", b"name", "overage_micros_per_minute", b"overage_micros_per_minute", "price_micros", b"price_micros", "private_allowed", b"private_allowed", "private_multiplier_bp", b"private_multiplier_bp", "quota_ms", b"quota_ms", "relax_weight_milli", b"relax_weight_milli", "rollover_ms", b"rollover_ms", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["currency_code", b"currency_code", "etag", b"etag", "gpu_class_bp", b"gpu_class_bp", "impact", b"impact", "limits", b"limits", "name", b"name", "overage_micros_per_minute", b"overage_micros_per_minute", "price_micros", b"price_micros", "private_allowed", b"private_allowed", "private_multiplier_bp", b"private_multiplier_bp", "quota_ms", b"quota_ms", "relax_weight_milli", b"relax_weight_milli", "rollover_ms", b"rollover_ms", "self_service", b"self_service", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -281,6 +285,7 @@ class PlanImpact(_message.Message):
     ACCOUNTS_CUT_SHORT_FIELD_NUMBER: _builtins.int
     ACCOUNTS_OVER_LIMITS_FIELD_NUMBER: _builtins.int
     FIRST_FIELD_NUMBER: _builtins.int
+    ACCOUNTS_BEHIND_FIELD_NUMBER: _builtins.int
     accounts: _builtins.int
     granted_ms: _builtins.int
     """Of fast time in the present period, over all accounts; 0 where it counts from the next."""
@@ -289,6 +294,10 @@ class PlanImpact(_message.Message):
     """Accounts from which not all that the quota fell by can be taken: it is used or held."""
     accounts_over_limits: _builtins.int
     """Accounts with more jobs running or accepted than the new limits allow."""
+    accounts_behind: _builtins.int
+    """Accounts whose present period is by an earlier version than the one that is replaced. At once they take up what the
+    versions between changed as well. 0 where it counts from the next period.
+    """
     @_builtins.property
     def first(self) -> _containers.RepeatedCompositeFieldContainer[Global___AccountImpact]:
         """The first hundred of those who are touched, by id."""
@@ -302,10 +311,11 @@ class PlanImpact(_message.Message):
         accounts_cut_short: _builtins.int = ...,
         accounts_over_limits: _builtins.int = ...,
         first: _abc.Iterable[Global___AccountImpact] | None = ...,
+        accounts_behind: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accounts", b"accounts", "accounts_cut_short", b"accounts_cut_short", "accounts_over_limits", b"accounts_over_limits", "first", b"first", "granted_ms", b"granted_ms", "revoked_ms", b"revoked_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accounts", b"accounts", "accounts_behind", b"accounts_behind", "accounts_cut_short", b"accounts_cut_short", "accounts_over_limits", b"accounts_over_limits", "first", b"first", "granted_ms", b"granted_ms", "revoked_ms", b"revoked_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -489,6 +499,7 @@ class AdjustBalanceRequest(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
     SOURCE_FIELD_NUMBER: _builtins.int
+    UNDOES_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     account: _builtins.str
     """accounts/{account}"""
@@ -497,6 +508,10 @@ class AdjustBalanceRequest(_message.Message):
     reason: _builtins.str
     source: Global___GrantSource.ValueType
     """Of time that is granted."""
+    undoes: _builtins.int
+    """Number of the audit event of an earlier grant, of time that is taken: it is taken from what that granted, and from
+    nothing else. 0: from whatever burns last.
+    """
     @_builtins.property
     def expire_time(self) -> _timestamp_pb2.Timestamp:
         """Absent: the granted time does not expire."""
@@ -510,10 +525,11 @@ class AdjustBalanceRequest(_message.Message):
         reason: _builtins.str = ...,
         expire_time: _timestamp_pb2.Timestamp | None = ...,
         source: Global___GrantSource.ValueType = ...,
+        undoes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "amount_ms", b"amount_ms", "expire_time", b"expire_time", "reason", b"reason", "request_id", b"request_id", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "amount_ms", b"amount_ms", "expire_time", b"expire_time", "reason", b"reason", "request_id", b"request_id", "source", b"source", "undoes", b"undoes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -706,8 +722,10 @@ class CreatePlanRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     PLAN_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     reason: _builtins.str
+    validate_only: _builtins.bool
     @_builtins.property
     def plan(self) -> Global___Plan:
         """Without version and etag."""
@@ -718,10 +736,11 @@ class CreatePlanRequest(_message.Message):
         request_id: _builtins.str = ...,
         plan: Global___Plan | None = ...,
         reason: _builtins.str = ...,
+        validate_only: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan", "reason", b"reason", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan", "reason", b"reason", "request_id", b"request_id", "validate_only", b"validate_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -793,6 +812,7 @@ class Refund(_message.Message):
     REFUNDED_IN_ALL_MS_FIELD_NUMBER: _builtins.int
     BILLED_MS_FIELD_NUMBER: _builtins.int
     BALANCE_FIELD_NUMBER: _builtins.int
+    CURRENCY_CODE_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     """accounts/{account}/jobs/{uuid}"""
     refunded_ms: _builtins.int
@@ -800,6 +820,8 @@ class Refund(_message.Message):
     refunded_in_all_ms: _builtins.int
     """Of this job, this one included."""
     billed_ms: _builtins.int
+    currency_code: _builtins.str
+    """Of `refunded_micros`."""
     @_builtins.property
     def balance(self) -> _billing_pb2.Balance: ...
     def __init__(
@@ -811,14 +833,212 @@ class Refund(_message.Message):
         refunded_in_all_ms: _builtins.int = ...,
         billed_ms: _builtins.int = ...,
         balance: _billing_pb2.Balance | None = ...,
+        currency_code: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["balance", b"balance"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["balance", b"balance", "billed_ms", b"billed_ms", "job", b"job", "refunded_in_all_ms", b"refunded_in_all_ms", "refunded_micros", b"refunded_micros", "refunded_ms", b"refunded_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["balance", b"balance", "billed_ms", b"billed_ms", "currency_code", b"currency_code", "job", b"job", "refunded_in_all_ms", b"refunded_in_all_ms", "refunded_micros", b"refunded_micros", "refunded_ms", b"refunded_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Refund: _TypeAlias = Refund  # noqa: Y015
+
+@_typing.final
+class UndoRefundRequest(_message.Message):
+    """UndoRefundRequest is the request of UndoRefund."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    JOB_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    job: _builtins.str
+    """accounts/{account}/jobs/{uuid}"""
+    etag: _builtins.str
+    """Of an answer to `validate_only`: it is refused if another refund is the newest by now. Empty: whichever is."""
+    reason: _builtins.str
+    validate_only: _builtins.bool
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        job: _builtins.str = ...,
+        etag: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        validate_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "job", b"job", "reason", b"reason", "request_id", b"request_id", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UndoRefundRequest: _TypeAlias = UndoRefundRequest  # noqa: Y015
+
+@_typing.final
+class RefundUndo(_message.Message):
+    """RefundUndo is what taking a refund back charges again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    REFUND_TIME_FIELD_NUMBER: _builtins.int
+    TAKEN_MS_FIELD_NUMBER: _builtins.int
+    KEPT_MS_FIELD_NUMBER: _builtins.int
+    TAKEN_MICROS_FIELD_NUMBER: _builtins.int
+    CURRENCY_CODE_FIELD_NUMBER: _builtins.int
+    REFUNDED_IN_ALL_MS_FIELD_NUMBER: _builtins.int
+    BILLED_MS_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    BALANCE_FIELD_NUMBER: _builtins.int
+    job: _builtins.str
+    """accounts/{account}/jobs/{uuid}"""
+    taken_ms: _builtins.int
+    """Charged again, what is charged in money included."""
+    kept_ms: _builtins.int
+    """Of what the refund gave, used, held, or gone with the time it was part of: it stays."""
+    taken_micros: _builtins.int
+    currency_code: _builtins.str
+    refunded_in_all_ms: _builtins.int
+    """Of this job, what stays given back."""
+    billed_ms: _builtins.int
+    etag: _builtins.str
+    @_builtins.property
+    def refund_time(self) -> _timestamp_pb2.Timestamp:
+        """Of the refund that is taken back."""
+
+    @_builtins.property
+    def balance(self) -> _billing_pb2.Balance: ...
+    def __init__(
+        self,
+        *,
+        job: _builtins.str = ...,
+        refund_time: _timestamp_pb2.Timestamp | None = ...,
+        taken_ms: _builtins.int = ...,
+        kept_ms: _builtins.int = ...,
+        taken_micros: _builtins.int = ...,
+        currency_code: _builtins.str = ...,
+        refunded_in_all_ms: _builtins.int = ...,
+        billed_ms: _builtins.int = ...,
+        etag: _builtins.str = ...,
+        balance: _billing_pb2.Balance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["balance", b"balance", "refund_time", b"refund_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["balance", b"balance", "billed_ms", b"billed_ms", "currency_code", b"currency_code", "etag", b"etag", "job", b"job", "kept_ms", b"kept_ms", "refund_time", b"refund_time", "refunded_in_all_ms", b"refunded_in_all_ms", "taken_micros", b"taken_micros", "taken_ms", b"taken_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RefundUndo: _TypeAlias = RefundUndo  # noqa: Y015
+
+@_typing.final
+class UndoPlanChangeRequest(_message.Message):
+    """UndoPlanChangeRequest is the request of UndoPlanChange."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    ACCOUNT_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    account: _builtins.str
+    """accounts/{account}"""
+    etag: _builtins.str
+    """Of an answer to `validate_only`: it is refused if another change is the newest by now. Empty: whichever is."""
+    reason: _builtins.str
+    validate_only: _builtins.bool
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        account: _builtins.str = ...,
+        etag: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        validate_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "etag", b"etag", "reason", b"reason", "request_id", b"request_id", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UndoPlanChangeRequest: _TypeAlias = UndoPlanChangeRequest  # noqa: Y015
+
+@_typing.final
+class PlanUndo(_message.Message):
+    """PlanUndo is what taking a change of plan back takes and gives."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACCOUNT_FIELD_NUMBER: _builtins.int
+    FROM_PLAN_FIELD_NUMBER: _builtins.int
+    TO_PLAN_FIELD_NUMBER: _builtins.int
+    CHANGE_TIME_FIELD_NUMBER: _builtins.int
+    EFFECTIVE_TIME_FIELD_NUMBER: _builtins.int
+    AT_ONCE_FIELD_NUMBER: _builtins.int
+    REVOKED_MS_FIELD_NUMBER: _builtins.int
+    KEPT_MS_FIELD_NUMBER: _builtins.int
+    AMOUNT_MICROS_FIELD_NUMBER: _builtins.int
+    CURRENCY_CODE_FIELD_NUMBER: _builtins.int
+    SENTENCE_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    BALANCE_FIELD_NUMBER: _builtins.int
+    account: _builtins.str
+    """accounts/{account}"""
+    from_plan: _builtins.str
+    """plans/{plan} the account is on."""
+    to_plan: _builtins.str
+    """The one that it had before the change; the same as the present one where it has changed again since."""
+    at_once: _builtins.bool
+    revoked_ms: _builtins.int
+    """Of the fast time that the change gave."""
+    kept_ms: _builtins.int
+    """Of it, used, held, or gone with its period: it stays."""
+    amount_micros: _builtins.int
+    """To be paid now; negative: given back."""
+    currency_code: _builtins.str
+    sentence: _builtins.str
+    """A sentence for a person."""
+    etag: _builtins.str
+    @_builtins.property
+    def change_time(self) -> _timestamp_pb2.Timestamp:
+        """Of the change that is taken back."""
+
+    @_builtins.property
+    def effective_time(self) -> _timestamp_pb2.Timestamp:
+        """When the account has the other plan: now, or the end of the period."""
+
+    @_builtins.property
+    def balance(self) -> _billing_pb2.Balance: ...
+    def __init__(
+        self,
+        *,
+        account: _builtins.str = ...,
+        from_plan: _builtins.str = ...,
+        to_plan: _builtins.str = ...,
+        change_time: _timestamp_pb2.Timestamp | None = ...,
+        effective_time: _timestamp_pb2.Timestamp | None = ...,
+        at_once: _builtins.bool = ...,
+        revoked_ms: _builtins.int = ...,
+        kept_ms: _builtins.int = ...,
+        amount_micros: _builtins.int = ...,
+        currency_code: _builtins.str = ...,
+        sentence: _builtins.str = ...,
+        etag: _builtins.str = ...,
+        balance: _billing_pb2.Balance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["balance", b"balance", "change_time", b"change_time", "effective_time", b"effective_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "amount_micros", b"amount_micros", "at_once", b"at_once", "balance", b"balance", "change_time", b"change_time", "currency_code", b"currency_code", "effective_time", b"effective_time", "etag", b"etag", "from_plan", b"from_plan", "kept_ms", b"kept_ms", "revoked_ms", b"revoked_ms", "sentence", b"sentence", "to_plan", b"to_plan"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlanUndo: _TypeAlias = PlanUndo  # noqa: Y015
 
 @_typing.final
 class ListAuditEventsRequest(_message.Message):

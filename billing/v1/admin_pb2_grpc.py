@@ -101,6 +101,16 @@ class AdminServiceStub:
                 request_serializer=billing_dot_v1_dot_admin__pb2.RefundJobRequest.SerializeToString,
                 response_deserializer=billing_dot_v1_dot_admin__pb2.Refund.FromString,
                 _registered_method=True)
+        self.UndoRefund = channel.unary_unary(
+                '/billing.v1.AdminService/UndoRefund',
+                request_serializer=billing_dot_v1_dot_admin__pb2.UndoRefundRequest.SerializeToString,
+                response_deserializer=billing_dot_v1_dot_admin__pb2.RefundUndo.FromString,
+                _registered_method=True)
+        self.UndoPlanChange = channel.unary_unary(
+                '/billing.v1.AdminService/UndoPlanChange',
+                request_serializer=billing_dot_v1_dot_admin__pb2.UndoPlanChangeRequest.SerializeToString,
+                response_deserializer=billing_dot_v1_dot_admin__pb2.PlanUndo.FromString,
+                _registered_method=True)
         self.ListAuditEvents = channel.unary_unary(
                 '/billing.v1.AdminService/ListAuditEvents',
                 request_serializer=billing_dot_v1_dot_admin__pb2.ListAuditEventsRequest.SerializeToString,
@@ -168,7 +178,7 @@ class AdminServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CreatePlan(self, request, context):
-        """CreatePlan makes a plan.
+        """CreatePlan makes a plan; with `validate_only` nothing is made.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -197,7 +207,7 @@ class AdminServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def AdjustBalance(self, request, context):
-        """AdjustBalance grants or takes fast time.
+        """AdjustBalance grants or takes fast time, and takes a grant back.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -205,6 +215,23 @@ class AdminServiceServicer:
 
     def RefundJob(self, request, context):
         """RefundJob gives back what a job was charged, all of it or a part.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UndoRefund(self, request, context):
+        """UndoRefund takes back the newest refund of a job: all of its money is owed again, and of its time what is neither
+        used nor held nor gone is charged again. With `validate_only` nothing is changed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UndoPlanChange(self, request, context):
+        """UndoPlanChange takes back the newest change of an account's plan that counted at once: all of its money goes the
+        other way, and what is neither used nor held of its time is revoked. In the period of the change the account is at
+        once on the plan it had before, later with its next period. With `validate_only` nothing is changed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -291,6 +318,16 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.RefundJob,
                     request_deserializer=billing_dot_v1_dot_admin__pb2.RefundJobRequest.FromString,
                     response_serializer=billing_dot_v1_dot_admin__pb2.Refund.SerializeToString,
+            ),
+            'UndoRefund': grpc.unary_unary_rpc_method_handler(
+                    servicer.UndoRefund,
+                    request_deserializer=billing_dot_v1_dot_admin__pb2.UndoRefundRequest.FromString,
+                    response_serializer=billing_dot_v1_dot_admin__pb2.RefundUndo.SerializeToString,
+            ),
+            'UndoPlanChange': grpc.unary_unary_rpc_method_handler(
+                    servicer.UndoPlanChange,
+                    request_deserializer=billing_dot_v1_dot_admin__pb2.UndoPlanChangeRequest.FromString,
+                    response_serializer=billing_dot_v1_dot_admin__pb2.PlanUndo.SerializeToString,
             ),
             'ListAuditEvents': grpc.unary_unary_rpc_method_handler(
                     servicer.ListAuditEvents,
@@ -655,6 +692,60 @@ class AdminService:
             '/billing.v1.AdminService/RefundJob',
             billing_dot_v1_dot_admin__pb2.RefundJobRequest.SerializeToString,
             billing_dot_v1_dot_admin__pb2.Refund.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UndoRefund(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/billing.v1.AdminService/UndoRefund',
+            billing_dot_v1_dot_admin__pb2.UndoRefundRequest.SerializeToString,
+            billing_dot_v1_dot_admin__pb2.RefundUndo.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UndoPlanChange(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/billing.v1.AdminService/UndoPlanChange',
+            billing_dot_v1_dot_admin__pb2.UndoPlanChangeRequest.SerializeToString,
+            billing_dot_v1_dot_admin__pb2.PlanUndo.FromString,
             options,
             channel_credentials,
             insecure,

@@ -51,7 +51,7 @@ class AdminServiceStub:
     RevokeApiKey: _grpc.UnaryUnaryMultiCallable[_admin_pb2.RevokeApiKeyRequest, _admin_pb2.ApiKey]
     """RevokeApiKey ends a key."""
     CreatePlan: _grpc.UnaryUnaryMultiCallable[_admin_pb2.CreatePlanRequest, _admin_pb2.Plan]
-    """CreatePlan makes a plan."""
+    """CreatePlan makes a plan; with `validate_only` nothing is made."""
     GetPlan: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetPlanRequest, _admin_pb2.Plan]
     """GetPlan returns the newest version of a plan, or the one that its name says."""
     ListPlans: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListPlansRequest, _admin_pb2.ListPlansResponse]
@@ -61,9 +61,18 @@ class AdminServiceStub:
     `validate_only` nothing is changed: the answer says who would be touched, and by how much.
     """
     AdjustBalance: _grpc.UnaryUnaryMultiCallable[_admin_pb2.AdjustBalanceRequest, _billing_pb2.Balance]
-    """AdjustBalance grants or takes fast time."""
+    """AdjustBalance grants or takes fast time, and takes a grant back."""
     RefundJob: _grpc.UnaryUnaryMultiCallable[_admin_pb2.RefundJobRequest, _admin_pb2.Refund]
     """RefundJob gives back what a job was charged, all of it or a part."""
+    UndoRefund: _grpc.UnaryUnaryMultiCallable[_admin_pb2.UndoRefundRequest, _admin_pb2.RefundUndo]
+    """UndoRefund takes back the newest refund of a job: all of its money is owed again, and of its time what is neither
+    used nor held nor gone is charged again. With `validate_only` nothing is changed.
+    """
+    UndoPlanChange: _grpc.UnaryUnaryMultiCallable[_admin_pb2.UndoPlanChangeRequest, _admin_pb2.PlanUndo]
+    """UndoPlanChange takes back the newest change of an account's plan that counted at once: all of its money goes the
+    other way, and what is neither used nor held of its time is revoked. In the period of the change the account is at
+    once on the plan it had before, later with its next period. With `validate_only` nothing is changed.
+    """
     ListAuditEvents: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListAuditEventsRequest, _admin_pb2.ListAuditEventsResponse]
     """ListAuditEvents returns what admins and operators did, newest first."""
     CheckInvariants: _grpc.UnaryUnaryMultiCallable[_admin_pb2.CheckInvariantsRequest, _admin_pb2.CheckInvariantsResponse]
@@ -91,7 +100,7 @@ class AdminServiceAsyncStub(AdminServiceStub):
     RevokeApiKey: _aio.UnaryUnaryMultiCallable[_admin_pb2.RevokeApiKeyRequest, _admin_pb2.ApiKey]  # type: ignore[assignment]
     """RevokeApiKey ends a key."""
     CreatePlan: _aio.UnaryUnaryMultiCallable[_admin_pb2.CreatePlanRequest, _admin_pb2.Plan]  # type: ignore[assignment]
-    """CreatePlan makes a plan."""
+    """CreatePlan makes a plan; with `validate_only` nothing is made."""
     GetPlan: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetPlanRequest, _admin_pb2.Plan]  # type: ignore[assignment]
     """GetPlan returns the newest version of a plan, or the one that its name says."""
     ListPlans: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListPlansRequest, _admin_pb2.ListPlansResponse]  # type: ignore[assignment]
@@ -101,9 +110,18 @@ class AdminServiceAsyncStub(AdminServiceStub):
     `validate_only` nothing is changed: the answer says who would be touched, and by how much.
     """
     AdjustBalance: _aio.UnaryUnaryMultiCallable[_admin_pb2.AdjustBalanceRequest, _billing_pb2.Balance]  # type: ignore[assignment]
-    """AdjustBalance grants or takes fast time."""
+    """AdjustBalance grants or takes fast time, and takes a grant back."""
     RefundJob: _aio.UnaryUnaryMultiCallable[_admin_pb2.RefundJobRequest, _admin_pb2.Refund]  # type: ignore[assignment]
     """RefundJob gives back what a job was charged, all of it or a part."""
+    UndoRefund: _aio.UnaryUnaryMultiCallable[_admin_pb2.UndoRefundRequest, _admin_pb2.RefundUndo]  # type: ignore[assignment]
+    """UndoRefund takes back the newest refund of a job: all of its money is owed again, and of its time what is neither
+    used nor held nor gone is charged again. With `validate_only` nothing is changed.
+    """
+    UndoPlanChange: _aio.UnaryUnaryMultiCallable[_admin_pb2.UndoPlanChangeRequest, _admin_pb2.PlanUndo]  # type: ignore[assignment]
+    """UndoPlanChange takes back the newest change of an account's plan that counted at once: all of its money goes the
+    other way, and what is neither used nor held of its time is revoked. In the period of the change the account is at
+    once on the plan it had before, later with its next period. With `validate_only` nothing is changed.
+    """
     ListAuditEvents: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListAuditEventsRequest, _admin_pb2.ListAuditEventsResponse]  # type: ignore[assignment]
     """ListAuditEvents returns what admins and operators did, newest first."""
     CheckInvariants: _aio.UnaryUnaryMultiCallable[_admin_pb2.CheckInvariantsRequest, _admin_pb2.CheckInvariantsResponse]  # type: ignore[assignment]
@@ -176,7 +194,7 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_pb2.CreatePlanRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.Plan, _abc.Awaitable[_admin_pb2.Plan]]:
-        """CreatePlan makes a plan."""
+        """CreatePlan makes a plan; with `validate_only` nothing is made."""
 
     @_abc_1.abstractmethod
     def GetPlan(
@@ -210,7 +228,7 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_pb2.AdjustBalanceRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_billing_pb2.Balance, _abc.Awaitable[_billing_pb2.Balance]]:
-        """AdjustBalance grants or takes fast time."""
+        """AdjustBalance grants or takes fast time, and takes a grant back."""
 
     @_abc_1.abstractmethod
     def RefundJob(
@@ -219,6 +237,27 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.Refund, _abc.Awaitable[_admin_pb2.Refund]]:
         """RefundJob gives back what a job was charged, all of it or a part."""
+
+    @_abc_1.abstractmethod
+    def UndoRefund(
+        self,
+        request: _admin_pb2.UndoRefundRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.RefundUndo, _abc.Awaitable[_admin_pb2.RefundUndo]]:
+        """UndoRefund takes back the newest refund of a job: all of its money is owed again, and of its time what is neither
+        used nor held nor gone is charged again. With `validate_only` nothing is changed.
+        """
+
+    @_abc_1.abstractmethod
+    def UndoPlanChange(
+        self,
+        request: _admin_pb2.UndoPlanChangeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.PlanUndo, _abc.Awaitable[_admin_pb2.PlanUndo]]:
+        """UndoPlanChange takes back the newest change of an account's plan that counted at once: all of its money goes the
+        other way, and what is neither used nor held of its time is revoked. In the period of the change the account is at
+        once on the plan it had before, later with its next period. With `validate_only` nothing is changed.
+        """
 
     @_abc_1.abstractmethod
     def ListAuditEvents(

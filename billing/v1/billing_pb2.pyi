@@ -303,6 +303,7 @@ class Statement(_message.Message):
     CURRENCY_CODE_FIELD_NUMBER: _builtins.int
     RELAX_MS_FIELD_NUMBER: _builtins.int
     LINES_FIELD_NUMBER: _builtins.int
+    AMOUNTS_FIELD_NUMBER: _builtins.int
     account: _builtins.str
     """accounts/{account}"""
     plan: _builtins.str
@@ -319,6 +320,7 @@ class Statement(_message.Message):
     metered_ms: _builtins.int
     """Charged in money."""
     amount_micros: _builtins.int
+    """In the plan's currency, which `currency_code` is. A plan may have changed it: `amounts` has all."""
     currency_code: _builtins.str
     relax_ms: _builtins.int
     @_builtins.property
@@ -330,6 +332,10 @@ class Statement(_message.Message):
         """In the order of time. If more than 10,000 tries ended in the period, those of a day are one line, of each tier and
         ending: ListTransfers has each.
         """
+
+    @_builtins.property
+    def amounts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Amount]:
+        """Charged in money, each currency by itself."""
 
     def __init__(
         self,
@@ -350,14 +356,40 @@ class Statement(_message.Message):
         currency_code: _builtins.str = ...,
         relax_ms: _builtins.int = ...,
         lines: _abc.Iterable[Global___StatementLine] | None = ...,
+        amounts: _abc.Iterable[Global___Amount] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["period_end", b"period_end", "period_start", b"period_start"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "amount_micros", b"amount_micros", "closing_ms", b"closing_ms", "currency_code", b"currency_code", "expired_ms", b"expired_ms", "granted_ms", b"granted_ms", "held_ms", b"held_ms", "lines", b"lines", "metered_ms", b"metered_ms", "opening_ms", b"opening_ms", "period_end", b"period_end", "period_start", b"period_start", "plan", b"plan", "relax_ms", b"relax_ms", "revoked_ms", b"revoked_ms", "used_ms", b"used_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "amount_micros", b"amount_micros", "amounts", b"amounts", "closing_ms", b"closing_ms", "currency_code", b"currency_code", "expired_ms", b"expired_ms", "granted_ms", b"granted_ms", "held_ms", b"held_ms", "lines", b"lines", "metered_ms", b"metered_ms", "opening_ms", b"opening_ms", "period_end", b"period_end", "period_start", b"period_start", "plan", b"plan", "relax_ms", b"relax_ms", "revoked_ms", b"revoked_ms", "used_ms", b"used_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Statement: _TypeAlias = Statement  # noqa: Y015
+
+@_typing.final
+class Amount(_message.Message):
+    """Amount is money of one currency."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CURRENCY_CODE_FIELD_NUMBER: _builtins.int
+    MICROS_FIELD_NUMBER: _builtins.int
+    currency_code: _builtins.str
+    micros: _builtins.int
+    """Millionths."""
+    def __init__(
+        self,
+        *,
+        currency_code: _builtins.str = ...,
+        micros: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["currency_code", b"currency_code", "micros", b"micros"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Amount: _TypeAlias = Amount  # noqa: Y015
 
 @_typing.final
 class StatementLine(_message.Message):
@@ -375,6 +407,7 @@ class StatementLine(_message.Message):
     METERED_MS_FIELD_NUMBER: _builtins.int
     AMOUNT_MICROS_FIELD_NUMBER: _builtins.int
     RELAX_MS_FIELD_NUMBER: _builtins.int
+    CURRENCY_CODE_FIELD_NUMBER: _builtins.int
     sentence: _builtins.str
     """A sentence: what was charged, granted, given back, and why."""
     job: _builtins.str
@@ -389,6 +422,8 @@ class StatementLine(_message.Message):
     """Charged in money for time beyond it."""
     amount_micros: _builtins.int
     relax_ms: _builtins.int
+    currency_code: _builtins.str
+    """Of `amount_micros`; empty where that is 0."""
     @_builtins.property
     def time(self) -> _timestamp_pb2.Timestamp: ...
     def __init__(
@@ -404,10 +439,11 @@ class StatementLine(_message.Message):
         metered_ms: _builtins.int = ...,
         amount_micros: _builtins.int = ...,
         relax_ms: _builtins.int = ...,
+        currency_code: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount_micros", b"amount_micros", "attempt_id", b"attempt_id", "fast_ms", b"fast_ms", "job", b"job", "measured_ms", b"measured_ms", "metered_ms", b"metered_ms", "multiplier_bp", b"multiplier_bp", "relax_ms", b"relax_ms", "sentence", b"sentence", "time", b"time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount_micros", b"amount_micros", "attempt_id", b"attempt_id", "currency_code", b"currency_code", "fast_ms", b"fast_ms", "job", b"job", "measured_ms", b"measured_ms", "metered_ms", b"metered_ms", "multiplier_bp", b"multiplier_bp", "relax_ms", b"relax_ms", "sentence", b"sentence", "time", b"time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -89,7 +89,7 @@ class BillingServiceServicer:
 
     def PreviewPlanChange(self, request, context):
         """PreviewPlanChange says what a change of plan would give and cost now. ChangePlan does exactly that while its
-        etag holds.
+        etag holds. Admins have any plan; others have plans whose `self_service` is set, also to stay on the present one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

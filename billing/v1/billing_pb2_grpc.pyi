@@ -41,7 +41,7 @@ class BillingServiceStub:
     """GetStatement returns one period, line by line to jobs and attempts; it adds up to the millisecond."""
     PreviewPlanChange: _grpc.UnaryUnaryMultiCallable[_billing_pb2.PreviewPlanChangeRequest, _billing_pb2.PlanChange]
     """PreviewPlanChange says what a change of plan would give and cost now. ChangePlan does exactly that while its
-    etag holds.
+    etag holds. Admins have any plan; others have plans whose `self_service` is set, also to stay on the present one.
     """
     ChangePlan: _grpc.UnaryUnaryMultiCallable[_billing_pb2.ChangePlanRequest, _billing_pb2.PlanChange]
     """ChangePlan moves an account to another plan: to one with more fast time at once, to one with less at the end
@@ -61,7 +61,7 @@ class BillingServiceAsyncStub(BillingServiceStub):
     """GetStatement returns one period, line by line to jobs and attempts; it adds up to the millisecond."""
     PreviewPlanChange: _aio.UnaryUnaryMultiCallable[_billing_pb2.PreviewPlanChangeRequest, _billing_pb2.PlanChange]  # type: ignore[assignment]
     """PreviewPlanChange says what a change of plan would give and cost now. ChangePlan does exactly that while its
-    etag holds.
+    etag holds. Admins have any plan; others have plans whose `self_service` is set, also to stay on the present one.
     """
     ChangePlan: _aio.UnaryUnaryMultiCallable[_billing_pb2.ChangePlanRequest, _billing_pb2.PlanChange]  # type: ignore[assignment]
     """ChangePlan moves an account to another plan: to one with more fast time at once, to one with less at the end
@@ -102,7 +102,7 @@ class BillingServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_billing_pb2.PlanChange, _abc.Awaitable[_billing_pb2.PlanChange]]:
         """PreviewPlanChange says what a change of plan would give and cost now. ChangePlan does exactly that while its
-        etag holds.
+        etag holds. Admins have any plan; others have plans whose `self_service` is set, also to stay on the present one.
         """
 
     @_abc_1.abstractmethod

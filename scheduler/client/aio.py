@@ -45,10 +45,14 @@ from billing.v1.admin_pb2 import (
     ListAuditEventsRequest,
     ListPlansRequest,
     Plan,
+    PlanUndo,
     Refund,
     RefundJobRequest,
+    RefundUndo,
     RevokeApiKeyRequest,
     Role,
+    UndoPlanChangeRequest,
+    UndoRefundRequest,
     UpdatePlanRequest,
 )
 from billing.v1.admin_pb2_grpc import AdminServiceStub
@@ -745,9 +749,14 @@ class DarkroomClient:
         name = plan_name(plan) + (f"/versions/{version}" if version is not None else "")
         return await self._call(self._admin.GetPlan, GetPlanRequest(name=name))
 
-    async def create_plan(self, plan: Plan, *, reason: str) -> Plan:
-        """Make a plan; `plan` is taken whole, without version and etag."""
-        request = CreatePlanRequest(request_id=_new_request_id(), plan=plan, reason=reason)
+    async def create_plan(self, plan: Plan, *, reason: str, validate_only: bool = False) -> Plan:
+        """Make a plan; `plan` is taken whole, without version and etag.
+
+        With `validate_only` nothing is made: it is answered, or refused, as it would be.
+        """
+        request = CreatePlanRequest(
+            request_id=_new_request_id(), plan=plan, reason=reason, validate_only=validate_only
+        )
         return await self._call(self._admin.CreatePlan, request)
 
     async def update_plan(
@@ -779,11 +788,13 @@ class DarkroomClient:
         reason: str,
         expires: datetime | None = None,
         source: GrantSource.ValueType = admin_pb2.GRANT_SOURCE_UNSPECIFIED,
+        undoes: int = 0,
     ) -> Balance:
         """Grant an account GPU milliseconds of fast time, or take unused ones away; return its balance.
 
         `source` says what is granted, which decides when it burns; what is not used when it `expires`, an
-        aware time, is gone.
+        aware time, is gone. What is taken is taken of the grant whose audit event has the number `undoes`;
+        0: of whatever burns last.
         """
         request = AdjustBalanceRequest(
             request_id=_new_request_id(),
@@ -791,6 +802,7 @@ class DarkroomClient:
             amount_ms=amount_ms,
             reason=reason,
             source=source,
+            undoes=undoes,
         )
         if expires is not None:
             request.expire_time.FromDatetime(expires)
@@ -802,6 +814,38 @@ class DarkroomClient:
             request_id=_new_request_id(), job=job_name(job), reason=reason, amount_ms=amount_ms
         )
         return await self._call(self._admin.RefundJob, request)
+
+    async def undo_refund(
+        self, job: str, *, reason: str, etag: str = "", validate_only: bool = False
+    ) -> RefundUndo:
+        """Take back the newest refund of a job; or say what that would charge again.
+
+        With the `etag` of such an answer it is that refund, or refused with EtagMismatch.
+        """
+        request = UndoRefundRequest(
+            request_id=_new_request_id(),
+            job=job_name(job),
+            etag=etag,
+            reason=reason,
+            validate_only=validate_only,
+        )
+        return await self._call(self._admin.UndoRefund, request)
+
+    async def undo_plan_change(
+        self, account: str, *, reason: str, etag: str = "", validate_only: bool = False
+    ) -> PlanUndo:
+        """Take back the newest change of an account's plan that counted at once; or say what that would do.
+
+        With the `etag` of such an answer it is that change, or refused with EtagMismatch.
+        """
+        request = UndoPlanChangeRequest(
+            request_id=_new_request_id(),
+            account=account_name(account),
+            etag=etag,
+            reason=reason,
+            validate_only=validate_only,
+        )
+        return await self._call(self._admin.UndoPlanChange, request)
 
     async def audit_events(
         self,

@@ -22,7 +22,7 @@ from scheduler.client.printing_ledger import (
     print_statement,
     save_statement,
 )
-from scheduler.client.running import DATES, Json, go_on_if_agreed, job_argument, run
+from scheduler.client.running import DATES, Json, go_on_if_agreed, job_argument, money_typed, run
 from scheduler.v1 import job_pb2
 from scheduler.v1.job_pb2 import Tier, Visibility
 
@@ -97,14 +97,19 @@ def overage(
     context: typer.Context,
     consent: Consent,
     cap: Annotated[
-        float | None,
-        typer.Option(min=0, help="Most to be charged in a month, in the plan's currency; 0: no cap."),
+        int | None,
+        typer.Option(
+            parser=money_typed,
+            metavar="AMOUNT",
+            help="Most to be charged in a month, in the plan's currency; 0: no cap.",
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Say whether fast jobs go on, charged for each, once the plan's time is used up."""
-    cap_micros = round(cap * 1_000_000) if cap is not None else None
-    _update_account(context, as_json, overage_allowed=consent is Consent.ON, spend_cap_micros=cap_micros)
+    if cap is not None and cap < 0:
+        raise typer.BadParameter("a cap is 0 or more; 0 is none")
+    _update_account(context, as_json, overage_allowed=consent is Consent.ON, spend_cap_micros=cap)
 
 
 def _update_account(

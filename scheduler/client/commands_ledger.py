@@ -1,7 +1,7 @@
 """`darkroom admin` about time and money: accounts, keys, grants, refunds, what was done, whether it holds.
 
-Every change needs a reason, which is kept. A grant is taken back by a negative one, a refund by a negative
-grant: nothing is unsaid, it is answered by another entry.
+Every change needs a reason, which is kept. A grant is taken back by a negative one, a refund and a change of
+plan by an undo: nothing is unsaid, it is answered by another entry.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from billing.v1 import admin_pb2
-from billing.v1.admin_pb2 import AdminAccount, AuditEvent, GrantSource, Role
+from billing.v1.admin_pb2 import AdminAccount, AuditEvent, GrantSource, PlanUndo, RefundUndo, Role
 from scheduler.client.aio import DarkroomClient
 from scheduler.client.errors import CannotSave, ExitCode
 from scheduler.client.names import last_part
@@ -28,9 +28,20 @@ from scheduler.client.printing_ledger import (
     print_balance,
     print_check,
     print_keys,
+    print_plan_undo,
     print_refund,
+    print_refund_undo,
 )
-from scheduler.client.running import DATES, JobArgument, Json, Reason, go_on_if_agreed, run, span
+from scheduler.client.running import (
+    DATES,
+    JobArgument,
+    Json,
+    Reason,
+    go_on_if_agreed,
+    minutes_typed,
+    run,
+    span,
+)
 
 accounts = typer.Typer(help="Who may submit jobs.", no_args_is_help=True)
 keys = typer.Typer(help="What accounts show to be let in.", no_args_is_help=True)
@@ -54,7 +65,9 @@ def add_to(admin: typer.Typer) -> None:
     admin.add_typer(keys, name="keys")
     # So that -30 is minutes, not an option.
     admin.command(context_settings={"ignore_unknown_options": True})(grant)
-    for command in (refund, audit, check):
+    admin.command()(refund)
+    admin.command("undo-refund")(undo_refund)
+    for command in (audit, check):
         admin.command()(command)
 
 
@@ -146,6 +159,41 @@ def accounts_erase(
     run(context, printer, work)
 
 
+@accounts.command("undo-plan")
+def accounts_undo_plan(
+    context: typer.Context,
+    account: AccountArgument,
+    reason: Reason,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it would take and give.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Take back an account's newest change of plan: its money, and what is left of its fast time.
+
+    What it would do is shown first. The change before it can be taken back after it.
+    """
+    printer = Printer(as_json=as_json)
+    found: list[PlanUndo] = []
+
+    async def look(client: DarkroomClient) -> None:
+        found.append(await client.undo_plan_change(account, reason=reason, validate_only=True))
+
+    run(context, printer, look)
+    (shown,) = found
+    if dry_run:
+        print_plan_undo(printer, shown)
+        return
+    if not yes:
+        print_plan_undo(Printer(to_stderr=True), shown)
+        go_on_if_agreed(printer, "Take it back?", otherwise="Nothing was changed.")
+
+    async def undo(client: DarkroomClient) -> None:
+        # By its etag: what was shown is what is taken back, and twice at once takes one change back.
+        print_plan_undo(printer, await client.undo_plan_change(account, reason=reason, etag=shown.etag))
+
+    run(context, printer, undo)
+
+
 # Keys
 
 
@@ -210,8 +258,12 @@ def grant(
     context: typer.Context,
     account: AccountArgument,
     minutes: Annotated[
-        float,
-        typer.Argument(metavar="MINUTES", help="GPU minutes of fast time; negative takes them away."),
+        int,
+        typer.Argument(
+            parser=minutes_typed,
+            metavar="MINUTES",
+            help="GPU minutes of fast time; negative takes them away, of what burns last.",
+        ),
     ],
     reason: Reason,
     promo: Annotated[bool, typer.Option("--promo", help="A present: burns first.")] = False,
@@ -219,9 +271,19 @@ def grant(
     until: Annotated[
         datetime | None, typer.Option(formats=DATES, help="Unused time ends then (UTC).")
     ] = None,
+    undoes: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="NUMBER",
+            help="Take the minutes from this grant alone: its number, as `audit` lists it.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Grant an account fast time."""
+    """Grant an account fast time, or take a grant back."""
+    if undoes and minutes >= 0:
+        raise typer.BadParameter("--undoes is for minutes that are taken: type them as -30")
     if promo and purchase:
         raise typer.BadParameter("a grant is a --promo or a --purchase, not both")
     printer = Printer(as_json=as_json)
@@ -229,10 +291,11 @@ def grant(
     async def work(client: DarkroomClient) -> None:
         balance = await client.adjust_balance(
             account,
-            amount_ms=round(minutes * 60_000),
+            amount_ms=minutes,
             reason=reason,
             expires=until.replace(tzinfo=UTC) if until is not None else None,
             source=_source(promo=promo, purchase=purchase),
+            undoes=undoes or 0,
         )
         print_balance(printer, balance)
 
@@ -250,21 +313,58 @@ def refund(
     job: JobArgument,
     reason: Reason,
     minutes: Annotated[
-        float | None,
+        int | None,
         typer.Option(
-            min=0.0001, help="Only so much of what it was billed; otherwise all that is left of it."
+            parser=minutes_typed,
+            metavar="MINUTES",
+            help="Only so much of what it was billed; otherwise all that is left of it.",
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Give back what a job was charged, all of it or a part; money in proportion."""
+    if minutes is not None and minutes <= 0:
+        raise typer.BadParameter("--minutes is more than 0; leave it out to give all back")
     printer = Printer(as_json=as_json)
-    amount_ms = round(minutes * 60_000) if minutes is not None else 0
 
     async def work(client: DarkroomClient) -> None:
-        print_refund(printer, await client.refund(job, reason=reason, amount_ms=amount_ms))
+        print_refund(printer, await client.refund(job, reason=reason, amount_ms=minutes or 0))
 
     run(context, printer, work)
+
+
+def undo_refund(
+    context: typer.Context,
+    job: JobArgument,
+    reason: Reason,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it would charge again.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Take back a job's newest refund: its money, and what is left of its fast time.
+
+    What it would charge again is shown first. The refund before it can be taken back after it.
+    """
+    printer = Printer(as_json=as_json)
+    found: list[RefundUndo] = []
+
+    async def look(client: DarkroomClient) -> None:
+        found.append(await client.undo_refund(job, reason=reason, validate_only=True))
+
+    run(context, printer, look)
+    (shown,) = found
+    if dry_run:
+        print_refund_undo(printer, shown)
+        return
+    if not yes:
+        print_refund_undo(Printer(to_stderr=True), shown)
+        go_on_if_agreed(printer, "Take it back?", otherwise="Nothing was changed.")
+
+    async def undo(client: DarkroomClient) -> None:
+        # By its etag: what was shown is what is taken back, and twice at once takes one refund back.
+        print_refund_undo(printer, await client.undo_refund(job, reason=reason, etag=shown.etag))
+
+    run(context, printer, undo)
 
 
 # Looking into it
@@ -282,17 +382,22 @@ def audit(
         datetime | None, typer.Option("--from", formats=DATES, help="From then on (UTC).")
     ] = None,
     end: Annotated[datetime | None, typer.Option("--until", formats=DATES, help="Before then (UTC).")] = None,
-    limit: Limit = 50,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="At most so many; 50 are listed if not said.")
+    ] = None,
     export: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE.jsonl", dir_okay=False, help="Save all of it there, a JSON document a line."
+            metavar="FILE.jsonl",
+            dir_okay=False,
+            help="Save it there, a JSON document a line: all of it, but for --limit.",
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """List what admins and operators did, newest first: by whom, why, and what it changed."""
     printer = Printer(as_json=as_json)
+    most = 50 if limit is None and export is None else limit
 
     async def work(client: DarkroomClient) -> None:
         events = client.audit_events(
@@ -300,12 +405,12 @@ def audit(
             actor=actor,
             start=start.replace(tzinfo=UTC) if start is not None else None,
             end=end.replace(tzinfo=UTC) if end is not None else None,
-            page_size=min(limit, 1000) if export is None else 1000,
+            page_size=min(most or 1000, 1000),
         )
         listed: list[AuditEvent] = []
         async for event in events:
             listed.append(event)
-            if len(listed) == limit and export is None:
+            if len(listed) == most:
                 break
         if export is None:
             print_audit_events(printer, listed)

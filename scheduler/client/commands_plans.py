@@ -160,7 +160,9 @@ async def _difference(
     after = edit.on(before) if before is not None else edit.new_plan()
     changed = changes(before, after)
     impact = None
-    if before is not None and changed:
+    if before is None:
+        await client.create_plan(after, reason=reason, validate_only=True)
+    elif changed:
         answer = await client.update_plan(after, effective_from=effective, reason=reason, validate_only=True)
         impact = answer.impact
     return PlanDifference(before=before, after=after, changes=changed, impact=impact)

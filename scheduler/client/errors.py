@@ -129,6 +129,13 @@ class PlanLacksPrivate(Refusal):
     advice = "Submit it with --public, or ask an admin for a plan with private mode."
 
 
+class PlanLacksOverage(Refusal):
+    """The account's plan has no price for fast time beyond its own."""
+
+    reason = "PLAN_LACKS_OVERAGE"
+    advice = "Relax is free: add --relax. Or change to a plan that has one: `darkroom plan`."
+
+
 class FastOnly(Refusal):
     """What was asked for is offered in fast mode only."""
 
@@ -192,7 +199,7 @@ class Impossible(Refusal):
     """No worker of this service could ever run that job."""
 
     reason = "IMPOSSIBLE"
-    advice = "Ask for a smaller picture or another model."
+    advice = "Ask for something else, or tell the people who run the service what is missing."
 
 
 class JobFinished(Refusal):
@@ -283,6 +290,16 @@ class PlanExists(Refusal):
     advice = "Change it, `darkroom admin plans set PLAN`, or choose another name."
 
 
+class PlanNotSelfService(Refusal):
+    """Only admins change an account to that plan."""
+
+    reason = "PLAN_NOT_SELF_SERVICE"
+    advice = (
+        "An admin types `darkroom plan change PLAN --account ACCOUNT --reason WHY`, or opens the plan to "
+        "all: `darkroom admin plans set PLAN self_service=true --reason WHY`."
+    )
+
+
 class NothingCharged(Refusal):
     """The job was never charged: it was relax, failed, has not ended, or is not of that account."""
 
@@ -295,6 +312,29 @@ class RefundTooLarge(Refusal):
 
     reason = "REFUND_TOO_LARGE"
     advice = "Leave --minutes out to give back all that is left, or grant time: `darkroom admin grant`."
+
+
+class NothingToUndo(Refusal):
+    """The account has no change of plan that moved time or money and was not taken back."""
+
+    reason = "NOTHING_TO_UNDO"
+    advice = "A change that is to come is taken back with `darkroom plan change` to the present plan."
+
+
+class NoRefundToUndo(Refusal):
+    """The job has no refund that was not taken back."""
+
+    reason = "NO_REFUND_TO_UNDO"
+    advice = (
+        "`darkroom admin audit --target accounts/ACCOUNT/jobs/JOB` says what was given back, and what taken."
+    )
+
+
+class RefundSpent(Refusal):
+    """Only what is left of the time that a refund gave can be taken back."""
+
+    reason = "REFUND_SPENT"
+    advice = "Other time of the account is taken with `darkroom admin grant ACCOUNT -MINUTES`."
 
 
 class OutsidePeriods(Refusal):
@@ -323,6 +363,20 @@ class AccountExists(Refusal):
 
     reason = "ACCOUNT_EXISTS"
     advice = "Choose another id, or leave it out for a random one."
+
+
+class AccountErased(Refusal):
+    """The account was erased, and has no plan any more."""
+
+    reason = "ACCOUNT_ERASED"
+    advice = "`darkroom statement --account ACCOUNT` shows its books."
+
+
+class UnknownGrant(Refusal):
+    """No grant to the account has that number."""
+
+    reason = "UNKNOWN_GRANT"
+    advice = "`darkroom admin audit --target accounts/ACCOUNT` names its grants."
 
 
 class AdjustmentTooLarge(Refusal):

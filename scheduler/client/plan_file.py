@@ -125,6 +125,13 @@ _KEYS: Sequence[_Key] = (
         unit=_ONE_BP,
         meaning="what private jobs cost against public ones",
     ),
+    _Key(
+        name="self_service",
+        field="self_service",
+        kind=bool,
+        meaning="accounts may change to it without an admin",
+        new_plan_needs_it=False,
+    ),
 )
 _BY_NAME: Mapping[str, _Key] = {key.name: key for key in _KEYS}
 

@@ -433,11 +433,12 @@ def visibility_word(visibility: Visibility.ValueType) -> str:
 
 
 def when(message: Message, field: str) -> str:
-    """Return a time field in local time, empty if it is not set."""
+    """Return a time field in local time with its zone, empty if it is not set."""
     if not message.HasField(field):
         return ""
     at = getattr(message, field).ToDatetime().replace(tzinfo=UTC).astimezone()
-    return str(at.strftime("%Y-%m-%d %H:%M:%S"))
+    # What is typed, and what the service writes in sentences, is UTC.
+    return str(at.strftime("%Y-%m-%d %H:%M:%S %Z"))
 
 
 def _tag(tag_ms: int) -> str:

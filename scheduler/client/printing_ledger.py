@@ -22,7 +22,9 @@ from billing.v1.admin_pb2 import (
     InvariantResult,
     Plan,
     PlanImpact,
+    PlanUndo,
     Refund,
+    RefundUndo,
     Role,
 )
 from billing.v1.billing_pb2 import Balance, PlanChange, PlanLimits, Statement, StatementLine
@@ -119,7 +121,6 @@ def print_statement(printer: Printer, statement: Statement) -> None:
     if printer.as_json:
         printer.document(statement)
         return
-    currency = statement.currency_code
     printer.table(
         ["time", "what", "job", "measured", "×", "fast time", "beyond it", "charged", "relax"],
         [
@@ -131,7 +132,7 @@ def print_statement(printer: Printer, statement: Statement) -> None:
                 _factor(line.multiplier_bp),
                 _unless_0(line.fast_ms),
                 _unless_0(line.metered_ms),
-                money(line.amount_micros, currency) if line.amount_micros else "",
+                money(line.amount_micros, line.currency_code) if line.amount_micros else "",
                 _unless_0(line.relax_ms),
             ]
             for line in statement.lines
@@ -150,7 +151,10 @@ def print_statement(printer: Printer, statement: Statement) -> None:
             ("= left", exact_duration(statement.closing_ms)),
             ("held of it", _unless_0(statement.held_ms)),
             ("beyond it", _unless_0(statement.metered_ms)),
-            ("charged in money", money(statement.amount_micros, currency) if statement.amount_micros else ""),
+            (
+                "charged in money",
+                ", ".join(money(one.micros, one.currency_code) for one in statement.amounts if one.micros),
+            ),
             ("relax", exact_duration(statement.relax_ms)),
         ]
     )
@@ -259,6 +263,7 @@ def print_plans(printer: Printer, plans: Sequence[Plan]) -> None:
             "relax weight",
             "private",
             "overage a minute",
+            "self-service",
             "GPU types",
         ],
         [
@@ -274,6 +279,7 @@ def print_plans(printer: Printer, plans: Sequence[Plan]) -> None:
                 money(plan.overage_micros_per_minute, plan.currency_code)
                 if plan.overage_micros_per_minute
                 else "no",
+                "yes" if plan.self_service else "no",
                 ", ".join(f"{device} {_factor(bp)}" for device, bp in sorted(plan.gpu_class_bp.items())),
             ]
             for plan in plans
@@ -324,6 +330,11 @@ def print_impact(printer: Printer, plan: str, impact: PlanImpact) -> None:
             f"{plan}: from {_counted(impact.accounts_cut_short, 'account')} not all of it can be taken: "
             "it is used, or held by running jobs."
         )
+    if impact.accounts_behind:
+        printer.note(
+            f"{plan}: {_counted(impact.accounts_behind, 'account')} with a version before the newest: at "
+            "once it is all that changed since, also what was to wait for their next period."
+        )
     if impact.accounts_over_limits:
         printer.note(
             f"{plan}: {_counted(impact.accounts_over_limits, 'account')} with more jobs than new limits "
@@ -356,7 +367,7 @@ def print_refund(printer: Printer, refund: Refund) -> None:
             ("given back", exact_duration(refund.refunded_ms)),
             (
                 "in money",
-                money(refund.refunded_micros, balance.currency_code) if refund.refunded_micros else "",
+                money(refund.refunded_micros, refund.currency_code) if refund.refunded_micros else "",
             ),
             (
                 "in all",
@@ -366,6 +377,49 @@ def print_refund(printer: Printer, refund: Refund) -> None:
             *_balance_facts(balance),
         ]
     )
+
+
+def print_refund_undo(printer: Printer, undo: RefundUndo) -> None:
+    """Print what taking a refund back charges again."""
+    if printer.as_json:
+        printer.document(undo)
+        return
+    printer.facts(
+        [
+            ("job", last_part(undo.job)),
+            ("refund of", when(undo, "refund_time")),
+            ("charged again", exact_duration(undo.taken_ms)),
+            ("in money", money(undo.taken_micros, undo.currency_code) if undo.taken_micros else ""),
+            ("used, held or gone", _unless_0(undo.kept_ms)),
+            (
+                "stays given back",
+                f"{exact_duration(undo.refunded_in_all_ms)} of {exact_duration(undo.billed_ms)} billed",
+            ),
+            ("account", last_part(undo.balance.account)),
+            *_balance_facts(undo.balance),
+        ]
+    )
+
+
+def print_plan_undo(printer: Printer, undo: PlanUndo) -> None:
+    """Print what taking a change of plan back takes and gives."""
+    if printer.as_json:
+        printer.document(undo)
+        return
+    amount = undo.amount_micros
+    printer.facts(
+        [
+            ("account", last_part(undo.account)),
+            ("change of", when(undo, "change_time")),
+            ("plan", _from_to(undo)),
+            ("counts", "at once" if undo.at_once else f"from {when(undo, 'effective_time')}"),
+            ("fast time taken back", exact_duration(undo.revoked_ms)),
+            ("used, held or gone", _unless_0(undo.kept_ms)),
+            ("to pay" if amount > 0 else "given back", money(abs(amount), undo.currency_code)),
+        ]
+    )
+    if undo.sentence:
+        printer.note(undo.sentence)
 
 
 def print_audit_events(printer: Printer, events: Sequence[AuditEvent]) -> None:
@@ -436,7 +490,7 @@ def _balance_facts(balance: Balance) -> list[tuple[str, str]]:
     ]
 
 
-def _from_to(change: PlanChange) -> str:
+def _from_to(change: PlanChange | PlanUndo) -> str:
     if change.from_plan == change.to_plan:
         return f"stays {last_part(change.to_plan)}"
     return f"{last_part(change.from_plan)} to {last_part(change.to_plan)}"

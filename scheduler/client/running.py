@@ -11,6 +11,7 @@ import re
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from decimal import Decimal, InvalidOperation
 from typing import Annotated
 
 import typer
@@ -29,6 +30,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON: one document, or
 
 Reason = Annotated[str, typer.Option(help="Why; kept with the audit event.")]
 
+# As the service has it: far beyond any use.
+_MOST = 2**53
+
 _SPANS = {
     "s": timedelta(seconds=1),
     "m": timedelta(minutes=1),
@@ -45,6 +49,32 @@ def span(text: str | timedelta) -> timedelta:
     if match is None or int(match[1]) == 0:
         raise typer.BadParameter(f"{text!r} is no span of time: type 90m, 24h or 7d")
     return int(match[1]) * _SPANS[match[2]]
+
+
+def minutes_typed(text: str | int) -> int:
+    """Return GPU minutes that were typed, in milliseconds. Raises typer.BadParameter."""
+    return _whole(text, 60_000, "a millisecond")
+
+
+def money_typed(text: str | int) -> int:
+    """Return money that was typed, in millionths of its currency. Raises typer.BadParameter."""
+    return _whole(text, 1_000_000, "a millionth")
+
+
+def _whole(text: str | int, unit: int, least: str) -> int:
+    if isinstance(text, int):
+        return text
+    try:
+        number = Decimal(text.strip())
+    except InvalidOperation:
+        raise typer.BadParameter(f"{text!r} is no number: type 30 or 0.5") from None
+    if not number.is_finite() or abs(number) > Decimal(_MOST) / unit:
+        raise typer.BadParameter(f"{text} is more than anything counted here: at most {_MOST // unit:,}")
+    whole = int((number * unit).to_integral_value())
+    if number and not whole:
+        # 0 has a meaning of its own: no cap, or all there is.
+        raise typer.BadParameter(f"{text} is less than {least}, and counts as 0: type that, or more")
+    return whole
 
 
 def named_argument(text: str | Named) -> Named:

@@ -24,7 +24,9 @@ from billing.v1.admin_pb2 import (
     EffectiveFrom,
     GrantSource,
     Plan,
+    PlanUndo,
     Refund,
+    RefundUndo,
     Role,
 )
 from billing.v1.billing_pb2 import Balance, PlanChange, Statement, Transfer
@@ -373,9 +375,9 @@ class DarkroomClient:
         """Return the newest version of a plan, or the one that is given."""
         return self._loop.run(self._client.plan(plan, version=version))
 
-    def create_plan(self, plan: Plan, *, reason: str) -> Plan:
-        """Make a plan; `plan` is taken whole, without version and etag."""
-        return self._loop.run(self._client.create_plan(plan, reason=reason))
+    def create_plan(self, plan: Plan, *, reason: str, validate_only: bool = False) -> Plan:
+        """Make a plan, or with `validate_only` ask whether it could be made."""
+        return self._loop.run(self._client.create_plan(plan, reason=reason, validate_only=validate_only))
 
     def update_plan(
         self,
@@ -400,17 +402,37 @@ class DarkroomClient:
         reason: str,
         expires: datetime | None = None,
         source: GrantSource.ValueType = admin_pb2.GRANT_SOURCE_UNSPECIFIED,
+        undoes: int = 0,
     ) -> Balance:
         """Grant an account GPU milliseconds of fast time, or take unused ones away."""
         return self._loop.run(
             self._client.adjust_balance(
-                account, amount_ms=amount_ms, reason=reason, expires=expires, source=source
+                account, amount_ms=amount_ms, reason=reason, expires=expires, source=source, undoes=undoes
             )
         )
 
     def refund(self, job: str, *, reason: str, amount_ms: int = 0) -> Refund:
         """Give back `amount_ms` of the time a job was billed; 0: all that is not given back yet."""
         return self._loop.run(self._client.refund(job, reason=reason, amount_ms=amount_ms))
+
+    def undo_refund(
+        self, job: str, *, reason: str, etag: str = "", validate_only: bool = False
+    ) -> RefundUndo:
+        """Take back the newest refund of a job; or say what that would charge again."""
+        return self._loop.run(
+            self._client.undo_refund(job, reason=reason, etag=etag, validate_only=validate_only)
+        )
+
+    def undo_plan_change(
+        self, account: str, *, reason: str, etag: str = "", validate_only: bool = False
+    ) -> PlanUndo:
+        """Take back the newest change of an account's plan that counted at once; or say what that would do.
+
+        With the `etag` of such an answer it is that change, or refused with EtagMismatch.
+        """
+        return self._loop.run(
+            self._client.undo_plan_change(account, reason=reason, etag=etag, validate_only=validate_only)
+        )
 
     def audit_events(
         self,

@@ -110,7 +110,7 @@ def waits(status: QueueStatus) -> str:
 
 def money(micros: int, currency_code: str) -> str:
     """Return millionths of a currency for people; parts of a cent are shown where there are any."""
-    digits = 2 if micros % 10_000 == 0 else 4
+    digits = 2 if micros % 10_000 == 0 else 4 if abs(micros) >= 100 else 6
     return f"{Decimal(micros) / 1_000_000:.{digits}f} {currency_code}".rstrip()
 
 

@@ -114,8 +114,8 @@ async def _change(connection: Connection, account_id: str, wanted: Mapping[str, 
         terms = await ledger_accounts.set_overage(
             connection, account_id, wanted.get("overage_allowed"), wanted.get("spend_cap_micros"), at
         )
-    if wanted.get("overage_allowed") and terms.overage_allowed:
-        await jobs.consent_to_overage(connection, account_id, terms.overage_micros_per_minute)
+    if wanted.get("overage_allowed"):
+        await jobs.consent_to_overage(connection, account_id, terms.overage_micros_per_minute, terms.currency)
     if "mode" in wanted or "visibility" in wanted:
         await store.change_settings(
             connection, account_id, mode=wanted.get("mode"), visibility=wanted.get("visibility")

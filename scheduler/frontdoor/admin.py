@@ -28,6 +28,8 @@ ACTION_OF = {
     "/billing.v1.AdminService/UpdatePlan": AdminAction.UPDATE_PLAN,
     "/billing.v1.AdminService/AdjustBalance": AdminAction.ADJUST_BALANCE,
     "/billing.v1.AdminService/RefundJob": AdminAction.REFUND_JOB,
+    "/billing.v1.AdminService/UndoRefund": AdminAction.UNDO_REFUND,
+    "/billing.v1.AdminService/UndoPlanChange": AdminAction.UNDO_PLAN_CHANGE,
 }
 
 _Context = grpc.aio.ServicerContext[Any, Any]
@@ -111,6 +113,18 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
     async def RefundJob(self, request: admin_pb2.RefundJobRequest, context: _Context) -> admin_pb2.Refund:  # noqa: N802
         """Give back what a job was charged."""
         return await self.balances.refund(request)
+
+    async def UndoRefund(  # noqa: N802
+        self, request: admin_pb2.UndoRefundRequest, context: _Context
+    ) -> admin_pb2.RefundUndo:
+        """Take a refund of a job back, or say what that would do."""
+        return await self.balances.undo_refund(request)
+
+    async def UndoPlanChange(  # noqa: N802
+        self, request: admin_pb2.UndoPlanChangeRequest, context: _Context
+    ) -> admin_pb2.PlanUndo:
+        """Take a change of an account's plan back, or say what that would do."""
+        return await self.balances.undo_plan_change(request)
 
     async def ListAuditEvents(  # noqa: N802
         self, request: admin_pb2.ListAuditEventsRequest, context: _Context

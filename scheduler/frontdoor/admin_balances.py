@@ -1,4 +1,4 @@
-"""What admins do with an account's time and money: they grant, take and give back."""
+"""What admins do with an account's time and money: they grant, take, give back, and undo what was done."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ from datetime import datetime
 
 from google.protobuf import json_format
 
-from billing import admin, ledger, refunds
+from billing import admin, ledger, plan_undo, refund_undo, refunds
 from billing.entries import Source
-from billing.refusals import NothingCharged
+from billing.refusals import NoRefundToUndo, NothingCharged
 from billing.v1 import admin_pb2, billing_pb2
 from scheduler.frontdoor import ledger_messages
 from scheduler.frontdoor.deeds import Deeds
 from scheduler.frontdoor.fields import OWN, Violations
+from scheduler.frontdoor.gate import caller
 from scheduler.frontdoor.messages import balance as balance_message
 from scheduler.link import SchedulerLink
 from scheduler.metrics import AdminAction
 from scheduler.store import jobs
+from scheduler.store.pool import Connection, Pool
 
 # Far beyond any use, and far within the bigints in which the ledger adds such numbers up.
 _LARGEST = 2**53
@@ -35,12 +37,13 @@ _SOURCE = {
 class BalanceDeeds:
     """The methods of AdminService that move time and money. `clock` returns the present time, aware."""
 
+    pool: Pool
     link: SchedulerLink
     deeds: Deeds
     clock: Callable[[], datetime]
 
     async def adjust(self, request: admin_pb2.AdjustBalanceRequest) -> billing_pb2.Balance:
-        """Grant or take fast time. Raises UnknownAccount or AdjustmentTooLarge."""
+        """Grant or take fast time. Raises UnknownAccount, UnknownGrant or AdjustmentTooLarge."""
         now = self.clock()
         violations = Violations()
         request_id = violations.request_id(request.request_id)
@@ -68,6 +71,11 @@ class BalanceDeeds:
             violations.add("source", "source must be admin, promo or purchase.")
         elif request.source and request.amount_ms < 0:
             violations.add("source", "source is for time that is granted; leave it out when taking.")
+        if request.undoes < 0 or (request.undoes and request.amount_ms > 0):
+            violations.add(
+                "undoes",
+                "undoes must be the number of the audit event of a grant, and is for time that is taken.",
+            )
         reason = violations.reason(request.reason)
         violations.refuse()
         assert source is not None, "whatever made it None is a violation"
@@ -83,6 +91,7 @@ class BalanceDeeds:
                     expires_at,
                     deed.at,
                     source=source,
+                    undoes=request.undoes or None,
                 )
                 answer = balance_message(balance)
                 deed.answer = json_format.MessageToDict(answer)
@@ -130,4 +139,87 @@ class BalanceDeeds:
                 answer = json_format.ParseDict(deed.first_answer, admin_pb2.Refund())
         # Told also of a repeated request: the front door that did it may have died before it told.
         self.link.accounts_changed([answer.balance.account.removeprefix(ledger_messages.account_name(""))])
+        return answer
+
+    async def undo_refund(self, request: admin_pb2.UndoRefundRequest) -> admin_pb2.RefundUndo:
+        """Take a job's newest refund back, or with `validate_only` say what that would do.
+
+        Raises UnknownAccount, NoRefundToUndo, RefundSpent or EtagMismatch.
+        """
+        violations = Violations()
+        request_id = violations.request_id(request.request_id)
+        name = violations.job("job", request.job)
+        etag = violations.etag_of_preview(request.etag)
+        reason = violations.reason(request.reason)
+        violations.refuse()
+        assert name is not None, "whatever made it None is a violation"
+
+        async def undone(connection: Connection, actor: str, at: datetime) -> admin_pb2.RefundUndo:
+            account_id = name.account_id
+            if account_id == OWN:
+                owner = await jobs.owner(connection, name.job_id)
+                if owner is None:
+                    raise NoRefundToUndo(job_id=name.job_id)
+                account_id = owner
+            undo = await refund_undo.undo(
+                connection,
+                account_id=account_id,
+                job_id=name.job_id,
+                etag=etag,
+                actor=actor,
+                reason=reason,
+                request_id=request_id,
+                at=at,
+            )
+            balance = await ledger.balance(connection, account_id, at)
+            return ledger_messages.refund_undo(undo, account_id, name.job_id, balance)
+
+        if request.validate_only:
+            async with self.pool.rehearsal() as connection:
+                return await undone(connection, caller().actor, self.clock())
+        async with self.deeds.open(AdminAction.UNDO_REFUND, request, request_id) as deed:
+            if deed.first_answer is None:
+                answer = await undone(deed.connection, deed.actor, deed.at)
+                deed.answer = json_format.MessageToDict(answer)
+            else:
+                answer = json_format.ParseDict(deed.first_answer, admin_pb2.RefundUndo())
+        # Told also of a repeated request: the front door that did it may have died before it told.
+        self.link.accounts_changed([answer.balance.account.removeprefix(ledger_messages.account_name(""))])
+        return answer
+
+    async def undo_plan_change(self, request: admin_pb2.UndoPlanChangeRequest) -> admin_pb2.PlanUndo:
+        """Take an account's newest change of plan back, or with `validate_only` say what that would do.
+
+        Raises UnknownAccount, NothingToUndo or EtagMismatch.
+        """
+        violations = Violations()
+        request_id = violations.request_id(request.request_id)
+        account_id = violations.named_account("account", request.account)
+        etag = violations.etag_of_preview(request.etag)
+        reason = violations.reason(request.reason)
+        violations.refuse()
+
+        async def undone(connection: Connection, actor: str, at: datetime) -> admin_pb2.PlanUndo:
+            undo = await plan_undo.undo(
+                connection,
+                account_id,
+                etag=etag,
+                actor=actor,
+                reason=reason,
+                request_id=request_id,
+                at=at,
+            )
+            return ledger_messages.plan_undo(undo, await ledger.balance(connection, account_id, at))
+
+        if request.validate_only:
+            async with self.pool.rehearsal() as connection:
+                return await undone(connection, caller().actor, self.clock())
+        async with self.deeds.open(AdminAction.UNDO_PLAN_CHANGE, request, request_id) as deed:
+            if deed.first_answer is None:
+                answer = await undone(deed.connection, deed.actor, deed.at)
+                deed.answer = json_format.MessageToDict(answer)
+            else:
+                answer = json_format.ParseDict(deed.first_answer, admin_pb2.PlanUndo())
+        # Told also of a repeated request: the front door that did it may have died before it told.
+        self.link.accounts_changed([account_id])
         return answer

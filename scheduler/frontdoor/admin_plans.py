@@ -49,7 +49,7 @@ class PlanDeeds:
     clock: Callable[[], datetime]
 
     async def create(self, request: admin_pb2.CreatePlanRequest) -> admin_pb2.Plan:
-        """Make a plan. Raises PlanExists."""
+        """Make a plan, or with `validate_only` ask whether it could be made. Raises PlanExists."""
         violations = Violations()
         request_id = violations.request_id(request.request_id)
         fields = _plan_fields(request.plan, violations)
@@ -59,18 +59,21 @@ class PlanDeeds:
             )
         reason = violations.reason(request.reason)
         violations.refuse()
+
+        async def created(connection: Connection, actor: str, at: datetime) -> admin_pb2.Plan:
+            return messages.plan(
+                await plans.create(
+                    connection, fields, actor=actor, reason=reason, request_id=request_id, at=at
+                )
+            )
+
+        if request.validate_only:
+            async with self.pool.rehearsal() as connection:
+                return await created(connection, caller().actor, self.clock())
         async with self.deeds.open(AdminAction.CREATE_PLAN, request, request_id) as deed:
             if deed.first_answer is not None:
                 return json_format.ParseDict(deed.first_answer, admin_pb2.Plan())
-            version = await plans.create(
-                deed.connection,
-                fields,
-                actor=deed.actor,
-                reason=reason,
-                request_id=request_id,
-                at=deed.at,
-            )
-            answer = messages.plan(version)
+            answer = await created(deed.connection, deed.actor, deed.at)
             deed.answer = json_format.MessageToDict(answer)
         return answer
 
@@ -191,4 +194,5 @@ def _plan_fields(plan: admin_pb2.Plan, violations: Violations) -> PlanFields:
         price_micros=within("price_micros", plan.price_micros, 0, _LARGEST_PERIOD_PRICE),
         rollover_ms=within("rollover_ms", plan.rollover_ms, 0, _LARGEST),
         gpu_class_bp=classes,
+        self_service=plan.self_service,
     )

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from billing import audit, auditor
+from billing import audit
 from billing.v1 import admin_pb2
 from scheduler.frontdoor import ledger_messages as messages
 from scheduler.frontdoor.fields import Violations, page_token, whole_number
 from scheduler.store import invariants
 from scheduler.store.invariants import NOT_ASKED, InvariantResult
+from scheduler.store.ledger_replay import replayed
 from scheduler.store.pool import Pool
 
 _USUAL_WITHIN_MS = 60_000
@@ -79,8 +79,7 @@ class Records:
         began_s = time.monotonic()
         violations, first = NOT_ASKED, []
         try:
-            async with asyncio.timeout(within_s), self.pool.reading() as connection:
-                findings = await auditor.replay(connection)
+            findings = await replayed(self.pool.dsn, within_s)
             violations = len(findings)
             first = [
                 {"number": one.number, "what": one.what, "sentence": one.sentence}

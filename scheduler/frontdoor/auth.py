@@ -60,6 +60,8 @@ ROLE_NEEDED: Mapping[str, Role] = {
     "/billing.v1.AdminService/UpdatePlan": Role.ADMIN,
     "/billing.v1.AdminService/AdjustBalance": Role.ADMIN,
     "/billing.v1.AdminService/RefundJob": Role.ADMIN,
+    "/billing.v1.AdminService/UndoRefund": Role.ADMIN,
+    "/billing.v1.AdminService/UndoPlanChange": Role.ADMIN,
     "/billing.v1.AdminService/ListAuditEvents": Role.ADMIN,
     "/billing.v1.AdminService/CheckInvariants": Role.ADMIN,
 }
@@ -97,7 +99,12 @@ class Principal:
 
     def reads_account(self, account_id: str) -> bool:
         """Return whether the caller may look at an account: their own, or any as an admin."""
-        return account_id == self.account_id or self.role.reaches(Role.ADMIN)
+        return account_id == self.account_id or self.is_admin
+
+    @property
+    def is_admin(self) -> bool:
+        """Return whether the caller may change plans, and anybody's time and money."""
+        return self.role.reaches(Role.ADMIN)
 
     @property
     def actor(self) -> str:

@@ -25,7 +25,6 @@ from scheduler.store.pool import Pool
 _Context = grpc.aio.ServicerContext[Any, Any]
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _US = timedelta(microseconds=1)
-_LONGEST_ETAG = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,13 +86,19 @@ class BillingService(billing_pb2_grpc.BillingServiceServicer):
     async def PreviewPlanChange(  # noqa: N802
         self, request: billing_pb2.PreviewPlanChangeRequest, context: _Context
     ) -> billing_pb2.PlanChange:
-        """Return what a change of plan would give and cost now; of another account only to admins."""
+        """Return what a change of plan would give and cost now; of another account only to admins.
+
+        Those who are none get only plans that are open to it: see PlanNotSelfService.
+        """
         violations = Violations()
         plan = violations.plan("plan", request.plan)
         account_id = _readable_account(request.account, violations)
+        by_itself = not caller().is_admin
         async with self.pool.transaction() as connection:
             try:
-                change = await plan_changes.preview(connection, account_id, plan, self.clock())
+                change = await plan_changes.preview(
+                    connection, account_id, plan, self.clock(), by_itself=by_itself
+                )
             except UnknownAccount as unknown:
                 raise NotFoundOrNotYours from unknown
         return ledger_messages.plan_change(change)
@@ -101,13 +106,12 @@ class BillingService(billing_pb2_grpc.BillingServiceServicer):
     async def ChangePlan(  # noqa: N802
         self, request: billing_pb2.ChangePlanRequest, context: _Context
     ) -> billing_pb2.PlanChange:
-        """Move an account to another plan; another's only for admins, who say why."""
+        """Move an account to another plan; another's only for admins, who say why, and have any plan."""
         principal = caller()
         violations = Violations()
         request_id = violations.request_id(request.request_id)
         plan = violations.plan("plan", request.plan)
-        if len(request.etag) > _LONGEST_ETAG or "\0" in request.etag:
-            violations.add("etag", "etag must be that of a preview, or empty.")
+        etag = violations.etag_of_preview(request.etag)
         account_id = violations.account("account", request.account, own=principal.account_id)
         own = account_id == principal.account_id
         reason = _OWN_REASON if own and not request.reason else violations.reason(request.reason)
@@ -124,11 +128,12 @@ class BillingService(billing_pb2_grpc.BillingServiceServicer):
                         connection,
                         account_id,
                         plan,
-                        etag=request.etag,
+                        etag=etag,
                         actor=principal.actor,
                         reason=reason,
                         request_id=request_id,
                         at=self.clock(),
+                        by_itself=not principal.is_admin,
                     )
                 except UnknownAccount as unknown:
                     raise NotFoundOrNotYours from unknown

@@ -81,7 +81,9 @@ def _queue_full(refusal: refusals.QueueFull) -> Iterable[Message]:
     return error_details_pb2.QuotaFailure(violations=[violation]), _retry(refusal)
 
 
-def _lacks_private(refusal: money.PlanLacksPrivate) -> Iterable[Message]:
+def _of_plan(
+    refusal: money.PlanLacksPrivate | money.PlanLacksOverage | money.PlanNotSelfService,
+) -> Iterable[Message]:
     violation = error_details_pb2.PreconditionFailure.Violation(
         type="PLAN", subject=f"plans/{refusal.plan}", description=str(refusal)
     )
@@ -101,7 +103,8 @@ _TABLE: Mapping[type[Refusal], _Row] = {
     money.SpendCapReached: _Row(code=grpc.StatusCode.RESOURCE_EXHAUSTED),
     money.HoldRefusedBefore: _Row(code=grpc.StatusCode.RESOURCE_EXHAUSTED),
     refusals.RateLimited: _Row(code=grpc.StatusCode.RESOURCE_EXHAUSTED, details=lambda r: (_retry(r),)),
-    money.PlanLacksPrivate: _Row(code=grpc.StatusCode.FAILED_PRECONDITION, details=_lacks_private),
+    money.PlanLacksPrivate: _Row(code=grpc.StatusCode.FAILED_PRECONDITION, details=_of_plan),
+    money.PlanLacksOverage: _Row(code=grpc.StatusCode.FAILED_PRECONDITION, details=_of_plan),
     refusals.SourceNotReady: _Row(code=grpc.StatusCode.FAILED_PRECONDITION),
     refusals.Impossible: _Row(code=grpc.StatusCode.FAILED_PRECONDITION),
     refusals.FastOnly: _Row(code=grpc.StatusCode.FAILED_PRECONDITION, details=_fast_only),
@@ -112,6 +115,11 @@ _TABLE: Mapping[type[Refusal], _Row] = {
     money.AdjustmentTooLarge: _Row(code=grpc.StatusCode.FAILED_PRECONDITION),
     money.NothingCharged: _Row(code=grpc.StatusCode.FAILED_PRECONDITION),
     money.RefundTooLarge: _Row(code=grpc.StatusCode.FAILED_PRECONDITION),
+    money.NothingToUndo: _Row(code=grpc.StatusCode.FAILED_PRECONDITION),
+    money.NoRefundToUndo: _Row(code=grpc.StatusCode.FAILED_PRECONDITION),
+    money.RefundSpent: _Row(code=grpc.StatusCode.FAILED_PRECONDITION),
+    money.PlanNotSelfService: _Row(code=grpc.StatusCode.FAILED_PRECONDITION, details=_of_plan),
+    money.AccountErased: _Row(code=grpc.StatusCode.FAILED_PRECONDITION),
     refusals.InvalidRequest: _Row(
         code=grpc.StatusCode.INVALID_ARGUMENT, details=lambda r: (_bad_request(r.violations),)
     ),
@@ -132,6 +140,7 @@ _TABLE: Mapping[type[Refusal], _Row] = {
     money.PlanExists: _Row(code=grpc.StatusCode.ALREADY_EXISTS),
     money.UnknownPlan: _Row(code=grpc.StatusCode.NOT_FOUND),
     money.UnknownAccount: _Row(code=grpc.StatusCode.NOT_FOUND),
+    money.UnknownGrant: _Row(code=grpc.StatusCode.NOT_FOUND),
     refusals.UnknownKey: _Row(code=grpc.StatusCode.NOT_FOUND),
     refusals.UnknownWorker: _Row(code=grpc.StatusCode.NOT_FOUND),
     refusals.NotFoundOrNotYours: _Row(code=grpc.StatusCode.PERMISSION_DENIED),

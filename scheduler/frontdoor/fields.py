@@ -46,6 +46,7 @@ _LONGEST_PAGE = 100
 _USUAL_LEDGER_PAGE = 100
 _LONGEST_LEDGER_PAGE = 1_000
 _LONGEST_REASON = 1_000
+_LONGEST_ETAG = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,6 +211,12 @@ class Violations:
                 f"reason must say in 1 to {_LONGEST_REASON} characters why; it is kept in the audit record.",
             )
         return text.strip()
+
+    def etag_of_preview(self, text: str) -> str:
+        """Return the etag of what was shown before; empty: whatever it comes to."""
+        if len(text) > _LONGEST_ETAG or "\0" in text:
+            self.add("etag", "etag must be that of a preview, or empty.")
+        return text
 
     def time(self, field: str, timestamp: Timestamp) -> datetime | None:
         """Return the time that a field says, aware; its numbers may be of no year there is."""

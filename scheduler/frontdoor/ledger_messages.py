@@ -11,7 +11,9 @@ from billing.audit import AuditEvent
 from billing.balances import Balance
 from billing.invariants import InvariantResult
 from billing.plan_changes import PlanChange
+from billing.plan_undo import PlanUndo
 from billing.plans import PlanImpact, PlanVersion
+from billing.refund_undo import RefundUndone
 from billing.refunds import Refunded
 from billing.statements import Line, Statement, Transfer
 from billing.v1 import admin_pb2, billing_pb2
@@ -86,6 +88,7 @@ def plan(version: PlanVersion, impact: admin_pb2.PlanImpact | None = None) -> ad
         price_micros=version.price_micros,
         rollover_ms=version.rollover_ms,
         gpu_class_bp=version.gpu_class_bp,
+        self_service=version.self_service,
         impact=impact,
     )
 
@@ -98,6 +101,7 @@ def plan_impact(of: PlanImpact, over_limits: int) -> admin_pb2.PlanImpact:
         revoked_ms=of.revoked_ms,
         accounts_cut_short=of.cut_short,
         accounts_over_limits=over_limits,
+        accounts_behind=of.behind,
         first=[
             admin_pb2.AccountImpact(
                 account=account_name(one.account_id),
@@ -177,10 +181,14 @@ def statement(of: Statement) -> billing_pb2.Statement:
         closing_ms=of.closing_ms,
         held_ms=of.held_ms,
         metered_ms=of.metered_ms,
-        amount_micros=of.amount_micros,
+        amount_micros=of.amounts.get(of.currency, 0),
         currency_code=of.currency,
         relax_ms=of.relax_ms,
         lines=[_line(line, of.account_id) for line in of.lines],
+        amounts=[
+            billing_pb2.Amount(currency_code=currency, micros=micros)
+            for currency, micros in of.amounts.items()
+        ],
     )
 
 
@@ -195,7 +203,43 @@ def _line(of: Line, account_id: str) -> billing_pb2.StatementLine:
         fast_ms=of.fast_ms,
         metered_ms=of.metered_ms,
         amount_micros=of.amount_micros,
+        currency_code=of.currency,
         relax_ms=of.relax_ms,
+    )
+
+
+def plan_undo(of: PlanUndo, has: Balance) -> admin_pb2.PlanUndo:
+    """Return what taking a change of plan back takes and gives, with a sentence for a person."""
+    return admin_pb2.PlanUndo(
+        account=account_name(of.account_id),
+        from_plan=plan_name(of.from_plan),
+        to_plan=plan_name(of.to_plan),
+        change_time=timestamp(of.changed_at),
+        effective_time=timestamp(of.effective_at),
+        at_once=of.at_once,
+        revoked_ms=of.revoked_ms,
+        kept_ms=of.kept_ms,
+        amount_micros=of.amount_micros,
+        currency_code=of.currency,
+        sentence=_sentence_of_undo(of),
+        etag=of.etag,
+        balance=balance(has),
+    )
+
+
+def _sentence_of_undo(of: PlanUndo) -> str:
+    if of.from_plan == of.to_plan:
+        then = f"the plan stays {of.from_plan}"
+    elif of.at_once:
+        then = f"the plan is {of.to_plan} again at once"
+    else:
+        then = f"the plan is {of.to_plan} again from {of.effective_at.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+    amount = f"{abs(of.amount_micros) / 1_000_000:,.2f} {of.currency}"
+    money = f"{amount} to pay" if of.amount_micros > 0 else f"{amount} given back"
+    kept = f", {of.kept_ms / 60_000:,.1f} stay: they are used, held or gone" if of.kept_ms else ""
+    return (
+        f"Of the change of {of.changed_at.astimezone(UTC):%Y-%m-%d %H:%M} UTC: {then}; {money}; "
+        f"{of.revoked_ms / 60_000:,.1f} GPU-minutes taken back{kept}."
     )
 
 
@@ -207,6 +251,23 @@ def refund(of: Refunded, account_id: str, job_id: str, has: Balance) -> admin_pb
         refunded_micros=of.refunded_micros,
         refunded_in_all_ms=of.refunded_in_all_ms,
         billed_ms=of.billed_ms,
+        balance=balance(has),
+        currency_code=of.currency,
+    )
+
+
+def refund_undo(of: RefundUndone, account_id: str, job_id: str, has: Balance) -> admin_pb2.RefundUndo:
+    """Return what taking a refund back charges again, and what the account has after it."""
+    return admin_pb2.RefundUndo(
+        job=job_name(account_id, job_id),
+        refund_time=timestamp(of.refunded_at),
+        taken_ms=of.taken_ms,
+        kept_ms=of.kept_ms,
+        taken_micros=of.taken_micros,
+        currency_code=of.currency,
+        refunded_in_all_ms=of.refunded_in_all_ms,
+        billed_ms=of.billed_ms,
+        etag=of.etag,
         balance=balance(has),
     )
 

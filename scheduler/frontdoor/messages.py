@@ -206,18 +206,27 @@ def price(pricing: PricingSnapshot, predicted_ms: int) -> job_pb2.Price:
     if pricing.charge_mode is ChargeMode.RELAX:
         message.sentence = "Free: relax jobs cost nothing."
         return message
-    message.billed_gpu_ms = prices.billed_ms(predicted_ms, pricing.multiplier_bp)
-    seconds = f"About {message.billed_gpu_ms / 1000:.0f} s of fast time"
+    least_ms, most_ms = (prices.billed_ms(predicted_ms, bp) for bp in prices.foreseen_bp(pricing))
+    message.billed_gpu_ms = most_ms
+    seconds = f"About {_range(*(f'{ms / 1000:.0f}' for ms in (least_ms, most_ms)))} s of fast time"
+    by_type = "" if least_ms == most_ms else ", depending on the type of GPU"
     if pricing.charge_mode is ChargeMode.FAST:
-        message.sentence = f"{seconds} from your plan {pricing.plan}; what is charged is measured."
+        message.sentence = f"{seconds} from your plan {pricing.plan}{by_type}; what is charged is measured."
         return message
-    message.amount_micros = prices.price_micros(message.billed_gpu_ms, pricing.overage_micros_per_minute)
+    price_of = pricing.overage_micros_per_minute
+    least_micros, most_micros = (prices.price_micros(ms, price_of) for ms in (least_ms, most_ms))
+    message.amount_micros = most_micros
+    amount = _range(*(_money(micros, pricing.currency) for micros in (least_micros, most_micros)))
     message.sentence = (
         f"Your plan's fast time is used up, and you allow overage. {seconds} at "
-        f"{_money(pricing.overage_micros_per_minute, pricing.currency)} a GPU-minute: about "
-        f"{_money(message.amount_micros, pricing.currency)}; what is charged is measured."
+        f"{_money(price_of, pricing.currency)} a GPU-minute: about {amount}{by_type}; what is charged is "
+        "measured."
     )
     return message
+
+
+def _range(least: str, most: str) -> str:
+    return most if least == most else f"{least} to {most}"
 
 
 def receipt(paid: JobReceipt) -> job_pb2.Receipt:

@@ -148,7 +148,7 @@ async def serve(
                 pool=pool, link=link, deeds=deeds, deletions=deletions, doorman=doorman, clock=clock
             ),
             plans=PlanDeeds(pool=pool, link=link, deeds=deeds, clock=clock),
-            balances=BalanceDeeds(link=link, deeds=deeds, clock=clock),
+            balances=BalanceDeeds(pool=pool, link=link, deeds=deeds, clock=clock),
             records=Records(pool=pool),
         ),
         server,
@@ -175,7 +175,7 @@ async def serve(
     await _tell_health(pool, healths)
     await server.start()
     background = asyncio.create_task(
-        _background(standings, estimates, deletions, Renewals(pool, clock), pool, healths)
+        _background(standings, estimates, deletions, Renewals(pool, link, clock), pool, healths)
     )
     try:
         yield FrontDoor(host=settings.frontdoor.host, port=port, background=background)

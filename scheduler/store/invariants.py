@@ -228,17 +228,28 @@ AT_REST: tuple[Invariant, ...] = (
         number=25,
         sentence="At rest: what attempts measured is what was posted in fast and relax, and absorbed.",
         # What a checkpoint kept of a lost attempt is in the one that went on from there, or in none: a job
-        # cancelled as it waits drops it. Of a worker that died, more may be absorbed than was measured.
-        sql="""
-        WITH measured AS (
-            SELECT job_id, sum(ms.value::bigint) AS measured_ms
-              FROM scheduler.attempt CROSS JOIN LATERAL jsonb_each_text(times) AS ms GROUP BY job_id),
+        # cancelled as it waits drops it. Who died measured nothing, and is counted with the time it had its
+        # GPU; and who went on from a checkpoint may have spent time to get there, which is not in its stages.
+        # Neither took more than passed between its two ends.
+        sql=f"""
+        WITH attempts AS (
+            SELECT job_id, number = 1 AND reported_incarnation IS NOT NULL AS is_measured,
+                   COALESCE((SELECT sum(ms.value::bigint) FROM jsonb_each_text(times) AS ms), 0)
+                       AS measured_ms,
+                   extract(epoch FROM ended_at - started_at) * 1000 + {_ROUNDING_MS} AS passed_ms
+              FROM scheduler.attempt),
+        measured AS (
+            SELECT job_id, sum(measured_ms) AS measured_ms,
+                   sum(CASE WHEN is_measured THEN measured_ms
+                            ELSE GREATEST(measured_ms, passed_ms) END) AS most_ms
+              FROM attempts GROUP BY job_id),
         settled AS (
             SELECT job_id, sum(measured_ms - unpaid_ms + absorbed_ms) AS settled_ms,
                    bool_or(ending = 'post') AS posted
               FROM billing.settlement GROUP BY job_id)
-        SELECT job_id, measured_ms, settled_ms FROM measured LEFT JOIN settled USING (job_id)
-         WHERE posted IS NOT FALSE AND measured_ms > COALESCE(settled_ms, 0)""",
+        SELECT job_id, measured_ms, most_ms, settled_ms FROM measured FULL JOIN settled USING (job_id)
+         WHERE (posted IS NOT FALSE AND measured_ms > COALESCE(settled_ms, 0))
+            OR settled_ms > COALESCE(most_ms, 0)""",  # noqa: S608
     ),
 )
 

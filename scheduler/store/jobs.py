@@ -379,7 +379,8 @@ async def settings_and_live_jobs(
                   count(*) FILTER (WHERE state = 'running') AS running,
                   count(*) FILTER (WHERE state = 'queued') AS waiting,
                   count(*) FILTER (WHERE tier = 'relax') AS relax,
-                  coalesce(sum(ceil(predicted_ms * (pricing ->> 'multiplier_bp')::numeric / 10000))
+                  coalesce(sum(ceil(predicted_ms * coalesce(pricing ->> 'dearest_bp',
+                                                            pricing ->> 'multiplier_bp')::numeric / 10000))
                            FILTER (WHERE state = 'queued' AND tier = 'fast'), 0)::bigint AS waiting_fast_ms
            FROM scheduler.account LEFT JOIN (SELECT * FROM scheduler.job WHERE account_id = $1 AND state IN
            ('queued', 'running')) live
@@ -493,18 +494,23 @@ async def want_cancel(connection: Connection, job_id: str) -> None:
     await connection.execute("UPDATE scheduler.job SET cancel_wanted = true WHERE job_id = $1", UUID(job_id))
 
 
-async def consent_to_overage(connection: Connection, account_id: str, micros_per_minute: int) -> None:
-    """Put the account's new consent, at this price, into the terms of its waiting fast jobs.
+async def consent_to_overage(
+    connection: Connection, account_id: str, micros_per_minute: int, currency: str
+) -> None:
+    """Put the account's new consent, at this price, into the terms of its waiting fast jobs that lack one.
 
-    The caller has locked the account. A consent that is withdrawn changes no accepted job.
+    The caller has locked the account. Those that have a consent keep it, at the price it was given for; and a
+    consent that is withdrawn changes no accepted job.
     """
     await connection.execute(
         """UPDATE scheduler.job
            SET pricing = pricing || jsonb_build_object('overage_allowed', true, 'overage_micros_per_minute',
-           $2::bigint)
-           WHERE account_id = $1 AND state = 'queued' AND tier = 'fast'""",
+           $2::bigint, 'currency', $3::text)
+           WHERE account_id = $1 AND state = 'queued' AND tier = 'fast'
+                 AND NOT (pricing ->> 'overage_allowed')::boolean""",
         account_id,
         micros_per_minute,
+        currency,
     )
 
 

@@ -28,7 +28,9 @@ _STATEMENT_S = 15.0
 class Pool:
     """A bounded number of connections to one database."""
 
-    def __init__(self, pool: asyncpg.Pool) -> None:
+    def __init__(self, pool: asyncpg.Pool, dsn: str) -> None:
+        self.dsn = dsn
+        """Of the database, for who needs a connection that is not lent."""
         self._pool = pool
         self._observe_wait: Callable[[float], None] = lambda _: None
 
@@ -129,7 +131,8 @@ async def open_pool(dsn: str, size: int, *, application: str = "darkroom frontdo
                 command_timeout=_STATEMENT_S,
                 server_settings=session_settings(application),
                 reset=_nothing_to_reset,
-            )
+            ),
+            dsn,
         )
 
 

@@ -490,7 +490,7 @@ class Price(_message.Message):
     charge_mode: Global___ChargeMode.ValueType
     predicted_gpu_ms: _builtins.int
     billed_gpu_ms: _builtins.int
-    """After the plan's multipliers."""
+    """After the plan's multipliers, on the dearest type of GPU there is."""
     amount_micros: _builtins.int
     """Millionths of the currency unit; 0 unless metered."""
     currency_code: _builtins.str

@@ -285,8 +285,8 @@ async def _hold_naively(connection: asyncpg.Connection, requests: Sequence[HoldR
             """INSERT INTO billing.hold (hold_id, account_id, job_id, attempt_id, predicted_ms, multiplier_bp,
                                          lots_ms, metered_ms, metered_micros, overage_allowed,
                                          overage_micros_per_minute, currency, spend_cap_micros, period_start,
-                                         placed_at)
-               VALUES ($1, $2, $3, $4, $5, 10000, $5, 0, 0, false, 66667, 'USD', 0, $6, $7)""",
+                                         placed_at, stands_until)
+               VALUES ($1, $2, $3, $4, $5, 10000, $5, 0, 0, false, 66667, 'USD', 0, $6, $7, $8)""",
             hold_id,
             request.account_id,
             job_id,
@@ -294,6 +294,7 @@ async def _hold_naively(connection: asyncpg.Connection, requests: Sequence[HoldR
             _PREDICTED_MS,
             subscription["period_start"],
             request.at,
+            request.at + request.lasts,
         )
         await connection.execute(
             "INSERT INTO billing.hold_leg VALUES ($1, 0, $2, $3, $4)",

@@ -15,6 +15,7 @@ from ledger_building import (
     a_request,
     adjust,
     after,
+    balance,
     held,
     open_account,
     overage,
@@ -22,7 +23,7 @@ from ledger_building import (
     the_end,
 )
 
-from billing import admin, expiry, plan_changes, refunds
+from billing import admin, expiry, hold_expiry, plan_changes, plan_undo, refund_undo, refunds
 from billing.entries import Source
 from billing.ledger import Ending
 from billing.prices import ChargeMode, price_micros
@@ -30,7 +31,9 @@ from billing.prices import ChargeMode, price_micros
 
 async def fill(connection: asyncpg.Connection) -> None:
     """Every kind of movement: ends of holds, several lots, metered, overrun, relax, absorbed, refunds to lots
-    that live and that ended, an upgrade, an expiry, two periods. Accounts: ann, ben.
+    that live and that ended, an upgrade, an expiry, two periods; a hold that nobody ended, an upgrade that
+    was taken back; overruns that are paid, and that nobody could pay, for want of consent and of room in a
+    cap; a refund that was taken back. Accounts: ann, ben, cid, dan, eve, fay, gil.
     """
     await open_account(connection, left_ms=1000)
     await adjust(connection, 500)
@@ -52,23 +55,73 @@ async def fill(connection: asyncpg.Connection) -> None:
 
     await open_account(connection, "ben")
     await grant_promo(connection, "ben", 1_000)
-    async with connection.transaction():
-        planned = await plan_changes.preview(connection, "ben", "standard", after(days=10))
-        await plan_changes.change(
-            connection,
-            "ben",
-            "standard",
-            etag=planned.etag,
-            actor="accounts/ben",
-            reason="test",
-            request_id=str(uuid4()),
-            at=after(days=10),
-        )
+    await upgrade(connection, "ben", "standard", after(days=10))
     first = await held(connection, a_request(1500, account="ben", at=after(days=10)))
     await settle(connection, the_end(first, 1500))
     async with connection.transaction():
         await expiry.expire(connection, after(days=40), 100)
     await refund(connection, first.job_id, 1_200, account="ben", at=after(days=40))
+
+    await open_account(connection, "cid")
+    await upgrade(connection, "cid", "standard", after(days=5))
+    await held(connection, a_request(1_000, account="cid", at=after(days=5)))
+    async with connection.transaction():
+        due = [
+            one for one in await hold_expiry.due(connection, after(days=6), 100) if one.account_id == "cid"
+        ]
+        await hold_expiry.expire(connection, due, after(days=6))
+        await plan_undo.undo(
+            connection,
+            "cid",
+            etag="",
+            actor="accounts/root",
+            reason="test",
+            request_id=str(uuid4()),
+            at=after(days=6),
+        )
+
+    await open_account(connection, "dan")
+    await settle(connection, the_end(await held(connection, a_request(100, account="dan")), 130))
+    await balance(connection, "dan", at=after(days=31))
+
+    await open_account(connection, "eve", left_ms=100)
+    await settle(connection, the_end(await held(connection, a_request(90, account="eve")), 130))
+
+    await open_account(connection, "fay", left_ms=0)
+    await overage(connection, account="fay", cap=price_micros(120, PRICE))
+    capped = await held(connection, a_request(100, account="fay", pricing=consenting))
+    await settle(connection, the_end(capped, 130))
+
+    await open_account(connection, "gil")
+    taken_back = await held(connection, a_request(100, account="gil"))
+    await settle(connection, the_end(taken_back, 100))
+    await refund(connection, taken_back.job_id, 60, account="gil")
+    async with connection.transaction():
+        await refund_undo.undo(
+            connection,
+            account_id="gil",
+            job_id=taken_back.job_id,
+            etag="",
+            actor="accounts/root",
+            reason="test",
+            request_id=str(uuid4()),
+            at=START,
+        )
+
+
+async def upgrade(connection: asyncpg.Connection, account: str, plan: str, at: datetime) -> None:
+    async with connection.transaction():
+        planned = await plan_changes.preview(connection, account, plan, at)
+        await plan_changes.change(
+            connection,
+            account,
+            plan,
+            etag=planned.etag,
+            actor=f"accounts/{account}",
+            reason="test",
+            request_id=str(uuid4()),
+            at=at,
+        )
 
 
 async def refund(

@@ -284,7 +284,8 @@ async def test_an_adjustment_is_made_once_for_a_request_id(
 ) -> None:
     await open_account(connection)
     await adjust(connection, amount_ms, request_id="r1")
-    with pytest.raises(asyncpg.UniqueViolationError):
+    # The second is another admin's, who chose the same id: each claims it for itself.
+    with pytest.raises(RequestIdReused):
         await adjust(connection, amount_ms, request_id="r1")
     assert (await balance(connection)).available_ms == BASIC_MS + amount_ms
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Collection
+from dataclasses import replace
 from uuid import uuid4
 
 import asyncpg
@@ -24,13 +26,15 @@ from ledger_building import (
     settle,
     the_end,
 )
-from ledger_plans import a_plan
+from ledger_plans import a_plan, a_version
 
 from billing import accounts, ledger
 from billing.ledger import AlreadySettled, Ending, HoldIdReused, HoldPlaced, HoldRefused
-from billing.prices import ChargeMode, price_micros
+from billing.plans import EffectiveFrom
+from billing.prices import ChargeMode, billed_ms, multiplier_of, price_micros
 from billing.refusals import (
     FastTimeExhausted,
+    PlanLacksOverage,
     PlanLacksPrivate,
     Refusal,
     SpendCapReached,
@@ -338,6 +342,22 @@ async def test_an_overrun_is_metered_no_further_than_the_spend_cap(connection: a
     await assert_sound(connection)
 
 
+async def test_a_cap_lowered_while_a_job_runs_counts_from_the_next_dispatch(
+    connection: asyncpg.Connection,
+) -> None:
+    await open_account(connection, left_ms=0)
+    await overage(connection, cap=price_micros(90_000, PRICE))
+    request = await held(connection, a_request(60_000, pricing=a_pricing(overage=True)))
+    await overage(connection, cap=price_micros(60_000, PRICE))
+    (refused,) = await hold(connection, a_request(1, pricing=a_pricing(overage=True)))
+    assert isinstance(refusal_of(refused), SpendCapReached)
+
+    (settled,) = await settle(connection, the_end(request, 80_000))
+
+    assert settled.billed_ms == 80_000
+    await assert_sound(connection)
+
+
 async def test_the_spend_cap_refuses_what_could_exceed_it(connection: asyncpg.Connection) -> None:
     await open_account(connection, left_ms=0)
     await overage(connection, cap=price_micros(90_000, PRICE))
@@ -349,6 +369,7 @@ async def test_the_spend_cap_refuses_what_could_exceed_it(connection: asyncpg.Co
     assert isinstance(refusal, SpendCapReached)
     assert refusal.reason == FastTimeExhausted.reason
     assert refusal.metadata()["committed_micros"] == str(price_micros(60_000, PRICE))
+    assert "0.066667 USD of 0.100001 USD are charged or held" in str(refusal)
     await assert_sound(connection)
 
 
@@ -394,12 +415,13 @@ async def price(
     private: bool = False,
     predicted_ms: int = 60_000,
     waiting_ms: int = 0,
+    version: int = 1,
 ) -> ChargeMode:
     async with connection.transaction():
         terms = await accounts.lock_terms(connection, account, START)
         snapshot = await ledger.price(connection, terms, tier, private, predicted_ms, waiting_ms, START)
     assert snapshot.multiplier_bp == (20_000 if private else 10_000)
-    assert (snapshot.plan, snapshot.plan_version, snapshot.currency) == (terms.plan, 1, "USD")
+    assert (snapshot.plan, snapshot.plan_version, snapshot.currency) == (terms.plan, version, "USD")
     return snapshot.charge_mode
 
 
@@ -438,12 +460,92 @@ async def test_private_needs_a_plan_that_has_it_and_costs_its_multiplier(
         await price(connection, account="pat", private=True, predicted_ms=50_001)
 
 
-async def test_overage_needs_a_plan_with_a_price(connection: asyncpg.Connection) -> None:
+async def test_nobody_agrees_to_overage_without_a_price(connection: asyncpg.Connection) -> None:
     await a_plan(connection, "free", quota_ms=0, overage_micros_per_minute=0)
     await open_account(connection, plan="free")
+    with pytest.raises(PlanLacksOverage) as refused:
+        await overage(connection)
+    assert refused.value.metadata() == {"plan": "free"}
+    async with connection.transaction():
+        await accounts.set_overage(connection, "ann", None, 5, START)
+    await a_version(
+        connection,
+        "free",
+        at=after(days=1),
+        effective_from=EffectiveFrom.NOW,
+        overage_micros_per_minute=5_000_000,
+    )
+    assert not (await balance(connection, at=after(days=1))).overage_allowed
+
+
+async def test_a_consent_is_asleep_while_the_plan_has_no_price(connection: asyncpg.Connection) -> None:
+    await open_account(connection, left_ms=0)
     await overage(connection)
+    await a_version(
+        connection, "basic", at=START, effective_from=EffectiveFrom.NOW, overage_micros_per_minute=0
+    )
     with pytest.raises(FastTimeExhausted):
-        await price(connection)
+        await price(connection, version=2)
+
+
+CLASSES = {"H200": 30_000, "L4": 5_000}
+
+
+@pytest.mark.parametrize(
+    ("devices", "dearest_bp"),
+    [({"H200", "L4"}, 30_000), ({"L4"}, 5_000), ({"L4", "another"}, 10_000), ((), 30_000)],
+)
+async def test_what_is_accepted_is_covered_on_the_dearest_gpu_there_is(
+    connection: asyncpg.Connection, devices: Collection[str], dearest_bp: int
+) -> None:
+    cost_ms = billed_ms(60_000, dearest_bp)
+    await a_plan(connection, "gpu", quota_ms=cost_ms, gpu_class_bp=CLASSES)
+    await open_account(connection, plan="gpu")
+    async with connection.transaction():
+        terms = await accounts.lock_terms(connection, "ann", START)
+        pricing = await ledger.price(connection, terms, "fast", False, 60_000, 0, START, devices)
+        with pytest.raises(FastTimeExhausted):
+            await ledger.price(connection, terms, "fast", False, 60_000, 1, START, devices)
+    assert pricing.dearest_bp == dearest_bp
+    for device in devices:
+        assert multiplier_of(pricing, device) <= dearest_bp
+    request = replace(a_request(60_000, pricing=pricing), device=next(iter(devices), "H200"))
+    assert isinstance((await hold(connection, request))[0], HoldPlaced)
+
+
+async def test_overage_is_foreseen_at_the_price_of_the_dearest_gpu(connection: asyncpg.Connection) -> None:
+    await a_plan(connection, "gpu", quota_ms=0, gpu_class_bp=CLASSES)
+    await open_account(connection, plan="gpu")
+    await overage(connection, cap=price_micros(billed_ms(60_000, 30_000), PRICE))
+    async with connection.transaction():
+        terms = await accounts.lock_terms(connection, "ann", START)
+        with pytest.raises(SpendCapReached):
+            await ledger.price(connection, terms, "fast", False, 60_001, 0, START, {"H200"})
+        pricing = await ledger.price(connection, terms, "fast", False, 60_000, 0, START, {"H200"})
+    assert pricing.charge_mode is ChargeMode.METERED_FAST
+    request = replace(a_request(60_000, pricing=pricing), device="H200")
+    assert isinstance((await hold(connection, request))[0], HoldPlaced)
+
+
+@pytest.mark.parametrize(
+    ("ending", "measured_ms", "released_ms"),
+    [(Ending.POST, 20_000, 60_000), (Ending.POST, 70_000, 0), (Ending.VOID, 0, 120_000)],
+)
+async def test_what_a_settlement_releases_is_what_was_held_less_what_was_posted(
+    connection: asyncpg.Connection, ending: Ending, measured_ms: int, released_ms: int
+) -> None:
+    await open_account(connection, left_ms=50_000)
+    await overage(connection)
+    pricing = replace(a_pricing(overage=True), gpu_class_bp={"H200": 30_000})
+    request = await held(connection, replace(a_request(40_000, pricing=pricing), device="H200"))
+    (settled,) = await settle(connection, the_end(request, measured_ms, ending=ending))
+    assert settled.released_ms == released_ms
+
+
+async def test_relax_releases_nothing(connection: asyncpg.Connection) -> None:
+    await open_account(connection)
+    (settled,) = await settle(connection, the_end(a_request(), 10, tier="relax"))
+    assert settled.released_ms == 0
 
 
 async def test_a_batch_names_jobs_by_any_spelling_of_their_ids(connection: asyncpg.Connection) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import datetime
 from uuid import uuid4
 
@@ -23,9 +24,25 @@ from ledger_building import (
     the_end,
 )
 
-from billing import accounts, admin, expiry, idempotency, plan_changes, refunds
+from billing import (
+    accounts,
+    admin,
+    audit,
+    expiry,
+    idempotency,
+    plan_changes,
+    plan_undo,
+    refunds,
+    statements,
+)
 from billing.entries import Source
-from billing.refusals import UnknownAccount
+from billing.refusals import (
+    AccountErased,
+    AdjustmentTooLarge,
+    OutsidePeriods,
+    UnknownAccount,
+    UnknownGrant,
+)
 
 
 async def give(
@@ -96,6 +113,104 @@ async def test_a_purchase_is_taken_back_by_a_negative_adjustment(connection: asy
     await assert_sound(connection)
 
 
+async def numbers(connection: asyncpg.Connection) -> list[int]:
+    """Return the audit events of adjustments, in their order."""
+    rows = await connection.fetch(
+        "SELECT audit_id FROM billing.audit_event WHERE action = 'AdjustBalance' ORDER BY audit_id"
+    )
+    return [row["audit_id"] for row in rows]
+
+
+async def take(connection: asyncpg.Connection, ms: int, undoes: int, account: str = "ann") -> None:
+    async with connection.transaction():
+        await admin.adjust_balance(
+            connection,
+            account,
+            -ms,
+            actor="accounts/root",
+            reason="a mistake",
+            request_id=str(uuid4()),
+            expires_at=None,
+            at=START,
+            undoes=undoes,
+        )
+
+
+async def test_what_is_taken_of_a_grant_that_is_named_is_taken_of_nothing_else(
+    connection: asyncpg.Connection,
+) -> None:
+    await open_account(connection)
+    await open_account(connection, "ben")
+    await give(connection, 600, Source.PURCHASE)
+    await give(connection, 300, Source.PROMO)
+    _, promo = await numbers(connection)
+    await settle(connection, the_end(await held(connection, a_request(100)), 100))
+
+    await take(connection, 50, promo)
+    with pytest.raises(AdjustmentTooLarge) as refused:
+        await take(connection, 151, promo)
+    assert refused.value.metadata() == {"available_ms": "150", "amount_ms": "-151"}
+    assert "of what was granted" in str(refused.value)
+    await take(connection, 150, promo)
+
+    rows = await connection.fetch("SELECT source, revoked_ms FROM billing.grant_lot WHERE account_id = 'ann'")
+    assert dict(tuple(row) for row in rows) == {"plan": 0, "purchase": 0, "promo": 200}
+    taking = (await numbers(connection))[-1]
+    noted = await connection.fetchval(
+        "SELECT after::text FROM billing.audit_event WHERE audit_id = $1", taking
+    )
+    assert json.loads(noted)["undoes"] == promo
+    for account, number in (("ben", promo), ("ann", taking), ("ann", 10**9)):
+        with pytest.raises(UnknownGrant):
+            await take(connection, 1, number, account)
+    await assert_sound(connection)
+
+
+async def test_an_erased_account_has_no_plan_to_change(connection: asyncpg.Connection) -> None:
+    await open_account(connection)
+    pseudonym = await erase(connection, at=after(days=2))
+    for day in (3, 45):
+        async with connection.transaction():
+            with pytest.raises(AccountErased) as refused:
+                await plan_changes.preview(connection, pseudonym, "pro", after(days=day))
+        assert refused.value.metadata() == {"account": pseudonym}
+        by_root = {"actor": "accounts/root", "reason": "r", "request_id": str(uuid4()), "at": after(days=day)}
+        with pytest.raises(AccountErased):
+            async with connection.transaction():
+                await plan_changes.change(connection, pseudonym, "pro", etag="", **by_root)
+        with pytest.raises(AccountErased):
+            async with connection.transaction():
+                await plan_undo.undo(connection, pseudonym, etag="", **by_root)
+    assert (await balance(connection, pseudonym, at=after(days=2))).granted_ms == BASIC_MS
+    await assert_sound(connection)
+
+
+async def test_the_last_statement_of_an_erased_account_runs_on(connection: asyncpg.Connection) -> None:
+    await open_account(connection)
+    job = await held(connection, a_request(4000))
+    await settle(connection, the_end(job, 4000))
+    pseudonym = await erase(connection, at=after(days=2))
+    at, now = after(days=50), after(days=51)
+    async with connection.transaction():
+        await refunds.refund(
+            connection,
+            account_id=pseudonym,
+            job_id=job.job_id,
+            amount_ms=None,
+            actor="accounts/root",
+            reason="r",
+            request_id=str(uuid4()),
+            at=at,
+        )
+        terms = await accounts.lock_terms(connection, pseudonym, now)
+        for moment in (None, at, after(days=1)):
+            told = await statements.statement(connection, terms, moment, now)
+            assert (told.period.start, told.used_ms) == (START, 0)
+            assert any(line.sentence.startswith("Given back") for line in told.lines)
+        with pytest.raises(OutsidePeriods):
+            await statements.statement(connection, terms, after(days=52), now)
+
+
 async def test_erasing_an_account_leaves_its_entries_and_none_of_its_name(
     connection: asyncpg.Connection,
 ) -> None:
@@ -125,6 +240,17 @@ async def test_erasing_an_account_leaves_its_entries_and_none_of_its_name(
             request_id="p",
             at=START,
         )
+    await audit.record(
+        connection,
+        actor="accounts/root/keys/k",
+        action="CreateAccount",
+        target=f"accounts/{account}",
+        reason="test",
+        request_id="r1",
+        before=None,
+        after=None,
+        at=START,
+    )
     for caller, outcome in ((account, {}), ("root", {"name": f"accounts/{account}", "key": "k"})):
         await idempotency.claim(connection, caller, "CreateAccount", "r1", b"one")
         await idempotency.store(connection, caller, "CreateAccount", "r1", outcome)

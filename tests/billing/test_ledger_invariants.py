@@ -58,6 +58,8 @@ BREAKS: list[tuple[int, str]] = [
     (11, "UPDATE billing.refund SET refunded_micros = refunded_micros - 1 WHERE refunded_micros > 0"),
     (11, "UPDATE billing.transfer SET amount = amount * 100 WHERE code = 'refund'"),
     (11, "DELETE FROM billing.refund"),
+    (11, "UPDATE billing.refund_undo SET taken_ms = taken_ms - 1"),
+    (11, "DELETE FROM billing.refund_undo"),
     (12, "UPDATE billing.hold SET overage_allowed = false"),
     (12, "UPDATE billing.hold SET spend_cap_micros = 1"),
     (12, "DELETE FROM billing.hold WHERE metered_ms > 0"),

@@ -23,7 +23,7 @@ from ledger_building import (
 )
 from ledger_plans import a_plan, a_version
 
-from billing import accounts, admin, auditor, expiry, plan_changes, refunds
+from billing import accounts, admin, auditor, expiry, plan_changes, refund_undo, refunds
 from billing.entries import Source
 from billing.ledger import Ending, HoldPlaced
 from billing.plans import EffectiveFrom
@@ -45,6 +45,7 @@ class Crowd:
         self._connection = connection
         self._random = random.Random(seed)
         self._jobs: list[tuple[str, str]] = []
+        self._refunded: list[tuple[str, str]] = []
 
     async def act(self) -> None:
         for _ in range(DEEDS):
@@ -55,6 +56,7 @@ class Crowd:
                     self._run,
                     self._run,
                     self._refund,
+                    self._take_refund_back,
                     self._change,
                     self._adjust,
                     self._sweep,
@@ -88,6 +90,22 @@ class Crowd:
                     account_id=account,
                     job_id=job,
                     amount_ms=self._random.choice([None, 1, 500]),
+                    actor="accounts/root",
+                    reason="test",
+                    request_id=str(uuid4()),
+                    at=at,
+                )
+            self._refunded.append((account, job))
+
+    async def _take_refund_back(self, _: str, at: datetime) -> None:
+        if self._refunded:
+            account, job = self._random.choice(self._refunded)
+            async with self._connection.transaction():
+                await refund_undo.undo(
+                    self._connection,
+                    account_id=account,
+                    job_id=job,
+                    etag="",
                     actor="accounts/root",
                     reason="test",
                     request_id=str(uuid4()),
@@ -158,7 +176,9 @@ async def test_movements_of_every_kind_leave_the_books_sound(
             await client.close()
 
     kinds = await connection.fetch("SELECT DISTINCT code FROM billing.transfer ORDER BY code")
-    assert {"expiry", "refund", "plan_change", "promo", "purchase", "rollover"} <= {code for (code,) in kinds}
+    assert {"expiry", "refund", "refund_undo", "plan_change", "promo", "purchase", "rollover"} <= {
+        code for (code,) in kinds
+    }
     await assert_sound(connection)
     # And again when all of it is over.
     later = START + Crowd.passed + timedelta(days=70)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import nullcontext
 from datetime import datetime, timedelta
 from uuid import uuid4
 
@@ -20,12 +21,18 @@ from ledger_building import (
     settle,
     the_end,
 )
-from ledger_plans import a_plan
+from ledger_plans import a_plan, a_version
 
 from billing import accounts, plan_changes, plans
 from billing.plan_changes import PlanChange
 from billing.plans import EffectiveFrom
-from billing.refusals import EtagMismatch, UnknownAccount, UnknownPlan
+from billing.refusals import (
+    EtagMismatch,
+    PlanNotSelfService,
+    RequestIdReused,
+    UnknownAccount,
+    UnknownPlan,
+)
 
 STANDARD_MS = 54_000_000
 HALF = timedelta(days=15, hours=12)
@@ -294,3 +301,57 @@ async def test_a_change_races_with_the_end_of_the_period(
     now = await balance(connection, at=after(days=31, seconds=2))
     assert (now.plan, now.period_start) == ("standard", after(days=31))
     await assert_sound(connection)
+
+
+async def test_an_account_by_itself_has_only_the_plans_that_are_open_to_it(
+    connection: asyncpg.Connection,
+) -> None:
+    await a_plan(connection, "closed", quota_ms=1)
+    await a_plan(connection, "open", quota_ms=2, self_service=True)
+    await open_account(connection, plan="closed")
+
+    async def changed(plan: str, **by: bool) -> None:
+        async with connection.transaction():
+            shown = await plan_changes.preview(connection, "ann", plan, START, **by)
+            await plan_changes.change(
+                connection,
+                "ann",
+                plan,
+                etag=shown.etag,
+                actor="accounts/ann",
+                reason="test",
+                request_id=str(uuid4()),
+                at=START,
+                **by,
+            )
+
+    # To stay, too: an admin may have scheduled that it does not.
+    for plan in ("closed", "pro"):
+        with pytest.raises(PlanNotSelfService) as refused:
+            await changed(plan, by_itself=True)
+        assert refused.value.metadata() == {"plan": plan}
+    await changed("open", by_itself=True)
+    await a_version(connection, "open", at=START, self_service=False)
+    with pytest.raises(PlanNotSelfService):
+        await changed("open", by_itself=True)
+    await changed("pro")
+    await assert_sound(connection)
+
+
+async def test_one_request_id_of_two_callers_changes_one_plan(connection: asyncpg.Connection) -> None:
+    await open_account(connection)
+    request_id = str(uuid4())
+    for plan, refused in (("standard", False), ("pro", True)):
+        with pytest.raises(RequestIdReused) if refused else nullcontext():
+            async with connection.transaction():
+                await plan_changes.change(
+                    connection,
+                    "ann",
+                    plan,
+                    etag="",
+                    actor="accounts/ann",
+                    reason="test",
+                    request_id=request_id,
+                    at=START,
+                )
+    assert (await balance(connection)).plan == "standard"

@@ -93,7 +93,7 @@ async def test_an_impact_names_who_is_touched_and_by_how_much(connection: asyncp
     later = await impact(connection, quota_ms=5, effective_from=EffectiveFrom.NEXT_PERIOD)
     assert (later.accounts, later.granted_ms, later.revoked_ms, later.cut_short) == (3, 0, 0, 0)
     nobody = await impact(connection, "standard")
-    assert nobody == PlanImpact(accounts=0, granted_ms=0, revoked_ms=0, cut_short=0, first=())
+    assert nobody == PlanImpact(accounts=0, granted_ms=0, revoked_ms=0, cut_short=0, behind=0, first=())
     assert (await plans.newest(connection, "basic")).version == 1
 
 
@@ -129,6 +129,19 @@ async def test_an_impact_lists_the_first_hundred(connection: asyncpg.Connection)
     told = await impact(connection, quota_ms=BASIC_MS + 1)
     assert (told.accounts, told.granted_ms, len(told.first)) == (101, 101, 100)
     assert (told.first[0].account_id, told.first[-1].account_id) == ("a-000", "a-099")
+
+
+async def test_an_impact_counts_whom_earlier_versions_reach_with_it(connection: asyncpg.Connection) -> None:
+    await open_account(connection)
+    await a_version(connection, "basic", at=after(days=1), quota_ms=1_000_000)
+    await open_account(connection, "ben", at=after(days=2))
+
+    basic = await plans.newest(connection, "basic")
+    told = {when: await plans.impact(connection, basic, when, after(days=2)) for when in EffectiveFrom}
+
+    assert (told[EffectiveFrom.NOW].accounts, told[EffectiveFrom.NOW].behind) == (2, 1)
+    assert told[EffectiveFrom.NOW].revoked_ms == BASIC_MS - 1_000_000
+    assert told[EffectiveFrom.NEXT_PERIOD].behind == 0
 
 
 async def test_a_plans_gpu_classes_are_in_the_terms_of_its_jobs(connection: asyncpg.Connection) -> None:

@@ -6,7 +6,7 @@ Those that need faults, 9 and 10, are in a file of their own.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfo
 
@@ -28,7 +28,7 @@ from ledger_building import (
 )
 from ledger_plans import a_plan
 
-from billing import accounts, expiry, plan_changes
+from billing import accounts, expiry, hold_expiry, plan_changes
 from billing.ledger import Ending, HoldIdReused, HoldPlaced, HoldRefused
 from billing.refusals import FastTimeExhausted
 
@@ -129,16 +129,15 @@ async def test_a_key_that_failed_fails_after_a_top_up_and_a_new_one_succeeds(
 async def test_ten_units_are_held_by_ten_and_come_back_after_a_minute(
     connection: asyncpg.Connection,
 ) -> None:
-    """Case 6. TigerBeetle, "Rate Limiting": ten requests a minute.
-
-    There a pending ends by its own timeout. Here whoever misses a worker's sign of life ends the attempt, as
-    lost, and its hold with it: a hold without an attempt, or the reverse, cannot be.
-    """
+    """Case 6. TigerBeetle, "Rate Limiting": ten requests a minute, each a pending that times out."""
     await open_account(connection, left_ms=10)
-    requests = [await held(connection, a_request(1)) for _ in range(10)]
+    for _ in range(10):
+        await held(connection, replace(a_request(1), lasts=timedelta(seconds=60)))
     assert isinstance((await hold(connection, a_request(1, at=after(seconds=59))))[0], HoldRefused)
 
-    await settle(connection, *(the_end(one, ending=Ending.VOID, at=after(seconds=60)) for one in requests))
+    async with connection.transaction():
+        due = await hold_expiry.due(connection, after(seconds=60), 100)
+        await hold_expiry.expire(connection, due, after(seconds=60))
 
     again = await hold(connection, *(a_request(1, at=after(seconds=60)) for _ in range(11)))
     assert [type(outcome) for outcome in again] == [HoldPlaced] * 10 + [HoldRefused]

@@ -6,7 +6,7 @@ import asyncio
 import random
 import signal
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -196,25 +196,13 @@ def server() -> Iterator[RestartedServer]:
 
 async def test_every_job_finishes_once_though_the_database_restarts(server: RestartedServer) -> None:
     """Case 10, in small. Chaos tests of durable queues on PostgreSQL: it restarts while they work."""
-    async with connected(server.dsn) as connection:
-        await migrate(connection)
-        for account in ACCOUNTS:
-            await open_account(connection, account)
-    waiting = [a_request(1000, account=account) for account in ACCOUNTS for _ in range(100)]
-    random.Random(10).shuffle(waiting)
-    finished: list[str] = []
+    jobs = await Jobs.opened(server, each=100)
     reached = {count: asyncio.Event() for count in (50, 150, 250)}
 
     async def work(number: int) -> None:
-        lane = Lane(server.dsn, f"worker {number}")
-        while waiting:
-            request = waiting.pop()
-            assert await lane.run(partial(hold_again, request))
-            await lane.run(partial(settle_again, the_end(request, 900)))
-            finished.append(request.job_id)
-            if len(finished) in reached:
-                reached[len(finished)].set()
-        await lane.close()
+        async for _ in jobs.done_by(number):
+            if len(jobs.finished) in reached:
+                reached[len(jobs.finished)].set()
 
     async with asyncio.TaskGroup() as group:
         for number in range(6):
@@ -226,13 +214,84 @@ async def test_every_job_finishes_once_though_the_database_restarts(server: Rest
             else:
                 await server.crash()
 
-    assert len(set(finished)) == len(finished) == 300
-    async with connected(server.dsn) as connection:
-        for account in ACCOUNTS:
-            now = await balance(connection, account)
-            assert (now.used_ms, now.held_ms) == (100 * 900, 0)
-        await assert_sound(connection)
-        assert await replay(connection) == []
+    await jobs.are_charged_once()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+async def test_5000_jobs_finish_once_though_the_database_restarts_every_5_to_40_s(
+    server: RestartedServer,
+) -> None:
+    """Case 10 in full: forty attempts at once, each drawing for a while between its hold and its end."""
+    jobs = await Jobs.opened(server, each=1_667)
+    choice = random.Random(10)
+    done = asyncio.Event()
+
+    async def work(number: int) -> None:
+        async for _ in jobs.done_by(number, draws_s=lambda: choice.uniform(0.5, 2)):
+            pass
+
+    async def trouble() -> int:
+        times = 0
+        while True:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(done.wait(), choice.uniform(5, 40))
+                return times
+            times += 1
+            if times % 3:
+                await asyncio.to_thread(server.restart)
+            else:
+                await server.crash()
+
+    restarting = asyncio.create_task(trouble())
+    await asyncio.gather(*(work(number) for number in range(40)))
+    done.set()
+
+    assert await restarting >= 3
+    await jobs.are_charged_once()
+
+
+class Jobs:
+    """Jobs of the three accounts, each held for, drawn, and charged 900 ms, whatever the server does."""
+
+    def __init__(self, server: RestartedServer, each: int) -> None:
+        self._server = server
+        self._each = each
+        self._waiting = [a_request(1000, account=account) for account in ACCOUNTS for _ in range(each)]
+        random.Random(10).shuffle(self._waiting)
+        self.finished: list[str] = []
+
+    @classmethod
+    async def opened(cls, server: RestartedServer, *, each: int) -> Jobs:
+        """Return so many jobs of each account, on a server that has these accounts."""
+        async with connected(server.dsn) as connection:
+            await migrate(connection)
+            for account in ACCOUNTS:
+                await open_account(connection, account)
+        return cls(server, each)
+
+    async def done_by(self, number: int, draws_s: Callable[[], float] | None = None) -> AsyncIterator[None]:
+        """Do one job after the other until none waits; `draws_s` says how long the next is drawn."""
+        lane = Lane(self._server.dsn, f"worker {number}")
+        while self._waiting:
+            request = self._waiting.pop()
+            assert await lane.run(partial(hold_again, request))
+            if draws_s is not None:
+                await asyncio.sleep(draws_s())
+            await lane.run(partial(settle_again, the_end(request, 900)))
+            self.finished.append(request.job_id)
+            yield
+        await lane.close()
+
+    async def are_charged_once(self) -> None:
+        """Ask whether all have finished and were charged once, and nothing else is wrong."""
+        assert len(set(self.finished)) == len(self.finished) == len(ACCOUNTS) * self._each
+        async with connected(self._server.dsn) as connection:
+            for account in ACCOUNTS:
+                now = await balance(connection, account)
+                assert (now.used_ms, now.held_ms) == (self._each * 900, 0)
+            await assert_sound(connection)
+            assert await replay(connection) == []
 
 
 @asynccontextmanager

@@ -58,6 +58,20 @@ async def test_a_batch_of_holds_and_its_settlement_take_six_round_trips_each(
     assert await round_trips(warm, lambda: settle(warm, *ends)) == MOST_ROUND_TRIPS
 
 
+async def test_what_is_told_of_used_up_time_takes_no_round_trip_of_its_own(warm: asyncpg.Connection) -> None:
+    await open_account(warm, "bob", left_ms=1000)
+
+    for measured_ms, reached in ((600, (50,)), (100, ()), (300, (80, 100))):
+        request = await held(warm, a_request(measured_ms, account="bob"))
+        ended: list[ledger.Settled] = []
+
+        async def end(request: ledger.HoldRequest = request, ended: list[ledger.Settled] = ended) -> None:
+            ended += await settle(warm, the_end(request, request.predicted_ms))
+
+        assert await round_trips(warm, end) == MOST_ROUND_TRIPS
+        assert ended[0].thresholds == reached
+
+
 async def test_who_has_locked_the_accounts_is_spared_the_lock(warm: asyncpg.Connection) -> None:
     request = a_request(1000)
     end = the_end(request, 900)

@@ -105,8 +105,31 @@ async def test_time_beyond_the_lots_is_told_with_its_price(connection: asyncpg.C
     made = await statement(connection)
     charge = line(made, "Charged")
     assert charge.sentence.startswith("Charged 1.000 s of fast time and 60.000 s beyond it for 0.0667 USD")
-    assert (made.used_ms, made.metered_ms, made.amount_micros, made.closing_ms) == (1_000, 60_000, 66_667, 0)
+    assert (made.used_ms, made.metered_ms, made.amounts, made.closing_ms) == (
+        1_000,
+        60_000,
+        {"USD": 66_667},
+        0,
+    )
     assert line(made, "Taken back").fast_ms == 1_000 - BASIC_MS
+
+
+@pytest.mark.parametrize("most_attempts", [10, 0])
+async def test_money_of_two_currencies_is_not_added_up(
+    connection: asyncpg.Connection, most_attempts: int
+) -> None:
+    await open_account(connection, left_ms=0)
+    await overage(connection)
+    for currency, measured_ms in (("USD", 60_000), ("EUR", 120_000), ("USD", 60_000)):
+        pricing = replace(a_pricing(overage=True), currency=currency)
+        job = await held(connection, a_request(measured_ms, pricing=pricing))
+        await settle(connection, the_end(job, measured_ms))
+
+    made = await statement(connection, most_attempts=most_attempts)
+
+    assert made.amounts == {"EUR": 133_334, "USD": 2 * 66_667}
+    assert {one.currency for one in made.lines if one.amount_micros} == {"EUR", "USD"}
+    assert (made.metered_ms, made.currency) == (240_000, "USD")
 
 
 async def test_what_nobody_pays_is_told_too(connection: asyncpg.Connection) -> None:
@@ -210,7 +233,7 @@ async def test_a_change_of_plan_is_told_with_its_prices(connection: asyncpg.Conn
     await open_account(connection, plan="small")
     await _change(connection, "large", after(days=15, hours=12))
     made = await statement(connection, at=after(days=16))
-    assert (made.granted_ms, made.amount_micros, made.plan) == (550, 5_000_000, "large")
+    assert (made.granted_ms, made.amounts, made.plan) == (550, {"USD": 5_000_000}, "large")
     assert line(made, "new plan").amount_micros == 10_000_000
     assert (
         line(made, "old plan").sentence == "Credited 5.0000 USD for the rest of the period on the old plan."

@@ -24,9 +24,12 @@ from billing.v1.admin_pb2 import (
     ListAuditEventsResponse,
     ListPlansResponse,
     Plan,
+    PlanUndo,
     Refund,
+    RefundUndo,
 )
 from billing.v1.billing_pb2 import (
+    Amount,
     Balance,
     ListTransfersResponse,
     PlanChange,
@@ -37,6 +40,7 @@ from billing.v1.billing_pb2 import (
 )
 from scheduler.client.aio import DarkroomClient
 from scheduler.client.names import key_name
+from scheduler.client.printing import when
 from scheduler.client.sync import DarkroomClient as SyncClient
 from scheduler.client.terminal import exact_duration
 from scheduler.v1 import job_pb2
@@ -135,6 +139,10 @@ STATEMENT = Statement(
     metered_ms=1_000,
     amount_micros=12_345,
     currency_code="USD",
+    amounts=[
+        Amount(currency_code="EUR", micros=2_000_000),
+        Amount(currency_code="USD", micros=12_345),
+    ],
     relax_ms=5_000,
     lines=[
         StatementLine(time=at(START), sentence="The plan's time.", fast_ms=12_000_000),
@@ -148,7 +156,9 @@ STATEMENT = Statement(
             fast_ms=-3_421,
             metered_ms=1_000,
             amount_micros=12_345,
+            currency_code="USD",
         ),
+        StatementLine(sentence="Before the plan had another.", amount_micros=2_000_000, currency_code="EUR"),
     ],
 )
 
@@ -158,7 +168,7 @@ def test_a_statement_is_line_by_line_to_the_millisecond(
 ) -> None:
     service.says("GetStatement", STATEMENT)
     result = lines(darkroom(environment, "statement", "--at", "2026-02-01"))
-    granted, job = result[:2]
+    granted, job, other = result[:3]
     assert granted[1:] == ["The plan's time.", "", "", "", "3 h 20 min", "", "", ""]
     assert job[1:] == [
         'A fast job, "privately".',
@@ -170,10 +180,11 @@ def test_a_statement_is_line_by_line_to_the_millisecond(
         "0.0123 USD",
         "",
     ]
-    said = dict(result[2:])
+    assert other[7] == "2.00 EUR"
+    said = dict(result[3:])
     assert (said["+ granted"], said["- used"]) == ("3 h 20 min", "3.421 s")
     assert (said["= left"], said["held of it"]) == ("3 h 19 min 56.579 s", "1 min")
-    assert (said["beyond it"], said["charged in money"]) == ("1.000 s", "0.0123 USD")
+    assert (said["beyond it"], said["charged in money"]) == ("1.000 s", "2.00 EUR, 0.0123 USD")
     (request,) = service.asked("GetStatement")
     assert request.at.ToJsonString() == "2026-02-01T00:00:00Z"
     assert request.account == "accounts/-"
@@ -187,7 +198,7 @@ def test_a_statement_is_saved_with_whole_numbers(
     result = darkroom(environment, "statement", "--csv", str(path), "--json")
     assert ParseDict(one_document(result), Statement()) == STATEMENT
     with path.open(encoding="utf-8", newline="") as file:
-        granted, job = csv.DictReader(file)
+        granted, job, _ = csv.DictReader(file)
     assert granted["time"] == "2026-01-31T00:00:00Z"
     assert (granted["fast_ms"], granted["job"]) == ("12000000", "")
     assert (job["sentence"], job["job"]) == ('A fast job, "privately".', JOB)
@@ -390,18 +401,57 @@ def test_a_grant_is_taken_back_by_a_negative_one(
     assert both.exit_code == 2
 
 
+def test_a_grant_that_is_named_is_taken_back(service: ScriptedService, environment: dict[str, str]) -> None:
+    service.says("AdjustBalance", BALANCE)
+    assert darkroom(environment, "admin", "grant", "ada", "-0.5", "--undoes", "17", *WHY).exit_code == 0
+    (request,) = service.asked("AdjustBalance")
+    assert (request.amount_ms, request.undoes) == (-30_000, 17)
+    assert darkroom(environment, "admin", "grant", "ada", "5", "--undoes", "17", *WHY).exit_code == 2
+
+
+@pytest.mark.parametrize("number", ["inf", "-inf", "nan", "1e300", "1e20", "1e-300", "0.0000001", "x", ""])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("admin", "grant", "ada", "{}", *WHY),
+        ("admin", "refund", UID, "--minutes", "{}", *WHY),
+        ("overage", "on", "--cap", "{}"),
+    ],
+)
+def test_a_number_that_cannot_be_meant_is_not_understood(
+    service: ScriptedService, environment: dict[str, str], command: tuple[str, ...], number: str
+) -> None:
+    result = darkroom(environment, *(word.format(number) for word in command))
+    assert result.exit_code == 2, result.output
+    assert isinstance(result.exception, SystemExit)
+
+
+def test_amounts_are_as_exact_as_they_are_typed(
+    service: ScriptedService, environment: dict[str, str]
+) -> None:
+    service.says("UpdateAccount", Account(), Account())
+    for typed in ("0.000001", "0"):
+        assert darkroom(environment, "overage", "on", "--cap", typed).exit_code == 0
+    assert [request.account.spend_cap_micros for request in service.asked("UpdateAccount")] == [1, 0]
+    for typed in ("-1", "-0.5"):
+        assert darkroom(environment, "overage", "on", f"--cap={typed}").exit_code == 2
+        assert darkroom(environment, "admin", "refund", UID, f"--minutes={typed}", *WHY).exit_code == 2
+    assert darkroom(environment, "admin", "refund", UID, "--minutes", "0", *WHY).exit_code == 2
+
+
 def test_a_refund_is_of_all_or_of_a_part(service: ScriptedService, environment: dict[str, str]) -> None:
     refund = Refund(
         job=JOB,
         refunded_ms=3_421,
         refunded_micros=12_345,
+        currency_code="EUR",
         refunded_in_all_ms=5_000,
         billed_ms=6_000,
         balance=BALANCE,
     )
     service.says("RefundJob", refund, refund)
     said = dict(lines(darkroom(environment, "admin", "refund", UID, *WHY)))
-    assert (said["given back"], said["in money"]) == ("3.421 s", "0.0123 USD")
+    assert (said["given back"], said["in money"]) == ("3.421 s", "0.0123 EUR")
     assert said["in all"] == "5.000 s of 6.000 s billed"
     part = darkroom(environment, "admin", "refund", JOB, "--minutes", "0.5", *WHY, "--json")
     assert one_document(part)["refundedMs"] == "3421"
@@ -410,19 +460,108 @@ def test_a_refund_is_of_all_or_of_a_part(service: ScriptedService, environment: 
     assert (half.job, half.amount_ms) == (JOB, 30_000)
 
 
+UNDO = PlanUndo(
+    account="accounts/ada",
+    from_plan="plans/pro",
+    to_plan="plans/basic",
+    change_time=at(START),
+    effective_time=at(START),
+    at_once=True,
+    revoked_ms=21_000_000,
+    kept_ms=60_000,
+    amount_micros=-5_000_000,
+    currency_code="USD",
+    sentence="The plan is basic again at once.",
+    etag="change-1",
+)
+
+
+def test_a_change_of_plan_is_taken_back_as_it_was_shown(
+    service: ScriptedService, environment: dict[str, str]
+) -> None:
+    service.says("UndoPlanChange", *[UNDO] * 4)
+    command = ("admin", "accounts", "undo-plan", "ada", *WHY)
+    said = dict(lines(darkroom(environment, *command, "--dry-run")))
+    assert said["plan"] == "pro to basic"
+    assert (said["fast time taken back"], said["used, held or gone"]) == ("5 h 50 min", "1 min")
+    assert said["given back"] == "5.00 USD"
+    declined = darkroom(environment, *command, stdin="n\n")
+    assert (declined.exit_code, declined.stdout) == (1, "")
+    assert "The plan is basic again at once." in declined.stderr
+    assert declined.stderr.endswith("Nothing was changed.\n")
+    done = darkroom(environment, *command, "--yes", "--json")
+    assert one_document(done)["etag"] == "change-1"
+    *rehearsals, request = service.asked("UndoPlanChange")
+    assert [one.validate_only for one in rehearsals] == [True, True, True]
+    assert (request.validate_only, request.account, request.etag) == (False, "accounts/ada", "change-1")
+    assert request.reason == "a new lab"
+
+
+def test_an_account_without_a_change_has_none_to_take_back(
+    service: ScriptedService, environment: dict[str, str]
+) -> None:
+    service.says("UndoPlanChange", Refuse(code=grpc.StatusCode.FAILED_PRECONDITION, reason="NOTHING_TO_UNDO"))
+    result = darkroom(environment, "admin", "accounts", "undo-plan", "ada", "--yes", *WHY)
+    assert result.exit_code == 1
+    assert "`darkroom plan change`" in result.stderr
+
+
 @pytest.mark.parametrize(
     "command",
     [
         ["grant", "ada", "5"],
         ["refund", UID],
+        ["undo-refund", UID, "--yes"],
         ["accounts", "create", "ada"],
         ["accounts", "erase", "ada", "--yes"],
+        ["accounts", "undo-plan", "ada", "--yes"],
         ["keys", "create", "ada"],
         ["keys", "revoke", "ada", "k"],
     ],
 )
 def test_what_an_admin_does_needs_a_reason(environment: dict[str, str], command: list[str]) -> None:
     assert darkroom(environment, "admin", *command).exit_code == 2
+
+
+REFUND_UNDO = RefundUndo(
+    job=JOB,
+    taken_ms=3_000,
+    kept_ms=421,
+    taken_micros=12_345,
+    currency_code="USD",
+    refunded_in_all_ms=421,
+    billed_ms=5_000,
+    etag="refund-1",
+    balance=BALANCE,
+)
+
+
+def test_a_refund_is_taken_back_after_it_was_shown_and_agreed_to(
+    service: ScriptedService, environment: dict[str, str]
+) -> None:
+    service.says("UndoRefund", *[REFUND_UNDO] * 4)
+    command = ("admin", "undo-refund", UID, *WHY)
+    said = dict(lines(darkroom(environment, *command, "--dry-run")))
+    assert (said["charged again"], said["used, held or gone"]) == ("3.000 s", "0.421 s")
+    assert (said["in money"], said["stays given back"]) == ("0.0123 USD", "0.421 s of 5.000 s billed")
+    declined = darkroom(environment, *command, stdin="n\n")
+    assert (declined.exit_code, declined.stdout) == (1, "")
+    assert declined.stderr.endswith("Nothing was changed.\n")
+    assert one_document(darkroom(environment, *command, "--yes", "--json"))["etag"] == "refund-1"
+    *rehearsals, request = service.asked("UndoRefund")
+    assert [one.validate_only for one in rehearsals] == [True, True, True]
+    assert (request.validate_only, request.job, request.etag) == (False, f"accounts/-/jobs/{UID}", "refund-1")
+    assert request.reason == "a new lab"
+
+
+@pytest.mark.parametrize("reason", ["NO_REFUND_TO_UNDO", "REFUND_SPENT"])
+def test_a_refund_that_cannot_be_taken_back_says_what_to_do(
+    service: ScriptedService, environment: dict[str, str], reason: str
+) -> None:
+    service.says("UndoRefund", Refuse(code=grpc.StatusCode.FAILED_PRECONDITION, reason=reason))
+    result = darkroom(environment, "admin", "undo-refund", UID, "--yes", *WHY)
+    assert result.exit_code == 1
+    assert "`darkroom admin" in result.stderr
 
 
 @pytest.mark.parametrize("reason", ["NOTHING_CHARGED", "REFUND_TOO_LARGE", "UNKNOWN_ACCOUNT"])
@@ -477,13 +616,15 @@ def test_an_export_has_every_event_on_a_line_of_its_own(
         ListAuditEventsResponse(events=[an_event(3), an_event(2)], next_page_token="more"),
         ListAuditEventsResponse(events=[an_event(1)]),
     ]
-    service.says("ListAuditEvents", *pages, *pages)
+    service.says("ListAuditEvents", *pages, pages[0], *pages)
     path = tmp_path / "audit.jsonl"
     result = darkroom(environment, "admin", "audit", "--export", str(path))
     assert lines(result) == [[str(path)]]
     events = [Parse(line, AuditEvent()) for line in path.read_text(encoding="utf-8").splitlines()]
     assert events == [an_event(3), an_event(2), an_event(1)]
     assert [request.page_token for request in service.asked("ListAuditEvents")] == ["", "more"]
+    darkroom(environment, "admin", "audit", "--export", str(path), "--limit", "1")
+    assert len(path.read_text(encoding="utf-8").splitlines()) == 1
     nowhere = darkroom(environment, "admin", "audit", "--export", str(tmp_path / "none" / "a.jsonl"))
     assert nowhere.exit_code == 1
 
@@ -559,6 +700,8 @@ def test_programs_without_an_event_loop_can_do_the_same(service: ScriptedService
         "UpdatePlan": plan,
         "AdjustBalance": BALANCE,
         "RefundJob": Refund(job=JOB),
+        "UndoRefund": REFUND_UNDO,
+        "UndoPlanChange": UNDO,
         "ListAuditEvents": ListAuditEventsResponse(events=[an_event(1)]),
         "CheckInvariants": CheckInvariantsResponse(holds=True),
     }
@@ -576,6 +719,8 @@ def test_programs_without_an_event_loop_can_do_the_same(service: ScriptedService
         assert client.update_plan(plan, effective_from=now, reason="r", validate_only=True) == plan
         assert client.adjust_balance("a", amount_ms=1, reason="r") == BALANCE
         assert client.refund(UID, reason="r", amount_ms=5).job == JOB
+        assert client.undo_refund(UID, reason="r", validate_only=True) == REFUND_UNDO
+        assert client.undo_plan_change("a", reason="r", validate_only=True) == UNDO
         assert [each.number for each in client.audit_events(start=START, end=START)] == [1]
         assert client.check_invariants(within=timedelta(seconds=5)).holds
     assert service.asked("UpdatePlan")[0].validate_only
@@ -594,3 +739,12 @@ def test_programs_without_an_event_loop_can_do_the_same(service: ScriptedService
 )
 def test_times_that_add_up_lose_nothing(ms: int, words: str) -> None:
     assert exact_duration(ms) == words
+
+
+def test_times_are_local_and_say_so() -> None:
+    noon = datetime(2026, 3, 1, 12, tzinfo=UTC)
+    balance = Balance()
+    balance.renew_time.FromDatetime(noon)
+    assert (
+        when(balance, "renew_time") == f"{noon.astimezone():%Y-%m-%d %H:%M:%S} {noon.astimezone().tzname()}"
+    )

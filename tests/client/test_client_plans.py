@@ -73,6 +73,7 @@ def plans(environment: dict[str, str], *arguments: str) -> Result:
         relax_weight_milli=st.integers(0, 2**31 - 1),
         private_allowed=st.booleans(),
         private_multiplier_bp=st.integers(0, 2**31 - 1),
+        self_service=st.booleans(),
         gpu_class_bp=st.dictionaries(
             st.text(st.characters(categories=["L", "N", "P", "Zs"]), min_size=1),
             st.integers(0, 2**31 - 1).filter(lambda bp: bp != 10_000),
@@ -109,6 +110,7 @@ def test_a_file_is_in_minutes_factors_and_the_plans_currency() -> None:
         "relax_weight = 1",
         "private = false",
         "private_multiplier = 2",
+        "self_service = false",
         "[basic.gpu_classes]",
         '"NVIDIA H200" = 2.5',
     ]
@@ -253,6 +255,7 @@ TOUCHED = PlanImpact(
     revoked_ms=60_000,
     accounts_cut_short=1,
     accounts_over_limits=2,
+    accounts_behind=3,
     first=[
         AccountImpact(account="accounts/ada", available_before_ms=60_000, available_after_ms=120_000),
         AccountImpact(account="accounts/ben", available_before_ms=5_000, available_after_ms=5_000),
@@ -275,6 +278,8 @@ def test_a_diff_says_what_would_change_and_whom_it_touches_and_changes_nothing(
     assert result.stderr.splitlines() == [
         "basic: touches 1,204 accounts; at once it gives 1 h and takes 1 min in all.",
         "basic: from 1 account not all of it can be taken: it is used, or held by running jobs.",
+        "basic: 3 accounts with a version before the newest: at once it is all that changed since, also what "
+        "was to wait for their next period.",
         "basic: 2 accounts with more jobs than new limits allow: these jobs go on, and no new ones start.",
         "Nothing was changed.",
     ]
@@ -299,6 +304,19 @@ def test_apply_asks_all_before_it_changes_any(
     assert second.plan.etag == "v1"
 
 
+def test_apply_changes_nothing_where_a_new_plan_of_the_file_would_be_refused(
+    service: ScriptedService, environment: dict[str, str], file_of: Callable[[str], Path]
+) -> None:
+    gold = to_toml([a_plan(name="plans/gold", gpu_class_bp={"h200": 200_000})])
+    service.says("ListPlans", ListPlansResponse(plans=[a_plan()]))
+    service.says("UpdatePlan", impact(accounts=1))
+    service.says("CreatePlan", Refuse(code=grpc.StatusCode.INVALID_ARGUMENT, reason="INVALID_PARAMETER"))
+    result = plans(environment, "apply", str(file_of(f"[basic]\nminutes = 300\n{gold}")), *WHY)
+    assert result.exit_code != 0
+    assert [request.validate_only for request in service.asked("UpdatePlan")] == [True]
+    assert [request.validate_only for request in service.asked("CreatePlan")] == [True]
+
+
 def test_apply_makes_versions_and_new_plans_and_says_which_it_made_before_it_was_refused(
     service: ScriptedService, environment: dict[str, str], file_of: Callable[[str], Path]
 ) -> None:
@@ -307,7 +325,7 @@ def test_apply_makes_versions_and_new_plans_and_says_which_it_made_before_it_was
     created = a_plan(name="plans/gold", version=1)
     for refused in (False, True):
         service.says("ListPlans", ListPlansResponse(plans=[a_plan()]))
-        service.says("CreatePlan", created)
+        service.says("CreatePlan", created, created)
         stale = Refuse(code=grpc.StatusCode.ABORTED, reason="ETAG_MISMATCH")
         service.says("UpdatePlan", impact(accounts=1), stale if refused else impact(accounts=1))
     done = plans(environment, "apply", str(file), *WHY, "--json")
@@ -320,6 +338,7 @@ def test_apply_makes_versions_and_new_plans_and_says_which_it_made_before_it_was
     assert document["plans"][1]["changes"] == [{"key": "minutes", "before": "200", "after": "300"}]
     assert document["plans"][1]["impact"]["accounts"] == "1"
     assert document["plans"][0]["version"] == 1
+    assert [request.validate_only for request in service.asked("CreatePlan")] == [True, False]
     assert service.asked("CreatePlan")[0].plan.etag == ""
     failed = plans(environment, "apply", str(file), *WHY)
     assert failed.exit_code == 1

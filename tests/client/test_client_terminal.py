@@ -46,6 +46,7 @@ def test_durations_are_said_to_a_tenth_of_a_second(ms: int, text: str) -> None:
 def test_money_is_said_to_the_cent_or_finer_where_it_matters() -> None:
     assert money(20_000_000, "EUR") == "20.00 EUR"
     assert money(2_800, "EUR") == "0.0028 EUR"
+    assert money(1, "EUR") == "0.000001 EUR"
 
 
 def test_foreign_text_cannot_control_the_terminal() -> None:

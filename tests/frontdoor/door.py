@@ -8,7 +8,7 @@ import io
 import json
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import MappingProxyType
@@ -23,7 +23,8 @@ from grpc_status import rpc_status
 from PIL import Image
 
 from billing import accounts as ledger_accounts
-from billing import admin, ledger
+from billing import admin, ledger, plans
+from billing.plans import EffectiveFrom
 from billing.v1 import admin_pb2_grpc, billing_pb2_grpc
 from gpu_worker import outputs
 from gpu_worker.contract import ImageFile, Progress, RenderSpec, VideoFile
@@ -35,7 +36,7 @@ from scheduler.store import accounts, jobs
 from scheduler.store.accounts import Role
 from scheduler.store.jobs import JobReceipt
 from scheduler.store.pool import Pool
-from scheduler.updates import JobUpdate, QueueStatus
+from scheduler.updates import Abilities, JobUpdate, QueueStatus
 from scheduler.v1 import account_pb2, account_pb2_grpc, fleet_pb2_grpc, job_pb2, job_pb2_grpc
 
 PLANS = ("basic", "standard", "pro")
@@ -67,15 +68,35 @@ memory_bytes = 50_000_000
 memory_bytes_per_pixel = 4_000
 imagine_ms = 4_000
 variation_ms = 2_500
+
+[models.unweighed]
+source = "builtin:stand-in"
+weighted_parts = false
+steps = 20
+guidance_milli = 5000
+default_width = 256
+default_height = 256
+memory_bytes = 50_000_000
+imagine_ms = 4_000
+variation_ms = 2_500
+memory_bytes_per_pixel = 4_000
 """
 WORKER = "node-a/gpu-0"
+
+
+def abilities(**changes: Any) -> Abilities:
+    """Return what workers could do that can do all there is."""
+    able = Abilities(
+        most_memory_bytes=10**12, models=None, lacks_for_upscales="", devices=frozenset({"a GPU"})
+    )
+    return replace(able, **changes)
 
 
 class SmallScheduler:
     """The scheduler's end of the link: says what a test lets it say, and remembers what it was told."""
 
     def __init__(self) -> None:
-        self.largest_gpu: int | None = None
+        self.able: Abilities | None = None
         self.ready = True
         self.statuses: dict[str, QueueStatus] = {}
         self.told_jobs: list[str] = []
@@ -116,8 +137,8 @@ class SmallScheduler:
     async def queue_statuses(self, job_ids: Sequence[str]) -> Mapping[str, QueueStatus]:
         return {job_id: self.statuses[job_id] for job_id in job_ids if job_id in self.statuses}
 
-    def most_memory_bytes(self) -> int | None:
-        return self.largest_gpu
+    def abilities(self) -> Abilities | None:
+        return self.able
 
     async def scheduler_ready(self) -> bool:
         return self.ready
@@ -487,6 +508,22 @@ class Door:
             await admin.adjust_balance(
                 connection, account_id, -taken_ms, "test", "used up", str(uuid.uuid4()), None, now
             )
+
+    async def plan(self, name: str, **fields: Any) -> None:
+        """Make a plan like basic but for these fields; of one that is there a version that counts at once."""
+        told = {"actor": "test", "reason": "test", "request_id": str(uuid.uuid4()), "at": self.clock.now}
+        async with self.pool.transaction() as connection:
+            known = {version.plan: version for version in await plans.all_newest(connection)}
+            if name in known:
+                await plans.update(
+                    connection,
+                    replace(known[name], **fields),
+                    etag=known[name].etag,
+                    effective_from=EffectiveFrom.NOW,
+                    **told,
+                )
+            else:
+                await plans.create(connection, replace(known["basic"], plan=name, **fields), **told)
 
     async def spec(self, job_id: str) -> RenderSpec:
         """Return what a worker would be asked to draw."""

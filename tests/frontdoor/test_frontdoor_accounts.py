@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 
 import grpc
@@ -51,6 +52,34 @@ async def test_consent_to_overage_reaches_the_terms_of_jobs_that_wait(door: Door
     consents = "SELECT pricing ->> 'overage_allowed' FROM scheduler.job WHERE job_id = $1"
     assert await door.sql(consents, uuid.UUID(fast.uid)) == "true"
     assert await door.sql(consents, uuid.UUID(relax.uid)) == "false"
+
+
+PRICING = "SELECT pricing FROM scheduler.job WHERE job_id = $1"
+
+
+async def test_a_job_that_has_a_consent_keeps_the_price_it_was_given_for(door: Door) -> None:
+    ann = await door.caller("ann")
+    without = await ann.create()
+    await ann.update(overage_allowed=True)
+    await ann.update(overage_allowed=False)
+    later = await ann.create()
+    await door.plan("standard", overage_micros_per_minute=5_000_000, currency="EUR")
+    await ann.update(overage_allowed=True)
+
+    agreed = json.loads(await door.sql(PRICING, uuid.UUID(without.uid)))
+    assert (agreed["overage_micros_per_minute"], agreed["currency"]) == (66_667, "USD")
+    agreed = json.loads(await door.sql(PRICING, uuid.UUID(later.uid)))
+    assert (agreed["overage_allowed"], agreed["overage_micros_per_minute"]) == (True, 5_000_000)
+    assert agreed["currency"] == "EUR"
+
+
+async def test_nobody_agrees_to_overage_on_a_plan_without_a_price(door: Door) -> None:
+    await door.plan("narrow", overage_micros_per_minute=0)
+    ann = await door.caller("ann", plan="narrow")
+    refused = await refusal(ann.update(overage_allowed=True, spend_cap_micros=5))
+    assert (refused.code, refused.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "PLAN_LACKS_OVERAGE")
+    assert refused.precondition == "plans/narrow"
+    assert (await _get(ann)).spend_cap_micros == 0
 
 
 async def test_a_repeated_change_is_not_done_again(door: Door) -> None:

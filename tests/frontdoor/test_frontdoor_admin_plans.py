@@ -78,6 +78,21 @@ async def test_a_plan_is_made_once_and_can_be_had(door: Door, boss: Caller) -> N
     assert audited == 1
 
 
+async def test_a_new_plan_is_judged_before_it_is_made(door: Door, boss: Caller) -> None:
+    request = a_request(a_plan(self_service=True))
+    request.validate_only = True
+    shown = await boss.admin.CreatePlan(request)
+    assert (await refusal(get(boss, "plans/team"))).reason == "UNKNOWN_PLAN"
+    request.validate_only = False
+    assert await boss.admin.CreatePlan(request) == shown
+    assert shown.self_service
+    again = a_request(a_plan())
+    again.validate_only = True
+    assert (await refusal(boss.admin.CreatePlan(again))).reason == "PLAN_EXISTS"
+    again.plan.gpu_class_bp["H200"] = 10**6
+    assert (await refusal(boss.admin.CreatePlan(again))).violations.keys() == {"plan.gpu_class_bp"}
+
+
 async def test_versions_stay_as_they_were(boss: Caller) -> None:
     first = await get(boss, "plans/basic")
     changed = admin_pb2.Plan()

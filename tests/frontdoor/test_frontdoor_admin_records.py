@@ -14,7 +14,7 @@ from scheduler.frontdoor.auth import ROLE_NEEDED
 from scheduler.store import invariants
 from scheduler.store.accounts import Role
 from tests.frontdoor.door import Caller, Door, refusal
-from tests.frontdoor.test_frontdoor_billing import charge
+from tests.frontdoor.test_frontdoor_billing import change, charge
 
 STANDARD_MS = 54_000_000
 
@@ -75,6 +75,92 @@ async def test_an_admin_may_leave_out_whose_job_it_is(door: Door, boss: Caller) 
     assert (refund.job, refund.refunded_ms) == (job, 4_000)
 
 
+async def test_a_refund_is_shown_then_taken_back_and_repeated_it_is_taken_back_once(
+    door: Door, boss: Caller
+) -> None:
+    job = await charge(door, await door.caller("ann"))
+    await boss.admin.RefundJob(a_refund(job))
+    door.scheduler.told_accounts.clear()
+
+    def an_undo_of(name: str, **fields: Any) -> admin_pb2.UndoRefundRequest:
+        fields = {"request_id": str(uuid.uuid4()), "job": name, "reason": "not broken", **fields}
+        return admin_pb2.UndoRefundRequest(**fields)
+
+    shown = await boss.admin.UndoRefund(an_undo_of(job, validate_only=True))
+    assert (shown.taken_ms, shown.kept_ms, shown.billed_ms) == (4_000, 0, 4_000)
+    assert shown.balance.available_ms == STANDARD_MS - 4_000
+    left = await boss.billing.GetBalance(billing_pb2.GetBalanceRequest(account="accounts/ann"))
+    assert left.available_ms == STANDARD_MS
+    request = an_undo_of(f"accounts/-/jobs/{job.rpartition('/')[2]}", etag=shown.etag)
+    assert await boss.admin.UndoRefund(request) == shown
+    assert await boss.admin.UndoRefund(request) == shown
+    assert door.scheduler.told_accounts == ["ann", "ann"]
+    (event, *_) = await events(boss, target=job)
+    assert (event.action, event.reason) == ("UndoRefund", "not broken")
+
+    for name in (job, f"accounts/-/jobs/{uuid.uuid4()}"):
+        refused = await refusal(boss.admin.UndoRefund(an_undo_of(name)))
+        assert (refused.code, refused.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "NO_REFUND_TO_UNDO")
+    wrong = await refusal(boss.admin.UndoRefund(admin_pb2.UndoRefundRequest(etag="x" * 101)))
+    assert wrong.violations.keys() == {"request_id", "job", "etag", "reason"}
+
+
+async def test_a_refund_of_which_all_is_used_is_not_taken_back(door: Door, boss: Caller) -> None:
+    ann = await door.caller("ann")
+    job = await charge(door, ann)
+    await boss.admin.RefundJob(a_refund(job))
+    await boss.admin.AdjustBalance(a_grant(amount_ms=-STANDARD_MS))
+    refused = await refusal(
+        boss.admin.UndoRefund(
+            admin_pb2.UndoRefundRequest(request_id=str(uuid.uuid4()), job=job, reason="not broken")
+        )
+    )
+    assert (refused.code, refused.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "REFUND_SPENT")
+
+
+def an_undo(**fields: Any) -> admin_pb2.UndoPlanChangeRequest:
+    return admin_pb2.UndoPlanChangeRequest(
+        **{"request_id": str(uuid.uuid4()), "account": "accounts/ann", "reason": "a mistake", **fields}
+    )
+
+
+async def test_a_change_of_plan_is_shown_then_taken_back_and_repeated_it_is_taken_back_once(
+    door: Door, boss: Caller
+) -> None:
+    ann = await door.caller("ann")
+    await boss.billing.ChangePlan(change("plans/pro", account="accounts/ann", reason="r"))
+    door.scheduler.told_accounts.clear()
+
+    shown = await boss.admin.UndoPlanChange(an_undo(validate_only=True))
+    assert (await ann.billing.GetBalance(billing_pb2.GetBalanceRequest())).plan == "plans/pro"
+    assert (shown.from_plan, shown.to_plan, shown.at_once) == ("plans/pro", "plans/standard", True)
+    assert shown.sentence.startswith(
+        "Of the change of 2026-11-10 12:00 UTC: the plan is standard again at once;"
+    )
+    request = an_undo(etag=shown.etag)
+    undone = await boss.admin.UndoPlanChange(request)
+
+    assert undone == shown
+    assert await boss.admin.UndoPlanChange(request) == undone
+    assert door.scheduler.told_accounts == ["ann", "ann"]
+    left = await ann.billing.GetBalance(billing_pb2.GetBalanceRequest())
+    assert (left.plan, left.available_ms) == ("plans/standard", STANDARD_MS)
+    (event, *_) = await events(boss, target="accounts/ann")
+    assert (event.action, event.reason) == ("UndoPlanChange", "a mistake")
+    refused = await refusal(boss.admin.UndoPlanChange(an_undo()))
+    assert (refused.code, refused.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "NOTHING_TO_UNDO")
+    assert refused.metadata == {"account": "ann"}
+
+
+async def test_everything_wrong_with_an_undo_is_told_at_once(boss: Caller) -> None:
+    refused = await refusal(
+        boss.admin.UndoPlanChange(admin_pb2.UndoPlanChangeRequest(account="ann", etag="x" * 101))
+    )
+    assert refused.violations.keys() == {"request_id", "account", "etag", "reason"}
+    unknown = await refusal(boss.admin.UndoPlanChange(an_undo(account="accounts/nobody")))
+    assert unknown.reason == "UNKNOWN_ACCOUNT"
+
+
 async def test_what_was_not_charged_is_not_given_back(door: Door, boss: Caller) -> None:
     job = await (await door.caller("ann")).create()
     for name in (job.name, f"accounts/-/jobs/{uuid.uuid4()}", f"accounts/boss/jobs/{job.uid}"):
@@ -84,6 +170,31 @@ async def test_what_was_not_charged_is_not_given_back(door: Door, boss: Caller) 
     assert (unknown.code, unknown.reason) == (grpc.StatusCode.NOT_FOUND, "UNKNOWN_ACCOUNT")
     nothing = await refusal(boss.admin.RefundJob(admin_pb2.RefundJobRequest(amount_ms=-1)))
     assert nothing.violations.keys() == {"request_id", "job", "amount_ms", "reason"}
+
+
+async def test_a_grant_that_is_named_is_taken_back(door: Door, boss: Caller) -> None:
+    await door.caller("ann")
+    await boss.admin.AdjustBalance(a_grant(source=admin_pb2.GRANT_SOURCE_PROMO))
+    (promo,) = await events(boss, target="accounts/ann")
+    await boss.admin.AdjustBalance(a_grant(source=admin_pb2.GRANT_SOURCE_PURCHASE))
+    left = await boss.admin.AdjustBalance(a_grant(amount_ms=-60_000, undoes=promo.number))
+    assert left.available_ms == STANDARD_MS + 60_000
+    refused = await refusal(boss.admin.AdjustBalance(a_grant(amount_ms=-1, undoes=promo.number)))
+    assert (refused.reason, refused.metadata["available_ms"]) == ("ADJUSTMENT_TOO_LARGE", "0")
+    unknown = await refusal(boss.admin.AdjustBalance(a_grant(amount_ms=-1, undoes=promo.number + 100)))
+    assert (unknown.code, unknown.reason) == (grpc.StatusCode.NOT_FOUND, "UNKNOWN_GRANT")
+    for fields in ({"undoes": promo.number}, {"amount_ms": -1, "undoes": -1}):
+        assert (await refusal(boss.admin.AdjustBalance(a_grant(**fields)))).violations.keys() == {"undoes"}
+
+
+async def test_two_admins_with_one_request_id_do_one_thing(door: Door, boss: Caller) -> None:
+    await door.caller("ann")
+    other = await door.caller("other", role=Role.ADMIN)
+    request = a_grant()
+    first = await boss.admin.AdjustBalance(request)
+    refused = await refusal(other.admin.AdjustBalance(request))
+    assert (refused.code, refused.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "REQUEST_ID_REUSED")
+    assert await boss.admin.AdjustBalance(request) == first
 
 
 async def test_a_grant_says_what_it_is(door: Door, boss: Caller) -> None:
@@ -190,7 +301,7 @@ async def test_admin_service_is_for_admins_alone(door: Door, role: Role) -> None
     methods = [
         path.rpartition("/")[2] for path in ROLE_NEEDED if path.startswith("/billing.v1.AdminService/")
     ]
-    assert len(methods) == 15
+    assert len(methods) == 17
     for method in methods:
         request = getattr(admin_pb2, f"{method}Request")()
         refused = await refusal(getattr(caller.admin, method)(request))

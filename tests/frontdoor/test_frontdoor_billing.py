@@ -30,6 +30,21 @@ async def ann(door: Door) -> Caller:
     return await door.caller("ann")
 
 
+@pytest.fixture
+async def open_plans(boss: Caller) -> None:
+    """An admin who has opened every plan to accounts."""
+    for plan in (await boss.admin.ListPlans(admin_pb2.ListPlansRequest())).plans:
+        plan.self_service = True
+        await boss.admin.UpdatePlan(
+            admin_pb2.UpdatePlanRequest(
+                request_id=str(uuid.uuid4()),
+                plan=plan,
+                effective_from=admin_pb2.EFFECTIVE_FROM_NEXT_PERIOD,
+                reason="r",
+            )
+        )
+
+
 def change(plan: str = "plans/pro", **fields: str) -> billing_pb2.ChangePlanRequest:
     return billing_pb2.ChangePlanRequest(request_id=str(uuid.uuid4()), plan=plan, **fields)
 
@@ -175,7 +190,9 @@ async def test_statements_read_one_moment_while_charges_go_on(door: Door, ann: C
     await asyncio.gather(charges(), reads())
 
 
+@pytest.mark.usefixtures("open_plans")
 async def test_a_change_of_plan_is_what_the_preview_showed(door: Door, ann: Caller) -> None:
+    door.scheduler.told_accounts.clear()
     door.clock.pass_s(5 * 86_400)
     preview = await ann.billing.PreviewPlanChange(billing_pb2.PreviewPlanChangeRequest(plan="plans/pro"))
     assert (preview.from_plan, preview.to_plan, preview.at_once) == ("plans/standard", "plans/pro", True)
@@ -202,6 +219,28 @@ async def test_a_change_of_plan_is_what_the_preview_showed(door: Door, ann: Call
     )
 
 
+async def test_only_admins_change_an_account_to_a_plan_that_is_not_open(
+    door: Door, ann: Caller, boss: Caller
+) -> None:
+    operator = await door.caller("ann", role=Role.OPERATOR)
+    for caller in (ann, operator):
+        for call in (
+            caller.billing.PreviewPlanChange(billing_pb2.PreviewPlanChangeRequest(plan="plans/pro")),
+            caller.billing.ChangePlan(change("plans/pro")),
+            caller.billing.ChangePlan(change("plans/standard")),
+        ):
+            refused = await refusal(call)
+            assert (refused.code, refused.reason) == (
+                grpc.StatusCode.FAILED_PRECONDITION,
+                "PLAN_NOT_SELF_SERVICE",
+            )
+    assert (await ann.billing.GetBalance(billing_pb2.GetBalanceRequest())).plan == "plans/standard"
+    for_ann = billing_pb2.PreviewPlanChangeRequest(account="accounts/ann", plan="plans/pro")
+    assert (await boss.billing.PreviewPlanChange(for_ann)).at_once
+    assert (await boss.billing.ChangePlan(change("plans/pro"))).account == "accounts/boss"
+
+
+@pytest.mark.usefixtures("open_plans")
 async def test_a_change_to_less_waits_for_the_end_of_the_period(
     door: Door, ann: Caller, boss: Caller
 ) -> None:
@@ -222,6 +261,7 @@ async def test_a_change_to_less_waits_for_the_end_of_the_period(
     assert (await ann.billing.GetBalance(billing_pb2.GetBalanceRequest())).plan == "plans/basic"
 
 
+@pytest.mark.usefixtures("open_plans")
 async def test_a_preview_that_no_longer_holds_is_refused(ann: Caller, boss: Caller) -> None:
     preview = await ann.billing.PreviewPlanChange(billing_pb2.PreviewPlanChangeRequest(plan="plans/pro"))
     pro = await boss.admin.GetPlan(admin_pb2.GetPlanRequest(name="plans/pro"))

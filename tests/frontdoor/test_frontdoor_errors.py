@@ -20,7 +20,7 @@ from scheduler.frontdoor.fields import page_token
 from scheduler.refusals import FieldViolation, Impossible, InvalidRequest
 from scheduler.store.accounts import Role
 from scheduler.v1 import account_pb2, job_pb2
-from tests.frontdoor.door import Door, refusal
+from tests.frontdoor.door import Door, abilities, refusal
 
 Code = grpc.StatusCode
 
@@ -315,12 +315,12 @@ async def test_a_job_whose_model_is_gone(door: Door) -> None:
 
 async def test_a_picture_too_large_for_every_gpu(door: Door) -> None:
     ann = await door.caller("ann")
-    door.scheduler.largest_gpu = 1_000_000
+    door.scheduler.able = abilities(most_memory_bytes=1_000_000)
     refused = await refusal(ann.create("a fox"))
     assert (refused.code, refused.reason) == (Code.FAILED_PRECONDITION, "IMPOSSIBLE")
     assert refused.metadata == {"missing": "gpu_memory"}
     assert "the largest GPU here has 0.0 GB" in refused.message
-    door.scheduler.largest_gpu = None
+    door.scheduler.able = None
     assert (await ann.create("a fox")).uid, "while no GPU is known, nothing is impossible"
 
 

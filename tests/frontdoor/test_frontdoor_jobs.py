@@ -13,7 +13,7 @@ import pytest
 from scheduler.store.accounts import Role
 from scheduler.updates import QueueReason, QueueStatus
 from scheduler.v1 import job_pb2
-from tests.frontdoor.door import Door, read_refusal, refusal
+from tests.frontdoor.door import Door, abilities, read_refusal, refusal
 
 
 async def test_a_job_is_a_row_before_it_is_acknowledged_and_the_scheduler_is_told(door: Door) -> None:
@@ -133,7 +133,7 @@ async def test_a_repeated_request_returns_its_job_though_it_would_be_refused_by_
     first = await send(ids)
     await door.sql("INSERT INTO scheduler.moderation_rule VALUES ('purple', 'gore') RETURNING 1")
     door.clock.pass_s(10)
-    door.scheduler.largest_gpu = 1
+    door.scheduler.able = abilities(most_memory_bytes=1)
     await door.sql(
         """UPDATE scheduler.job SET spec = jsonb_set(spec, '{model}', '"sd-9"')
            WHERE job_id = $1 RETURNING 1""",

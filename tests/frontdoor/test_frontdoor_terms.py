@@ -15,7 +15,7 @@ from scheduler.policy.ids import JobId, Tier
 from scheduler.store.accounts import Role
 from scheduler.updates import QueueReason, QueueStatus, StartTimes
 from scheduler.v1 import job_pb2
-from tests.frontdoor.door import Door, refusal
+from tests.frontdoor.door import Door, abilities, refusal
 
 FAST, RELAX = job_pb2.TIER_FAST, job_pb2.TIER_RELAX
 Code = grpc.StatusCode
@@ -323,6 +323,38 @@ async def test_an_estimate_with_another_plan(door: Door) -> None:
     assert (refused.code, refused.reason) == (Code.NOT_FOUND, "UNKNOWN_PLAN")
 
 
+async def test_a_price_is_that_of_the_gpus_there_are(door: Door) -> None:
+    await door.plan("club", gpu_class_bp={"H200": 30_000, "L4": 5_000})
+    ann = await door.caller("ann", plan="club")
+    for devices, sentence, billed_ms in (
+        (
+            {"H200", "L4"},
+            "About 2 to 12 s of fast time from your plan club, depending on the type of GPU;",
+            12_000,
+        ),
+        ({"L4"}, "About 2 s of fast time from your plan club;", 2_000),
+        ({"H200"}, "About 12 s of fast time from your plan club;", 12_000),
+    ):
+        door.scheduler.able = abilities(devices=frozenset(devices))
+        job = await ann.create("a fox --fast")
+        assert job.price.sentence == f"{sentence} what is charged is measured."
+        assert job.price.billed_gpu_ms == billed_ms
+    assert (await ann.get(job.name)).price == job.price
+
+    await door.leave("ann", 12_000 + 2_000 + 12_000 + 11_999)
+    _, fast = await ann.estimate(name=(await ann.create("a hare --relax")).name)
+    assert fast.refusal.reason == "FAST_TIME_EXHAUSTED", "what waits counts as dear as it may be"
+    await ann.update(overage_allowed=True)
+    door.scheduler.able = abilities(devices=frozenset({"H200", "L4"}))
+    metered = await ann.create("an owl --fast")
+    assert metered.price.sentence == (
+        "Your plan's fast time is used up, and you allow overage. About 2 to 12 s of fast time at "
+        "0.0667 USD a GPU-minute: about 0.0022 USD to 0.0133 USD, depending on the type of GPU; "
+        "what is charged is measured."
+    )
+    assert metered.price.amount_micros == 13_334
+
+
 async def test_a_full_queue_refuses_what_is_not_there_but_not_what_is(door: Door) -> None:
     ann = await door.caller("ann")
     jobs = [await ann.create("a fox --relax") for _ in range(10)]
@@ -340,7 +372,7 @@ async def test_an_estimate_needs_to_know_of_what(door: Door, fields: dict[str, s
 
 async def test_an_impossible_job_is_refused_and_not_estimated(door: Door) -> None:
     ann = await door.caller("ann")
-    door.scheduler.largest_gpu = 1
+    door.scheduler.able = abilities(most_memory_bytes=1)
     create = job_pb2.CreateJobRequest(imagine=job_pb2.Imagine(prompt="a fox"))
     assert (await refusal(ann.estimate(create=create))).reason == "IMPOSSIBLE"
 

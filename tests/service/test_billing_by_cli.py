@@ -37,6 +37,7 @@ accepted = 10
 relax_weight = 1
 private = true
 private_multiplier = 2
+self_service = true
 [club.gpu_classes]
 "timed {STEP_MS} ms" = 1.5
 
@@ -51,6 +52,7 @@ accepted = 20
 relax_weight = 1
 private = true
 private_multiplier = 2
+self_service = true
 
 [narrow]
 minutes = 200
@@ -185,9 +187,24 @@ def test_a_month_adds_up_with_a_grant_a_charge_a_refund_and_what_takes_it_back(a
     ada = opens(admin, "ada", "club")
     admin.types("admin", "grant", "ada", "5", "--promo", "--until", "2100-01-01", *WHY)
     assert balance(ada)["availableMs"] == 12_300_000
+    admin.types("admin", "grant", "ada", "7", "--purchase", *WHY)
+    (_, promo, *_) = admin.gets("admin", "audit", "--target", "accounts/ada")["events"]
+    admin.types("admin", "grant", "ada", "-2", "--undoes", promo["number"], *WHY)
+    (deed, *_) = admin.gets("admin", "audit", "--target", "accounts/ada", "--limit", "1")["events"]
+    assert json.loads(deed["afterJson"])["undoes"] == int(promo["number"])
+    too_much = admin.refusal("admin", "grant", "ada", "-4", "--undoes", promo["number"], *WHY)
+    assert too_much["metadata"]["available_ms"] == "180000", "three of five are left of it"
+    assert admin.refusal("admin", "grant", "ada", "-1", "--undoes", "1", *WHY)["reason"] == "UNKNOWN_GRANT"
+    admin.types("admin", "grant", "ada", "-7", *WHY)
+    admin.types("admin", "grant", "ada", "2", "--promo", "--until", "2100-01-01", *WHY)
+    assert balance(ada)["availableMs"] == 12_300_000
 
     dry = ada.gets("imagine", "--fast", "--dry-run", *QUICK)
-    assert dry["price"]["sentence"]
+    foreseen_ms = -(-int(dry["price"]["predictedGpuMs"]) * 15_000 // 10_000)
+    assert int(dry["price"]["billedGpuMs"]) == foreseen_ms
+    assert dry["price"]["sentence"] == (
+        f"About {foreseen_ms / 1000:.0f} s of fast time from your plan club; what is charged is measured."
+    )
     job = ada.made("imagine", "--fast", *QUICK)
     receipt = {name: int(value) for name, value in job["receipt"].items() if name.endswith("Ms")}
     billed = receipt["billedGpuMs"]
@@ -199,7 +216,7 @@ def test_a_month_adds_up_with_a_grant_a_charge_a_refund_and_what_takes_it_back(a
 
     statement = ada.gets("statement", "--csv", "month.csv")
     sums = totals(statement)
-    assert (sums["grantedMs"], sums["usedMs"]) == (12_300_000, billed)
+    assert (sums["grantedMs"] - sums["revokedMs"], sums["usedMs"]) == (12_300_000, billed)
     of_job = [line for line in statement["lines"] if line["job"] == job["name"]]
     assert sum(int(line["fastMs"]) for line in of_job) == -billed
     assert {line["multiplierBp"] for line in of_job} == {15_000}
@@ -215,10 +232,22 @@ def test_a_month_adds_up_with_a_grant_a_charge_a_refund_and_what_takes_it_back(a
     assert admin.refusal("admin", "refund", relaxed["uid"], *WHY)["reason"] == "NOTHING_CHARGED"
     assert totals(ada.gets("statement"))["usedMs"] == 0
 
+    shown = admin.gets("admin", "undo-refund", job["uid"], "--dry-run", *WHY)
+    assert int(shown["takenMs"]) == billed - 600, "the newest first"
+    assert totals(ada.gets("statement"))["usedMs"] == 0
+    undone = admin.gets("admin", "undo-refund", job["uid"], "--yes", *WHY)
+    assert (undone["takenMs"], undone["refundedInAllMs"]) == (shown["takenMs"], "600")
+    admin.gets("admin", "undo-refund", job["uid"], "--yes", *WHY)
+    assert totals(ada.gets("statement"))["usedMs"] == billed
+    again = admin.refusal("admin", "undo-refund", job["uid"], "--yes", *WHY)
+    assert again["reason"] == "NO_REFUND_TO_UNDO"
+    admin.types("admin", "refund", job["uid"], *WHY)
+
+    before = totals(ada.gets("statement"))["revokedMs"]
     admin.types("admin", "grant", "ada", "-5", *WHY)
     left = admin.gets("admin", "accounts", "show", "ada")["balance"]
     assert left["availableMs"] == "12000000"
-    assert totals(admin.gets("statement", "--account", "ada"))["revokedMs"] == 300_000
+    assert totals(admin.gets("statement", "--account", "ada"))["revokedMs"] == before + 300_000
 
 
 def test_out_of_fast_time_is_refused_or_charged_within_the_cap_as_the_account_has_agreed(
@@ -236,6 +265,8 @@ def test_out_of_fast_time_is_refused_or_charged_within_the_cap_as_the_account_ha
     assert pat.refusal("imagine", "--fast", *QUICK)["reason"] == "FAST_TIME_EXHAUSTED"
     admin.types("admin", "refund", job["uid"], *WHY)
     assert totals(pat.gets("statement"))["amountMicros"] == 0
+    admin.types("admin", "undo-refund", job["uid"], "--yes", *WHY)
+    assert totals(pat.gets("statement"))["amountMicros"] == posted
 
 
 def test_an_upgrade_is_done_as_it_was_shown_and_a_downgrade_waits_for_the_end_of_the_period(
@@ -243,6 +274,9 @@ def test_an_upgrade_is_done_as_it_was_shown_and_a_downgrade_waits_for_the_end_of
 ) -> None:
     eve = opens(admin, "eve", "club")
     before = balance(eve)
+    for words in (("--dry-run",), ("--yes",)):
+        refused = eve.refusal("plan", "change", "pro", *words)
+        assert (refused["reason"], refused["metadata"]) == ("PLAN_NOT_SELF_SERVICE", {"plan": "pro"})
     assert eve.gets("plan", "change", "club-plus", "--dry-run")["atOnce"] is True
     eve.types("plan", "change", "club-plus", answers="n\n", expect=1)
     assert eve.gets("plan")["plan"] == "plans/club"
@@ -257,6 +291,20 @@ def test_an_upgrade_is_done_as_it_was_shown_and_a_downgrade_waits_for_the_end_of
     assert after["grantedMs"] - before["grantedMs"] == int(upgrade["fastMs"])
     # The account was opened a moment ago: nearly the whole of the difference.
     assert 41_000_000 < int(upgrade["fastMs"]) <= 42_000_000
+
+    shown = admin.gets("admin", "accounts", "undo-plan", "eve", "--dry-run", *WHY)
+    assert (shown["fromPlan"], shown["toPlan"]) == ("plans/club-plus", "plans/club")
+    admin.types("admin", "accounts", "undo-plan", "eve", *WHY, answers="n\n", expect=1)
+    undone = admin.gets("admin", "accounts", "undo-plan", "eve", "--yes", *WHY)
+    assert (undone["revokedMs"], undone["keptMs"]) == (upgrade["fastMs"], "0")
+    assert eve.gets("plan")["plan"] == "plans/club"
+    assert balance(eve)["availableMs"] == before["availableMs"]
+    assert totals(eve.gets("statement"))["amountMicros"] == 0, "nothing is owed of what was taken back"
+    assert (
+        admin.refusal("admin", "accounts", "undo-plan", "eve", "--yes", *WHY)["reason"] == "NOTHING_TO_UNDO"
+    )
+    eve.types("plan", "change", "club-plus", "--yes")
+    after = balance(eve)
 
     assert eve.gets("plan", "change", "club", "--yes")["atOnce"] is False
     assert eve.gets("info")["scheduledPlan"] == "plans/club"
@@ -298,6 +346,8 @@ def test_whatever_was_done_is_on_record_and_every_invariant_holds(admin: Person)
     assert all(event["actor"] and event["reason"] and event["requestId"] for event in events)
     made = {event["action"] for event in events}
     assert {"CreatePlan", "CreateAccount", "CreateApiKey"} <= made
+    admin.types("admin", "audit", "--export", "three.jsonl", "--limit", "3")
+    assert len((admin.folder / "three.jsonl").read_text().splitlines()) == 3
     listed = admin.gets("admin", "audit", "--actor", "accounts/admin", "--limit", "2")["events"]
     assert [event["action"] for event in listed] == [event["action"] for event in events[:2]]
 

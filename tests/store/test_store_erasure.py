@@ -22,6 +22,17 @@ async def test_every_reference_to_an_account_follows_its_id(connection: asyncpg.
     assert left_behind == []
 
 
+async def test_no_table_is_read_whole_to_find_an_account(connection: asyncpg.Connection) -> None:
+    read_whole = await connection.fetch(
+        """SELECT conrelid::regclass::text FROM pg_constraint
+            WHERE contype = 'f'
+              AND confrelid IN ('billing.account'::regclass, 'scheduler.account'::regclass)
+              AND NOT EXISTS (SELECT FROM pg_index
+                               WHERE indrelid = conrelid AND indkey[0] = conkey[1] AND indpred IS NULL)"""
+    )
+    assert read_whole == []
+
+
 async def test_an_erased_account_keeps_its_jobs_and_its_place(connection: asyncpg.Connection) -> None:
     async with connection.transaction():
         await ledger_accounts.create(connection, "mary", "basic", NOW)

@@ -39,7 +39,7 @@ def test_the_readmes_plans_file_can_be_read(tmp_path: Path) -> None:
     path = tmp_path / "plans.toml"
     path.write_text(plans)
     (edit,) = read_file(path)
-    assert set(edit.values) == {"minutes", "running"}
+    assert set(edit.values) == {"minutes", "running", "self_service"}
 
 
 def test_the_readmes_settings_are_settings() -> None:
