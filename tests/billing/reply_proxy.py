@@ -31,6 +31,7 @@ class ReplyProxy:
         self._database = database
         self._user = user
         self._loses: Loses | None = None
+        self._of = b""
         self._port = 0
         self.lost = 0
         """Commits lost so far."""
@@ -40,9 +41,9 @@ class ReplyProxy:
         """The server's address by way of here."""
         return f"postgresql://{self._user}@127.0.0.1:{self._port}/{self._database}?sslmode=disable"
 
-    def lose_next(self, loses: Loses) -> None:
-        """Break the connection that commits next."""
-        self._loses = loses
+    def lose_next(self, loses: Loses, of: bytes = b"") -> None:
+        """Break the connection that next commits a transaction in which these bytes were sent."""
+        self._loses, self._of = loses, of
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[ReplyProxy]:
@@ -69,12 +70,17 @@ class ReplyProxy:
     async def _pass_requests(
         self, reader: asyncio.StreamReader, server: asyncio.StreamWriter, losing: asyncio.Event
     ) -> None:
+        sent = b""
         while data := await reader.read(65_536):
             # A driver sends a commit by itself: it has waited for what came before.
-            if self._loses is not None and data == _COMMIT:
-                if self._loses is Loses.REQUEST:
-                    self._lose()
-                losing.set()
+            if data != _COMMIT:
+                sent += data
+            else:
+                if self._loses is not None and self._of in sent:
+                    if self._loses is Loses.REQUEST:
+                        self._lose()
+                    losing.set()
+                sent = b""
             server.write(data)
             await server.drain()
         server.transport.abort()
