@@ -5,11 +5,16 @@ Every database that a test leaves behind is asked whether the ledger's promises 
 
 from __future__ import annotations
 
-import atexit
 import os
-import sys
+import shutil
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before anything imports ray
+# Ray is started by fork and exec. Unless told otherwise gRPC starts threads of its own in between, and one of
+# them may abort the child (grpc/grpc#43055). A service starts Ray before gRPC; a test run cannot.
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
+# As Ray gives it to a worker. Two threads at networks as small as these mostly wait for each other: beside
+# other work a model was warm after 4 s with one, and after 30 s with two.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import asyncio
 import itertools
@@ -37,11 +42,28 @@ settings.load_profile("default" if os.environ.get("DARKROOM_LONG") else "same")
 _numbers = itertools.count()
 
 
+# A database of its own for each of a thousand tests is a million files made and removed: in memory that takes
+# a fifth of the CPU time that it takes on a disk.
+_MEMORY = Path("/dev/shm")
+# Docker gives 64 MiB unless told otherwise; what the whole run writes stays below this.
+_MEMORY_BYTES = 3 * 2**30
+
+
+def _folder_for_databases() -> str | None:
+    """Return a folder in memory, where this machine has one with room; None: the usual one is to be used."""
+    if _MEMORY.is_dir() and shutil.disk_usage(_MEMORY).free >= _MEMORY_BYTES:
+        return str(_MEMORY)
+    return None
+
+
 @pytest.fixture(scope="session")
 def postgresql() -> Iterator[str]:
     """DSN of a server that lives as long as the test run."""
     # A short path: a Unix socket's name ends at 107 bytes.
-    with tempfile.TemporaryDirectory(prefix="dr-") as folder, embedded_postgresql(Path(folder) / "pg") as dsn:
+    with (
+        tempfile.TemporaryDirectory(prefix="dr-", dir=_folder_for_databases()) as folder,
+        embedded_postgresql(Path(folder) / "pg") as dsn,
+    ):
         yield dsn
 
 
@@ -111,22 +133,3 @@ async def connection(database: str) -> AsyncIterator[asyncpg.Connection]:
         yield connection
     finally:
         await connection.close()
-
-
-_exit_status = 0
-
-
-def pytest_sessionfinish(exitstatus: int) -> None:
-    global _exit_status
-    _exit_status = int(exitstatus)
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_unconfigure() -> None:
-    """End at once when all is said: a process that has had torch, Ray and gRPC in it may crash while Python
-    takes itself apart, which says nothing about a test and would make a green run red.
-    """
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(_exit_status)

@@ -18,5 +18,6 @@ for argument in "$@"; do
 done
 
 deploy/environment.sh server,worker,simulator,dev
+# faulthandler also after pytest's own has been taken down: a crash while the process ends then says where.
 # The long form, because bash 3.2, which macOS ships, takes an empty array for an unset variable.
-exec .venv/bin/python -m pytest ${selection[@]+"${selection[@]}"} ${arguments[@]+"${arguments[@]}"}
+exec .venv/bin/python -X faulthandler -m pytest ${selection[@]+"${selection[@]}"} ${arguments[@]+"${arguments[@]}"}

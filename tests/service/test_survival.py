@@ -17,7 +17,8 @@ from scheduler.v1 import job_pb2
 from tests.service.people import People, assert_ledger_closes, result_of, until_step
 from tests.service.process import ServiceProcess, service
 
-pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.timeout(240)]
+# Two of these start a service twice, and a start may take a busy machine two minutes.
+pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.timeout(480)]
 
 
 async def attempts_of(dsn: str, job_id: str) -> list[asyncpg.Record]:
@@ -77,7 +78,8 @@ async def test_killed_scheduler_loses_nothing_and_adopts_what_runs(
 
 
 async def test_waiting_jobs_continue_when_the_whole_service_was_killed(data_dir: Path) -> None:
-    with service(data_dir, gpus=1, timed_step_ms=100) as first:
+    # The first job would take ten seconds: it is not over before the service is killed.
+    with service(data_dir, gpus=1, timed_step_ms=500) as first:
         people = People(first.address, first.admin_key)
         key = await people.key("ada")
         async with DarkroomClient(first.address, key) as ada:
