@@ -446,14 +446,14 @@ MUTANTS = [
         file="board.py",
         old="        self._lose_gpu(attempt)\n        attempt.drawn, attempt.ends_ms = True, event.at_ms\n",
         new="        attempt.drawn, attempt.ends_ms = True, event.at_ms\n",
-        broken="test_drawn_runs.test_the_next_job_starts_once_the_run_before_it_is_drawn",
+        broken="test_policy_drawn_runs.test_the_next_job_starts_once_the_run_before_it_is_drawn",
     ),
     Mutant(
         what="a drawn run that ends takes the next off its worker",
         file="board.py",
         old="        attempt.drawn, attempt.ends_ms = True, event.at_ms\n",
         new="        attempt.ends_ms = event.at_ms\n",
-        broken="test_drawn_runs.test_the_end_of_a_drawn_run_leaves_the_next_its_gpu",
+        broken="test_policy_drawn_runs.test_the_end_of_a_drawn_run_leaves_the_next_its_gpu",
     ),
     Mutant(
         what="a drawn run counts for its account no more",
@@ -464,14 +464,14 @@ MUTANTS = [
             "        self._cell.accounts[attempt.job.account_id].count(attempt.job.tier, -1)\n"
             "        self._reconcile(self._cell.accounts[attempt.job.account_id])\n"
         ),
-        broken="test_drawn_runs.test_a_drawn_run_counts_for_its_account_until_it_ends",
+        broken="test_policy_drawn_runs.test_a_drawn_run_counts_for_its_account_until_it_ends",
     ),
     Mutant(
         what="who takes over believes that a drawn run has the gpu",
         file="facts.py",
         old="        drawn=attempt.drawn,\n",
         new="",
-        broken="test_drawn_runs.test_a_copy_of_the_board_knows_what_is_drawn",
+        broken="test_policy_drawn_runs.test_a_copy_of_the_board_knows_what_is_drawn",
     ),
     # -- workers ---------------------------------------------------------------------------------------
     Mutant(
