@@ -8,6 +8,7 @@ told once (ActorDiedError), not a silence that may or may not end.
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Callable, Collection, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -116,6 +117,7 @@ class RayFleet:
         self._incarnations: dict[str, str] = {}
         self._names: dict[str, str] = {}
         self._calls: set[asyncio.Task[None]] = set()
+        self._rendering: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def open(self, epoch: int, tell: Callable[[FleetFact], None]) -> None:
@@ -291,10 +293,17 @@ class RayFleet:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _render(self, worker_id: str, request: RenderRequest) -> None:
-        try:
-            await self._ask(worker_id, "render", request)
-        except WorkerBusy as busy:
-            self._tell(RenderRefused(worker_id=worker_id, attempt_id=request.attempt_id, sentence=str(busy)))
+        life = self._incarnations.get(worker_id)
+        # Of two calls that are under way to an actor the second may arrive first: a run, and what parks it.
+        async with self._rendering[worker_id]:
+            if self._incarnations.get(worker_id) != life:
+                return  # it has been told lost
+            try:
+                await self._ask(worker_id, "render", request)
+            except WorkerBusy as busy:
+                self._tell(
+                    RenderRefused(worker_id=worker_id, attempt_id=request.attempt_id, sentence=str(busy))
+                )
 
     async def _forget(self, worker_id: str, attempt_id: str, kept: bool) -> None:
         try:

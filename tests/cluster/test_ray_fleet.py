@@ -148,6 +148,7 @@ class Line:
 
     def __init__(self, *troubles: Exception) -> None:
         self._troubles = list(troubles)
+        self.called = asyncio.Event()
         self.answered = asyncio.Event()
         self.calls: list[tuple[Any, ...]] = []
 
@@ -156,6 +157,7 @@ class Line:
 
     async def remote(self, *arguments: Any) -> None:
         self.calls.append(arguments)
+        self.called.set()
         if self._troubles:
             raise self._troubles.pop(0)
         self.answered.set()
@@ -185,6 +187,31 @@ async def test_call_lost_on_the_way_is_made_again(tmp_path: Path) -> None:
         async with asyncio.timeout(10):
             await line.answered.wait()
         assert line.calls == 3 * line.calls[:1]
+
+
+async def test_run_reaches_its_worker_before_what_parks_it(tmp_path: Path) -> None:
+    line = Line(unavailable())
+    fleet = over(line, tmp_path)
+    relax = a_request(tier="relax")
+    fast = a_request(parks=relax.attempt_id)
+    fleet.render(_WORKER, relax)
+    fleet.render(_WORKER, fast)
+    async with asyncio.timeout(10):
+        await asyncio.gather(*fleet._calls)
+    assert line.calls == [(relax,), (relax,), (fast,)]
+
+
+async def test_run_of_a_worker_that_died_meanwhile_is_not_given_to_the_next(tmp_path: Path) -> None:
+    line = Line(unavailable())
+    fleet = over(line, tmp_path)
+    fleet._incarnations[_WORKER] = "first"
+    fleet.render(_WORKER, a_request())
+    fleet.render(_WORKER, a_request())
+    await line.called.wait()
+    fleet._incarnations[_WORKER] = "second"
+    async with asyncio.timeout(10):
+        await asyncio.gather(*fleet._calls)
+    assert len(line.calls) == 1
 
 
 async def test_worker_that_is_busy_after_a_lost_call_is_told(tmp_path: Path) -> None:
