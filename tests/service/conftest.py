@@ -19,9 +19,12 @@ def data_dir() -> Iterator[Path]:
         yield Path(folder)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def running() -> Iterator[ServiceProcess]:
-    """A service with three workers whose stub engine takes 2 s a job (20 steps of 100 ms)."""
+    """A service with three workers whose stub engine takes 2 s a job (20 steps of 100 ms).
+
+    Whoever uses it leaves it as it was: nothing waits or runs, no tier is paused and no worker drains.
+    """
     with (
         tempfile.TemporaryDirectory(prefix="dr-", ignore_cleanup_errors=True) as folder,
         service(Path(folder), gpus=3, timed_step_ms=100) as running,

@@ -124,7 +124,7 @@ def test_an_address_that_is_no_picture_to_be_had_is_refused_with_what_to_do(ann:
 def test_stop_shows_it_as_it_is_then(ann: Artist, grid: dict[str, Any]) -> None:
     stopped = ann.drew("a lighthouse in fog --seed 5 --stop 50")
     assert bits(stopped) != bits(grid)
-    assert int(stopped["receipt"]["gpuMs"]) < int(grid["receipt"]["gpuMs"])
+    assert json.loads(stopped["receipt"]["reproductionJson"])["stop_percent"] == 50
 
 
 def test_a_video_of_how_it_came_to_be(ann: Artist) -> None:
