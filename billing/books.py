@@ -15,7 +15,20 @@ from uuid import UUID
 
 import asyncpg
 
-from billing.entries import ISSUED, PRIORITY, REVOKED, Code, Entry, Kind, Lot, Part, Source, lot_account
+from billing.entries import (
+    ISSUED,
+    PRIORITY,
+    REVENUE,
+    REVOKED,
+    Code,
+    Entry,
+    Kind,
+    Lot,
+    Part,
+    Source,
+    lot_account,
+    subscription_account,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -264,6 +277,36 @@ def revoke(
                 audit_id=audit_id,
             )
         )
+
+
+def settle_plan_change(
+    books: Books,
+    account_id: str,
+    *,
+    credit_micros: int,
+    charge_micros: int,
+    currency: str,
+    code: Code,
+    at: datetime,
+    audit_id: int,
+) -> None:
+    """Put into the books what a change of plan gives back (negative) and what it charges, where it does."""
+    owed = subscription_account(account_id)
+    for amount, debit, credit in ((-credit_micros, REVENUE, owed), (charge_micros, owed, REVENUE)):
+        if amount:
+            books.append(
+                Entry(
+                    kind=Kind.POST,
+                    code=code,
+                    account_id=account_id,
+                    debit=debit,
+                    credit=credit,
+                    unit=currency,
+                    amount=amount,
+                    at=at,
+                    audit_id=audit_id,
+                )
+            )
 
 
 _APPEND = """INSERT INTO billing.transfer (

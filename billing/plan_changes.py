@@ -15,8 +15,8 @@ import asyncpg
 
 from billing import accounts, audit, plans
 from billing.accounts import Terms
-from billing.books import Books, Grant, grant
-from billing.entries import REVENUE, Code, Entry, Kind, Source, subscription_account
+from billing.books import Books, Grant, grant, settle_plan_change
+from billing.entries import Code, Source
 from billing.periods import Period
 from billing.plans import PlanVersion
 from billing.prices import prorated
@@ -226,26 +226,17 @@ async def _change_now(
             audit_id=audit_id,
         )
         await grant(connection, [lot])
-    owed = subscription_account(account_id)
     money = Books(lots=(), metered={})
-    for amount, debit, credit in (
-        (-change.credit_micros, REVENUE, owed),
-        (change.charge_micros, owed, REVENUE),
-    ):
-        if amount:
-            money.append(
-                Entry(
-                    kind=Kind.POST,
-                    code=Code.PLAN_CHANGE,
-                    account_id=account_id,
-                    debit=debit,
-                    credit=credit,
-                    unit=change.currency,
-                    amount=amount,
-                    at=at,
-                    audit_id=audit_id,
-                )
-            )
+    settle_plan_change(
+        money,
+        account_id,
+        credit_micros=change.credit_micros,
+        charge_micros=change.charge_micros,
+        currency=change.currency,
+        code=Code.PLAN_CHANGE,
+        at=at,
+        audit_id=audit_id,
+    )
     await money.write(connection)
 
 

@@ -15,18 +15,8 @@ import asyncpg
 
 from billing import accounts, audit, plans
 from billing.accounts import Terms
-from billing.books import open_books, revoke
-from billing.entries import (
-    OF_THE_PLAN,
-    REVENUE,
-    Code,
-    Entry,
-    Kind,
-    available_ms,
-    burn_order,
-    subscription_account,
-    taken,
-)
+from billing.books import Books, open_books, revoke, settle_plan_change
+from billing.entries import OF_THE_PLAN, Code, Lot, available_ms, burn_order, taken
 from billing.refusals import AccountErased, EtagMismatch, NothingToUndo
 
 
@@ -77,7 +67,8 @@ async def undo(
         raise AccountErased(account_id=account_id)
     at = terms.in_period(at)
     change = await _newest(connection, account_id)
-    foreseen = await _foreseen(connection, terms, change, at)
+    books = await open_books(connection, [account_id], since=at, until=at)
+    foreseen = await _foreseen(connection, terms, change, books, at)
     planned = foreseen.undo
     if etag and etag != planned.etag:
         raise EtagMismatch(given=etag, current=planned.etag)
@@ -99,7 +90,8 @@ async def undo(
         },
         at=at,
     )
-    await _move(connection, foreseen, audit_id, at)
+    _move(books, foreseen, audit_id, at)
+    await books.write(connection)
     await _set_plan(connection, terms, foreseen)
     await connection.execute(
         """INSERT INTO billing.plan_change (account_id, from_plan, from_version, to_plan, to_version,
@@ -146,7 +138,7 @@ async def _newest(connection: asyncpg.Connection, account_id: str) -> asyncpg.Re
 
 
 async def _foreseen(
-    connection: asyncpg.Connection, terms: Terms, change: asyncpg.Record, at: datetime
+    connection: asyncpg.Connection, terms: Terms, change: asyncpg.Record, books: Books, at: datetime
 ) -> _Foreseen:
     of_period = change["period_start"] == terms.period_start and change["to_plan"] == terms.plan
     given_ms = change["granted_ms"]
@@ -156,9 +148,7 @@ async def _foreseen(
         then = await plans.get(connection, change["to_plan"], change["to_version"])
         now = await plans.get(connection, terms.plan, terms.plan_version)
         given_ms = max(given_ms + now.quota_ms - then.quota_ms, 0)
-        books = await open_books(connection, [terms.account_id], since=at, until=at)
-        of_plan = [lot for lot in books.lots(terms.account_id) if lot.source in OF_THE_PLAN]
-        revoked_ms = min(given_ms, available_ms(of_plan, at))
+        revoked_ms = min(given_ms, available_ms(_of_plan(books, terms.account_id), at))
     goes_back = change["to_plan"] == terms.plan
     return _Foreseen(
         change=change,
@@ -179,32 +169,24 @@ async def _foreseen(
     )
 
 
-async def _move(connection: asyncpg.Connection, foreseen: _Foreseen, audit_id: int, at: datetime) -> None:
+def _of_plan(books: Books, account_id: str) -> list[Lot]:
+    return [lot for lot in books.lots(account_id) if lot.source in OF_THE_PLAN]
+
+
+def _move(books: Books, foreseen: _Foreseen, audit_id: int, at: datetime) -> None:
     account_id, change = foreseen.undo.account_id, foreseen.change
-    books = await open_books(connection, [account_id], since=at, until=at)
-    of_plan = [lot for lot in books.lots(account_id) if lot.source in OF_THE_PLAN]
-    parts = taken(burn_order(of_plan, at)[::-1], foreseen.undo.revoked_ms)
+    parts = taken(burn_order(_of_plan(books, account_id), at)[::-1], foreseen.undo.revoked_ms)
     revoke(books, account_id, parts, Code.PLAN_UNDO, at, audit_id)
-    owed = subscription_account(account_id)
-    for amount, debit, credit in (
-        (change["charge_micros"], REVENUE, owed),
-        (-change["credit_micros"], owed, REVENUE),
-    ):
-        if amount:
-            books.append(
-                Entry(
-                    kind=Kind.POST,
-                    code=Code.PLAN_UNDO,
-                    account_id=account_id,
-                    debit=debit,
-                    credit=credit,
-                    unit=change["currency"],
-                    amount=amount,
-                    at=at,
-                    audit_id=audit_id,
-                )
-            )
-    await books.write(connection)
+    settle_plan_change(
+        books,
+        account_id,
+        credit_micros=-change["charge_micros"],
+        charge_micros=-change["credit_micros"],
+        currency=change["currency"],
+        code=Code.PLAN_UNDO,
+        at=at,
+        audit_id=audit_id,
+    )
 
 
 async def _set_plan(connection: asyncpg.Connection, terms: Terms, foreseen: _Foreseen) -> None:

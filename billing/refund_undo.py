@@ -19,17 +19,15 @@ from billing.books import Books, MeteredKey, open_books
 from billing.entries import (
     CONSUMED,
     EXPIRED,
-    GPU_MS,
     ISSUED,
     PLATFORM,
     REVENUE,
     Code,
-    Entry,
-    Kind,
     Part,
     lot_account,
     metered_account,
 )
+from billing.refunds import Move, post
 from billing.refusals import EtagMismatch, NoRefundToUndo, RefundSpent
 
 
@@ -193,32 +191,25 @@ def _move(
     at: datetime,
 ) -> None:
     account_id, micros, currency = refund["account_id"], refund["refunded_micros"], refund["currency"]
-    moves: list[tuple[str, str, int, str, int | None]] = []
+    moves: list[Move] = []
     for part in parts:
-        moves.append((lot_account(part.lot_id), CONSUMED, part.ms, GPU_MS, part.lot_id))
+        moves.append(Move(lot_account(part.lot_id), CONSUMED, part.ms, lot_id=part.lot_id))
         books.move_lot(part.lot_id, used_ms=part.ms)
     if metered_ms:
-        moves.append((PLATFORM, CONSUMED, metered_ms, GPU_MS, None))
+        moves.append(Move(PLATFORM, CONSUMED, metered_ms))
     if micros:
-        moves.append((metered_account(account_id), REVENUE, micros, currency, None))
+        moves.append(Move(metered_account(account_id), REVENUE, micros, unit=currency))
         # Whatever the cap is by now: it was within the one of its dispatch.
         key = MeteredKey(account_id=account_id, period_start=refund["period_start"], currency=currency)
         books.move_metered(key, posted_micros=micros)
-    for leg, (debit, credit, amount, unit, lot_id) in enumerate(moves, start=refund["entries"]):
-        books.append(
-            Entry(
-                kind=Kind.POST,
-                code=Code.REFUND_UNDO,
-                account_id=account_id,
-                job_id=refund["job_id"],
-                attempt_id=refund["attempt_id"],
-                leg=leg,
-                debit=debit,
-                credit=credit,
-                unit=unit,
-                amount=amount,
-                lot_id=lot_id,
-                audit_id=audit_id,
-                at=at,
-            )
-        )
+    post(
+        books,
+        moves,
+        code=Code.REFUND_UNDO,
+        account_id=account_id,
+        job_id=refund["job_id"],
+        attempt_id=refund["attempt_id"],
+        first_leg=refund["entries"],
+        audit_id=audit_id,
+        at=at,
+    )

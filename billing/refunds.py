@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import NamedTuple
 from uuid import UUID
 
 import asyncpg
 
 from billing import accounts, audit
-from billing.books import Grant, MeteredKey, grant, open_books
+from billing.books import Books, Grant, MeteredKey, grant, open_books
 from billing.entries import (
     CONSUMED,
     EXPIRED,
@@ -257,6 +258,49 @@ class _Deed:
     at: datetime
 
 
+class Move(NamedTuple):
+    """An entry to be, less what all entries of one refund have in common."""
+
+    debit: str
+    credit: str
+    amount: int
+    unit: str = GPU_MS
+    lot_id: int | None = None
+
+
+def post(
+    books: Books,
+    moves: Sequence[Move],
+    *,
+    code: Code,
+    account_id: str,
+    job_id: UUID,
+    attempt_id: UUID,
+    first_leg: int,
+    audit_id: int,
+    at: datetime,
+) -> None:
+    """Put the entries of a refund, or of one that is taken back, into the books."""
+    for leg, move in enumerate(moves, start=first_leg):
+        books.append(
+            Entry(
+                kind=Kind.POST,
+                code=code,
+                account_id=account_id,
+                job_id=job_id,
+                attempt_id=attempt_id,
+                leg=leg,
+                debit=move.debit,
+                credit=move.credit,
+                unit=move.unit,
+                amount=move.amount,
+                lot_id=move.lot_id,
+                audit_id=audit_id,
+                at=at,
+            )
+        )
+
+
 async def _move(
     connection: asyncpg.Connection,
     deed: _Deed,
@@ -275,40 +319,33 @@ async def _move(
     )
     living = {lot.lot_id for lot in books.lots(deed.account_id) if lot.lives(deed.at)}
     ended_ms = sum(part.ms for part in parts if part.lot_id not in living)
-    moves: list[tuple[str, str, int, str, int | None]] = []
+    moves: list[Move] = []
     if metered_ms:
-        moves.append((CONSUMED, PLATFORM, metered_ms, GPU_MS, None))
+        moves.append(Move(CONSUMED, PLATFORM, metered_ms))
     if micros:
-        moves.append((REVENUE, metered_account(deed.account_id), micros, charge.currency, None))
+        moves.append(Move(REVENUE, metered_account(deed.account_id), micros, unit=charge.currency))
         key = MeteredKey(
             account_id=deed.account_id, period_start=charge.period_start, currency=charge.currency
         )
         books.move_metered(key, posted_micros=-micros)
     for part in parts:
-        moves.append((CONSUMED, lot_account(part.lot_id), part.ms, GPU_MS, part.lot_id))
+        moves.append(Move(CONSUMED, lot_account(part.lot_id), part.ms, lot_id=part.lot_id))
         if part.lot_id in living:
             books.move_lot(part.lot_id, used_ms=-part.ms)
         else:
-            moves.append((lot_account(part.lot_id), EXPIRED, part.ms, GPU_MS, part.lot_id))
+            moves.append(Move(lot_account(part.lot_id), EXPIRED, part.ms, lot_id=part.lot_id))
             books.move_lot(part.lot_id, used_ms=-part.ms, expired_ms=part.ms)
-    for leg, (debit, credit, amount, unit, lot_id) in enumerate(moves, start=charge.entries):
-        books.append(
-            Entry(
-                kind=Kind.POST,
-                code=Code.REFUND,
-                account_id=deed.account_id,
-                job_id=charge.job_id,
-                attempt_id=charge.attempt_id,
-                leg=leg,
-                debit=debit,
-                credit=credit,
-                unit=unit,
-                amount=amount,
-                lot_id=lot_id,
-                audit_id=deed.audit_id,
-                at=deed.at,
-            )
-        )
+    post(
+        books,
+        moves,
+        code=Code.REFUND,
+        account_id=deed.account_id,
+        job_id=charge.job_id,
+        attempt_id=charge.attempt_id,
+        first_leg=charge.entries,
+        audit_id=deed.audit_id,
+        at=deed.at,
+    )
     await books.write(connection)
     if ended_ms:
         lot = Grant(

@@ -22,7 +22,7 @@ from scheduler.client.printing_ledger import (
     print_statement,
     save_statement,
 )
-from scheduler.client.running import DATES, Json, go_on_if_agreed, job_argument, money_typed, run
+from scheduler.client.running import DATES, Json, do_as_shown, job_argument, money_typed, run
 from scheduler.v1 import job_pb2
 from scheduler.v1.job_pb2 import Tier, Visibility
 
@@ -193,23 +193,20 @@ def plan_change(
     """
     if account and not (reason or dry_run):
         raise typer.BadParameter("say with --reason why another account's plan is changed")
-    printer = Printer(as_json=as_json)
-    previews: list[PlanChange] = []
 
-    async def look(client: DarkroomClient) -> None:
-        previews.append(await client.preview_plan_change(plan, account=account))
+    async def look(client: DarkroomClient) -> PlanChange:
+        return await client.preview_plan_change(plan, account=account)
 
-    run(context, printer, look)
-    (preview,) = previews
-    if dry_run:
-        print_plan_change(printer, preview)
-        return
-    if not yes:
-        print_plan_change(Printer(to_stderr=True), preview)
-        go_on_if_agreed(printer, "Change it?", otherwise="Nothing was changed.")
+    async def change(client: DarkroomClient, shown: PlanChange) -> PlanChange:
+        return await client.change_plan(plan, etag=shown.etag, account=account, reason=reason)
 
-    async def change(client: DarkroomClient) -> None:
-        changed = await client.change_plan(plan, etag=preview.etag, account=account, reason=reason)
-        print_plan_change(printer, changed)
-
-    run(context, printer, change)
+    do_as_shown(
+        context,
+        Printer(as_json=as_json),
+        look=look,
+        do=change,
+        show=print_plan_change,
+        question="Change it?",
+        dry_run=dry_run,
+        yes=yes,
+    )

@@ -37,6 +37,7 @@ from scheduler.client.running import (
     JobArgument,
     Json,
     Reason,
+    do_as_shown,
     go_on_if_agreed,
     minutes_typed,
     run,
@@ -172,26 +173,24 @@ def accounts_undo_plan(
 
     What it would do is shown first. The change before it can be taken back after it.
     """
-    printer = Printer(as_json=as_json)
-    found: list[PlanUndo] = []
 
-    async def look(client: DarkroomClient) -> None:
-        found.append(await client.undo_plan_change(account, reason=reason, validate_only=True))
+    async def look(client: DarkroomClient) -> PlanUndo:
+        return await client.undo_plan_change(account, reason=reason, validate_only=True)
 
-    run(context, printer, look)
-    (shown,) = found
-    if dry_run:
-        print_plan_undo(printer, shown)
-        return
-    if not yes:
-        print_plan_undo(Printer(to_stderr=True), shown)
-        go_on_if_agreed(printer, "Take it back?", otherwise="Nothing was changed.")
-
-    async def undo(client: DarkroomClient) -> None:
+    async def undo(client: DarkroomClient, shown: PlanUndo) -> PlanUndo:
         # By its etag: what was shown is what is taken back, and twice at once takes one change back.
-        print_plan_undo(printer, await client.undo_plan_change(account, reason=reason, etag=shown.etag))
+        return await client.undo_plan_change(account, reason=reason, etag=shown.etag)
 
-    run(context, printer, undo)
+    do_as_shown(
+        context,
+        Printer(as_json=as_json),
+        look=look,
+        do=undo,
+        show=print_plan_undo,
+        question="Take it back?",
+        dry_run=dry_run,
+        yes=yes,
+    )
 
 
 # Keys
@@ -345,26 +344,24 @@ def undo_refund(
 
     What it would charge again is shown first. The refund before it can be taken back after it.
     """
-    printer = Printer(as_json=as_json)
-    found: list[RefundUndo] = []
 
-    async def look(client: DarkroomClient) -> None:
-        found.append(await client.undo_refund(job, reason=reason, validate_only=True))
+    async def look(client: DarkroomClient) -> RefundUndo:
+        return await client.undo_refund(job, reason=reason, validate_only=True)
 
-    run(context, printer, look)
-    (shown,) = found
-    if dry_run:
-        print_refund_undo(printer, shown)
-        return
-    if not yes:
-        print_refund_undo(Printer(to_stderr=True), shown)
-        go_on_if_agreed(printer, "Take it back?", otherwise="Nothing was changed.")
-
-    async def undo(client: DarkroomClient) -> None:
+    async def undo(client: DarkroomClient, shown: RefundUndo) -> RefundUndo:
         # By its etag: what was shown is what is taken back, and twice at once takes one refund back.
-        print_refund_undo(printer, await client.undo_refund(job, reason=reason, etag=shown.etag))
+        return await client.undo_refund(job, reason=reason, etag=shown.etag)
 
-    run(context, printer, undo)
+    do_as_shown(
+        context,
+        Printer(as_json=as_json),
+        look=look,
+        do=undo,
+        show=print_refund_undo,
+        question="Take it back?",
+        dry_run=dry_run,
+        yes=yes,
+    )
 
 
 # Looking into it

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from decimal import Decimal, InvalidOperation
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
@@ -21,6 +21,8 @@ from scheduler.client.config import ClientConfig, config_path, read_config
 from scheduler.client.errors import DarkroomError, ExitCode
 from scheduler.client.names import Named, named
 from scheduler.client.printing import Printer
+
+_Shown = TypeVar("_Shown")
 
 DATES = ["%Y-%m-%d", "%Y-%m-%dT%H:%M", "%Y-%m-%dT%H:%M:%S"]
 """How moments are typed, all of them UTC; a day is its beginning."""
@@ -153,3 +155,38 @@ def go_on_if_agreed(printer: Printer, question: str, *, otherwise: str) -> None:
     if not agreed:
         printer.note(otherwise)
         raise typer.Exit(ExitCode.REFUSED)
+
+
+def do_as_shown(
+    context: typer.Context,
+    printer: Printer,
+    *,
+    look: Callable[[DarkroomClient], Awaitable[_Shown]],
+    do: Callable[[DarkroomClient, _Shown], Awaitable[_Shown]],
+    show: Callable[[Printer, _Shown], None],
+    question: str,
+    dry_run: bool,
+    yes: bool,
+) -> None:
+    """Show what a change would do, ask whether to make it unless `yes`, make it, and show what it did.
+
+    `do` is given what `look` returned, so that what was shown is what is done. With `dry_run` it ends there.
+    """
+    found: list[_Shown] = []
+
+    async def looking(client: DarkroomClient) -> None:
+        found.append(await look(client))
+
+    run(context, printer, looking)
+    (shown,) = found
+    if dry_run:
+        show(printer, shown)
+        return
+    if not yes:
+        show(Printer(to_stderr=True), shown)
+        go_on_if_agreed(printer, question, otherwise="Nothing was changed.")
+
+    async def doing(client: DarkroomClient) -> None:
+        show(printer, await do(client, shown))
+
+    run(context, printer, doing)

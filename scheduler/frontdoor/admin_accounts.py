@@ -7,8 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 
-from google.protobuf import json_format
-
 from billing import accounts as ledger_accounts
 from billing import ledger
 from billing.refusals import UnknownAccount
@@ -16,7 +14,7 @@ from billing.v1 import admin_pb2
 from scheduler import intake
 from scheduler.frontdoor import ledger_messages as messages
 from scheduler.frontdoor.auth import Doorman
-from scheduler.frontdoor.deeds import Deeds
+from scheduler.frontdoor.deeds import Deed, Deeds
 from scheduler.frontdoor.deletions import Deletions
 from scheduler.frontdoor.fields import Violations, page_token
 from scheduler.frontdoor.gate import caller
@@ -48,9 +46,8 @@ class AccountDeeds:
         plan = violations.plan("plan", request.plan)
         reason = violations.reason(request.reason)
         violations.refuse()
-        async with self.deeds.open(AdminAction.CREATE_ACCOUNT, request, request_id) as deed:
-            if deed.first_answer is not None:
-                return json_format.ParseDict(deed.first_answer, admin_pb2.AdminAccount())
+
+        async def created(deed: Deed) -> admin_pb2.AdminAccount:
             await ledger_accounts.create(deed.connection, account_id, plan, deed.at)
             await store.create_account(deed.connection, account_id)
             answer = admin_pb2.AdminAccount(
@@ -59,8 +56,11 @@ class AccountDeeds:
                 create_time=timestamp(deed.at),
             )
             await deed.record(target=answer.name, reason=reason, before=None, after={"plan": plan})
-            deed.answer = json_format.MessageToDict(answer)
-        return answer
+            return answer
+
+        return await self.deeds.do(
+            AdminAction.CREATE_ACCOUNT, request, request_id, admin_pb2.AdminAccount, created
+        )
 
     async def get(self, request: admin_pb2.GetAccountRequest) -> admin_pb2.AdminAccount:
         """Return an account with its balance. Raises UnknownAccount."""
@@ -162,9 +162,8 @@ class AccountDeeds:
         reason = violations.reason(request.reason)
         violations.refuse()
         assert key is not None, "whatever made it None is a violation"
-        async with self.deeds.open(AdminAction.REVOKE_API_KEY, request, request_id) as deed:
-            if deed.first_answer is not None:
-                return json_format.ParseDict(deed.first_answer, admin_pb2.ApiKey())
+
+        async def ended(deed: Deed) -> admin_pb2.ApiKey:
             revoked = await store.revoke_key(deed.connection, key.account_id, key.key_id, deed.at)
             if revoked is None:
                 raise UnknownKey(account_id=key.account_id, key_id=key.key_id)
@@ -175,7 +174,9 @@ class AccountDeeds:
                 before={"role": revoked.role.value},
                 after={"role": revoked.role.value, "revoked": True},
             )
-            deed.answer = json_format.MessageToDict(answer)
+            return answer
+
+        answer = await self.deeds.do(AdminAction.REVOKE_API_KEY, request, request_id, admin_pb2.ApiKey, ended)
         self.doorman.forget(key.account_id)
         return answer
 

@@ -6,21 +6,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 
-from google.protobuf import json_format
-
 from billing import admin, ledger, plan_undo, refund_undo, refunds
 from billing.entries import Source
-from billing.refusals import NoRefundToUndo, NothingCharged
+from billing.refusals import NoRefundToUndo, NothingCharged, Refusal
 from billing.v1 import admin_pb2, billing_pb2
 from scheduler.frontdoor import ledger_messages
-from scheduler.frontdoor.deeds import Deeds
-from scheduler.frontdoor.fields import OWN, Violations
-from scheduler.frontdoor.gate import caller
+from scheduler.frontdoor.deeds import Deed, Deeds
+from scheduler.frontdoor.fields import OWN, JobName, Violations
 from scheduler.frontdoor.messages import balance as balance_message
 from scheduler.link import SchedulerLink
 from scheduler.metrics import AdminAction
 from scheduler.store import jobs
-from scheduler.store.pool import Connection, Pool
+from scheduler.store.pool import Connection
 
 # Far beyond any use, and far within the bigints in which the ledger adds such numbers up.
 _LARGEST = 2**53
@@ -37,7 +34,6 @@ _SOURCE = {
 class BalanceDeeds:
     """The methods of AdminService that move time and money. `clock` returns the present time, aware."""
 
-    pool: Pool
     link: SchedulerLink
     deeds: Deeds
     clock: Callable[[], datetime]
@@ -79,24 +75,25 @@ class BalanceDeeds:
         reason = violations.reason(request.reason)
         violations.refuse()
         assert source is not None, "whatever made it None is a violation"
-        async with self.deeds.open(AdminAction.ADJUST_BALANCE, request, request_id) as deed:
-            if deed.first_answer is None:
-                balance = await admin.adjust_balance(
-                    deed.connection,
-                    account_id,
-                    request.amount_ms,
-                    deed.actor,
-                    reason,
-                    request_id,
-                    expires_at,
-                    deed.at,
-                    source=source,
-                    undoes=request.undoes or None,
-                )
-                answer = balance_message(balance)
-                deed.answer = json_format.MessageToDict(answer)
-            else:
-                answer = json_format.ParseDict(deed.first_answer, billing_pb2.Balance())
+
+        async def adjusted(deed: Deed) -> billing_pb2.Balance:
+            balance = await admin.adjust_balance(
+                deed.connection,
+                account_id,
+                request.amount_ms,
+                deed.actor,
+                reason,
+                request_id,
+                expires_at,
+                deed.at,
+                source=source,
+                undoes=request.undoes or None,
+            )
+            return balance_message(balance)
+
+        answer = await self.deeds.do(
+            AdminAction.ADJUST_BALANCE, request, request_id, billing_pb2.Balance, adjusted
+        )
         # Told also of a repeated request: the front door that did it may have died before it told.
         self.link.accounts_changed([account_id])
         return answer
@@ -114,31 +111,25 @@ class BalanceDeeds:
         reason = violations.reason(request.reason)
         violations.refuse()
         assert name is not None, "whatever made it None is a violation"
-        async with self.deeds.open(AdminAction.REFUND_JOB, request, request_id) as deed:
-            if deed.first_answer is None:
-                account_id = name.account_id
-                if account_id == OWN:
-                    owner = await jobs.owner(deed.connection, name.job_id)
-                    if owner is None:
-                        raise NothingCharged(job_id=name.job_id)
-                    account_id = owner
-                refunded = await refunds.refund(
-                    deed.connection,
-                    account_id=account_id,
-                    job_id=name.job_id,
-                    amount_ms=request.amount_ms or None,
-                    actor=deed.actor,
-                    reason=reason,
-                    request_id=request_id,
-                    at=deed.at,
-                )
-                balance = await ledger.balance(deed.connection, account_id, deed.at)
-                answer = ledger_messages.refund(refunded, account_id, name.job_id, balance)
-                deed.answer = json_format.MessageToDict(answer)
-            else:
-                answer = json_format.ParseDict(deed.first_answer, admin_pb2.Refund())
+
+        async def refunded(deed: Deed) -> admin_pb2.Refund:
+            account_id = await _owner(deed.connection, name, NothingCharged(job_id=name.job_id))
+            given_back = await refunds.refund(
+                deed.connection,
+                account_id=account_id,
+                job_id=name.job_id,
+                amount_ms=request.amount_ms or None,
+                actor=deed.actor,
+                reason=reason,
+                request_id=request_id,
+                at=deed.at,
+            )
+            balance = await ledger.balance(deed.connection, account_id, deed.at)
+            return ledger_messages.refund(given_back, account_id, name.job_id, balance)
+
+        answer = await self.deeds.do(AdminAction.REFUND_JOB, request, request_id, admin_pb2.Refund, refunded)
         # Told also of a repeated request: the front door that did it may have died before it told.
-        self.link.accounts_changed([answer.balance.account.removeprefix(ledger_messages.account_name(""))])
+        self.link.accounts_changed([_account_of(answer.balance)])
         return answer
 
     async def undo_refund(self, request: admin_pb2.UndoRefundRequest) -> admin_pb2.RefundUndo:
@@ -154,37 +145,32 @@ class BalanceDeeds:
         violations.refuse()
         assert name is not None, "whatever made it None is a violation"
 
-        async def undone(connection: Connection, actor: str, at: datetime) -> admin_pb2.RefundUndo:
-            account_id = name.account_id
-            if account_id == OWN:
-                owner = await jobs.owner(connection, name.job_id)
-                if owner is None:
-                    raise NoRefundToUndo(job_id=name.job_id)
-                account_id = owner
+        async def undone(deed: Deed) -> admin_pb2.RefundUndo:
+            account_id = await _owner(deed.connection, name, NoRefundToUndo(job_id=name.job_id))
             undo = await refund_undo.undo(
-                connection,
+                deed.connection,
                 account_id=account_id,
                 job_id=name.job_id,
                 etag=etag,
-                actor=actor,
+                actor=deed.actor,
                 reason=reason,
                 request_id=request_id,
-                at=at,
+                at=deed.at,
             )
-            balance = await ledger.balance(connection, account_id, at)
+            balance = await ledger.balance(deed.connection, account_id, deed.at)
             return ledger_messages.refund_undo(undo, account_id, name.job_id, balance)
 
-        if request.validate_only:
-            async with self.pool.rehearsal() as connection:
-                return await undone(connection, caller().actor, self.clock())
-        async with self.deeds.open(AdminAction.UNDO_REFUND, request, request_id) as deed:
-            if deed.first_answer is None:
-                answer = await undone(deed.connection, deed.actor, deed.at)
-                deed.answer = json_format.MessageToDict(answer)
-            else:
-                answer = json_format.ParseDict(deed.first_answer, admin_pb2.RefundUndo())
-        # Told also of a repeated request: the front door that did it may have died before it told.
-        self.link.accounts_changed([answer.balance.account.removeprefix(ledger_messages.account_name(""))])
+        answer = await self.deeds.do(
+            AdminAction.UNDO_REFUND,
+            request,
+            request_id,
+            admin_pb2.RefundUndo,
+            undone,
+            rehearse=request.validate_only,
+        )
+        if not request.validate_only:
+            # Told also of a repeated request: the front door that did it may have died before it told.
+            self.link.accounts_changed([_account_of(answer.balance)])
         return answer
 
     async def undo_plan_change(self, request: admin_pb2.UndoPlanChangeRequest) -> admin_pb2.PlanUndo:
@@ -199,27 +185,41 @@ class BalanceDeeds:
         reason = violations.reason(request.reason)
         violations.refuse()
 
-        async def undone(connection: Connection, actor: str, at: datetime) -> admin_pb2.PlanUndo:
+        async def undone(deed: Deed) -> admin_pb2.PlanUndo:
             undo = await plan_undo.undo(
-                connection,
+                deed.connection,
                 account_id,
                 etag=etag,
-                actor=actor,
+                actor=deed.actor,
                 reason=reason,
                 request_id=request_id,
-                at=at,
+                at=deed.at,
             )
-            return ledger_messages.plan_undo(undo, await ledger.balance(connection, account_id, at))
+            return ledger_messages.plan_undo(undo, await ledger.balance(deed.connection, account_id, deed.at))
 
-        if request.validate_only:
-            async with self.pool.rehearsal() as connection:
-                return await undone(connection, caller().actor, self.clock())
-        async with self.deeds.open(AdminAction.UNDO_PLAN_CHANGE, request, request_id) as deed:
-            if deed.first_answer is None:
-                answer = await undone(deed.connection, deed.actor, deed.at)
-                deed.answer = json_format.MessageToDict(answer)
-            else:
-                answer = json_format.ParseDict(deed.first_answer, admin_pb2.PlanUndo())
-        # Told also of a repeated request: the front door that did it may have died before it told.
-        self.link.accounts_changed([account_id])
+        answer = await self.deeds.do(
+            AdminAction.UNDO_PLAN_CHANGE,
+            request,
+            request_id,
+            admin_pb2.PlanUndo,
+            undone,
+            rehearse=request.validate_only,
+        )
+        if not request.validate_only:
+            # Told also of a repeated request: the front door that did it may have died before it told.
+            self.link.accounts_changed([account_id])
         return answer
+
+
+async def _owner(connection: Connection, job: JobName, unknown: Refusal) -> str:
+    """Return whose a job is, by its name or by its row; raises `unknown` where neither says."""
+    if job.account_id != OWN:
+        return job.account_id
+    owner = await jobs.owner(connection, job.job_id)
+    if owner is None:
+        raise unknown
+    return owner
+
+
+def _account_of(balance: billing_pb2.Balance) -> str:
+    return balance.account.removeprefix(ledger_messages.account_name(""))

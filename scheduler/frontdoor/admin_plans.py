@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime
-
-from google.protobuf import json_format
 
 from billing import plans
 from billing.plans import EffectiveFrom, PlanFields
 from billing.v1 import admin_pb2
 from scheduler.frontdoor import ledger_messages as messages
-from scheduler.frontdoor.deeds import Deeds
+from scheduler.frontdoor.deeds import Deed, Deeds
 from scheduler.frontdoor.fields import Violations
-from scheduler.frontdoor.gate import caller
 from scheduler.link import SchedulerLink
 from scheduler.metrics import AdminAction
 from scheduler.store import accounts as store
-from scheduler.store.pool import Connection, Pool
+from scheduler.store.pool import Pool
 
 # Far beyond any use, and far within the bigints in which the ledger adds such numbers up.
 _LARGEST = 2**53
@@ -41,12 +36,11 @@ _EFFECTIVE_FROM = {
 
 @dataclass(frozen=True, kw_only=True)
 class PlanDeeds:
-    """The methods of AdminService about plans. `clock` returns the present time, aware."""
+    """The methods of AdminService about plans."""
 
     pool: Pool
     link: SchedulerLink
     deeds: Deeds
-    clock: Callable[[], datetime]
 
     async def create(self, request: admin_pb2.CreatePlanRequest) -> admin_pb2.Plan:
         """Make a plan, or with `validate_only` ask whether it could be made. Raises PlanExists."""
@@ -60,22 +54,20 @@ class PlanDeeds:
         reason = violations.reason(request.reason)
         violations.refuse()
 
-        async def created(connection: Connection, actor: str, at: datetime) -> admin_pb2.Plan:
-            return messages.plan(
-                await plans.create(
-                    connection, fields, actor=actor, reason=reason, request_id=request_id, at=at
-                )
+        async def created(deed: Deed) -> admin_pb2.Plan:
+            made = await plans.create(
+                deed.connection, fields, actor=deed.actor, reason=reason, request_id=request_id, at=deed.at
             )
+            return messages.plan(made)
 
-        if request.validate_only:
-            async with self.pool.rehearsal() as connection:
-                return await created(connection, caller().actor, self.clock())
-        async with self.deeds.open(AdminAction.CREATE_PLAN, request, request_id) as deed:
-            if deed.first_answer is not None:
-                return json_format.ParseDict(deed.first_answer, admin_pb2.Plan())
-            answer = await created(deed.connection, deed.actor, deed.at)
-            deed.answer = json_format.MessageToDict(answer)
-        return answer
+        return await self.deeds.do(
+            AdminAction.CREATE_PLAN,
+            request,
+            request_id,
+            admin_pb2.Plan,
+            created,
+            rehearse=request.validate_only,
+        )
 
     async def get(self, request: admin_pb2.GetPlanRequest) -> admin_pb2.Plan:
         """Return the newest version of a plan, or the one that is named. Raises UnknownPlan."""
@@ -107,53 +99,39 @@ class PlanDeeds:
         reason = violations.reason(request.reason)
         violations.refuse()
         assert effective_from is not None, "whatever made it None is a violation"
-        change = _Change(
-            fields=fields,
-            etag=request.plan.etag,
-            effective_from=effective_from,
-            reason=reason,
-            request_id=request_id,
+
+        async def updated(deed: Deed) -> admin_pb2.Plan:
+            # Before: what is granted and taken is told against how it is now.
+            impact = messages.plan_impact(
+                await plans.impact(deed.connection, fields, effective_from, deed.at),
+                await store.over_limits(deed.connection, fields.plan, fields.limits),
+            )
+            version = await plans.update(
+                deed.connection,
+                fields,
+                etag=request.plan.etag,
+                effective_from=effective_from,
+                actor=deed.actor,
+                reason=reason,
+                request_id=request_id,
+                at=deed.at,
+            )
+            return messages.plan(version, impact)
+
+        answer = await self.deeds.do(
+            AdminAction.UPDATE_PLAN,
+            request,
+            request_id,
+            admin_pb2.Plan,
+            updated,
+            rehearse=request.validate_only,
         )
-        if request.validate_only:
-            async with self.pool.rehearsal() as connection:
-                return await change.make(connection, caller().actor, self.clock())
-        async with self.deeds.open(AdminAction.UPDATE_PLAN, request, request_id) as deed:
-            if deed.first_answer is None:
-                answer = await change.make(deed.connection, deed.actor, deed.at)
-                deed.answer = json_format.MessageToDict(answer)
-            else:
-                answer = json_format.ParseDict(deed.first_answer, admin_pb2.Plan())
-            known = await store.accounts_known_to_scheduler(deed.connection)
-        # Told also of a repeated request: the front door that did it may have died before it told.
-        self.link.accounts_changed(known)
+        if not request.validate_only:
+            async with self.pool.reading() as connection:
+                known = await store.accounts_known_to_scheduler(connection)
+            # Told also of a repeated request: the front door that did it may have died before it told.
+            self.link.accounts_changed(known)
         return answer
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Change:
-    fields: PlanFields
-    etag: str
-    effective_from: EffectiveFrom
-    reason: str
-    request_id: str
-
-    async def make(self, connection: Connection, actor: str, at: datetime) -> admin_pb2.Plan:
-        # Before: what is granted and taken is told against how it is now.
-        impact = messages.plan_impact(
-            await plans.impact(connection, self.fields, self.effective_from, at),
-            await store.over_limits(connection, self.fields.plan, self.fields.limits),
-        )
-        version = await plans.update(
-            connection,
-            self.fields,
-            etag=self.etag,
-            effective_from=self.effective_from,
-            actor=actor,
-            reason=self.reason,
-            request_id=self.request_id,
-            at=at,
-        )
-        return messages.plan(version, impact)
 
 
 def _plan_fields(plan: admin_pb2.Plan, violations: Violations) -> PlanFields:

@@ -147,8 +147,8 @@ async def serve(
             accounts=AccountDeeds(
                 pool=pool, link=link, deeds=deeds, deletions=deletions, doorman=doorman, clock=clock
             ),
-            plans=PlanDeeds(pool=pool, link=link, deeds=deeds, clock=clock),
-            balances=BalanceDeeds(pool=pool, link=link, deeds=deeds, clock=clock),
+            plans=PlanDeeds(pool=pool, link=link, deeds=deeds),
+            balances=BalanceDeeds(link=link, deeds=deeds, clock=clock),
             records=Records(pool=pool),
         ),
         server,

@@ -16,14 +16,16 @@ from ledger_building import (
     adjust,
     after,
     balance,
+    change_plan,
     held,
     open_account,
     overage,
+    refund,
     settle,
     the_end,
 )
 
-from billing import admin, expiry, hold_expiry, plan_changes, plan_undo, refund_undo, refunds
+from billing import admin, expiry, hold_expiry, plan_changes, plan_undo, refund_undo
 from billing.entries import Source
 from billing.ledger import Ending
 from billing.prices import ChargeMode, price_micros
@@ -112,32 +114,7 @@ async def fill(connection: asyncpg.Connection) -> None:
 async def upgrade(connection: asyncpg.Connection, account: str, plan: str, at: datetime) -> None:
     async with connection.transaction():
         planned = await plan_changes.preview(connection, account, plan, at)
-        await plan_changes.change(
-            connection,
-            account,
-            plan,
-            etag=planned.etag,
-            actor=f"accounts/{account}",
-            reason="test",
-            request_id=str(uuid4()),
-            at=at,
-        )
-
-
-async def refund(
-    connection: asyncpg.Connection, job_id: str, amount_ms: int, account: str = "ann", at: datetime = START
-) -> None:
-    async with connection.transaction():
-        await refunds.refund(
-            connection,
-            account_id=account,
-            job_id=job_id,
-            amount_ms=amount_ms,
-            actor="accounts/root",
-            reason="test",
-            request_id=str(uuid4()),
-            at=at,
-        )
+    await change_plan(connection, plan, at=at, etag=planned.etag, account=account)
 
 
 async def grant_promo(connection: asyncpg.Connection, account: str, amount_ms: int) -> None:

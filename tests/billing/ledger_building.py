@@ -7,7 +7,7 @@ from uuid import uuid4
 
 import asyncpg
 
-from billing import accounts, admin, ledger
+from billing import accounts, admin, ledger, plan_changes, refunds
 from billing.invariants import check
 from billing.ledger import (
     Balance,
@@ -18,7 +18,9 @@ from billing.ledger import (
     Settled,
     Settlement,
 )
+from billing.plan_changes import PlanChange
 from billing.prices import ChargeMode, PricingSnapshot
+from billing.refunds import Refunded
 
 START = datetime(2026, 3, 1, tzinfo=UTC)
 BASIC_MS = 12_000_000
@@ -124,6 +126,44 @@ async def adjust(
             reason="test",
             request_id=request_id or str(uuid4()),
             expires_at=expires_at,
+            at=at,
+        )
+
+
+async def refund(
+    connection: asyncpg.Connection,
+    job: str,
+    amount_ms: int | None = None,
+    *,
+    account: str = "ann",
+    request_id: str | None = None,
+    at: datetime = START,
+) -> Refunded:
+    async with connection.transaction():
+        return await refunds.refund(
+            connection,
+            account_id=account,
+            job_id=job,
+            amount_ms=amount_ms,
+            actor="accounts/root",
+            reason="test",
+            request_id=request_id or str(uuid4()),
+            at=at,
+        )
+
+
+async def change_plan(
+    connection: asyncpg.Connection, plan: str, at: datetime, *, etag: str = "", account: str = "ann"
+) -> PlanChange:
+    async with connection.transaction():
+        return await plan_changes.change(
+            connection,
+            account,
+            plan,
+            etag=etag,
+            actor=f"accounts/{account}",
+            reason="test",
+            request_id=str(uuid4()),
             at=at,
         )
 

@@ -14,6 +14,7 @@ from ledger_building import (
     held,
     open_account,
     overage,
+    refund,
     settle,
     the_end,
 )
@@ -76,7 +77,7 @@ async def test_nothing_is_told_of_a_ledger_that_is_in_use(
                 ending = Ending.VOID if turn % 5 == 4 else Ending.POST
                 await settle(other, the_end(request, 150 + 20 * turn, ending=ending, absorbed_ms=turn))
                 if ending is Ending.POST and turn % 3 == 0:
-                    await busy_ledger.refund(other, request.job_id, 100, account)
+                    await refund(other, request.job_id, 100, account=account)
         finally:
             await other.close()
 

@@ -16,6 +16,7 @@ from ledger_building import (
     after,
     assert_sound,
     balance,
+    change_plan,
     held,
     open_account,
     settle,
@@ -44,22 +45,6 @@ async def preview(connection: asyncpg.Connection, plan: str, at: datetime) -> Pl
         return await plan_changes.preview(connection, "ann", plan, at)
 
 
-async def change(
-    connection: asyncpg.Connection, plan: str, at: datetime, *, etag: str = "", account: str = "ann"
-) -> PlanChange:
-    async with connection.transaction():
-        return await plan_changes.change(
-            connection,
-            account,
-            plan,
-            etag=etag,
-            actor=f"accounts/{account}",
-            reason="test",
-            request_id=str(uuid4()),
-            at=at,
-        )
-
-
 async def money(connection: asyncpg.Connection) -> list[tuple[str, str, int]]:
     rows = await connection.fetch(
         """SELECT debit_account, credit_account, amount FROM billing.transfer
@@ -76,7 +61,7 @@ async def test_a_larger_plan_at_half_the_period_adds_half_the_difference(
     await a_plan(connection, "large", quota_ms=900 * 60_000, price_micros=20_000_000)
     await open_account(connection, plan="small")
 
-    done = await change(connection, "large", START + HALF)
+    done = await change_plan(connection, "large", START + HALF)
 
     assert (done.at_once, done.effective_at, done.granted_ms) == (True, START + HALF, 350 * 60_000)
     assert (done.credit_micros, done.charge_micros, done.amount_micros) == (-5_000_000, 10_000_000, 5_000_000)
@@ -97,7 +82,7 @@ async def test_a_change_does_what_its_preview_showed_though_time_has_passed(
     await open_account(connection)
     shown = await preview(connection, "gold", after(days=3, seconds=1))
 
-    done = await change(connection, "gold", after(days=3, minutes=9), etag=shown.etag)
+    done = await change_plan(connection, "gold", after(days=3, minutes=9), etag=shown.etag)
 
     assert done == shown
     assert (await balance(connection, at=after(days=4))).available_ms == BASIC_MS + shown.granted_ms
@@ -129,16 +114,16 @@ async def test_a_preview_holds_for_ten_minutes_and_for_its_plan_and_account(
     }
     for what, etag in stale.items():
         with subtests.test(what), pytest.raises(EtagMismatch):
-            await change(connection, "standard", at, etag=etag)
+            await change_plan(connection, "standard", at, etag=etag)
     assert (await balance(connection, at=at)).plan == "basic"
 
 
 async def test_a_preview_is_stale_once_its_change_was_made(connection: asyncpg.Connection) -> None:
     await open_account(connection)
     shown = await preview(connection, "standard", after(days=3))
-    await change(connection, "standard", after(days=3), etag=shown.etag)
+    await change_plan(connection, "standard", after(days=3), etag=shown.etag)
     with pytest.raises(EtagMismatch):
-        await change(connection, "standard", after(days=3), etag=shown.etag)
+        await change_plan(connection, "standard", after(days=3), etag=shown.etag)
 
 
 async def test_a_new_version_of_the_plan_makes_its_previews_stale(connection: asyncpg.Connection) -> None:
@@ -157,13 +142,13 @@ async def test_a_new_version_of_the_plan_makes_its_previews_stale(connection: as
             at=after(days=1),
         )
     with pytest.raises(EtagMismatch):
-        await change(connection, "standard", after(days=1), etag=shown.etag)
+        await change_plan(connection, "standard", after(days=1), etag=shown.etag)
 
 
 async def test_a_smaller_plan_waits_for_the_end_of_the_period(connection: asyncpg.Connection) -> None:
     await open_account(connection, plan="standard")
 
-    done = await change(connection, "basic", after(days=3))
+    done = await change_plan(connection, "basic", after(days=3))
 
     assert (done.at_once, done.effective_at) == (False, after(days=31))
     assert (done.granted_ms, done.amount_micros) == (0, 0)
@@ -182,9 +167,9 @@ async def test_a_scheduled_change_is_taken_back_by_naming_the_present_plan(
     connection: asyncpg.Connection,
 ) -> None:
     await open_account(connection, plan="standard")
-    await change(connection, "basic", after(days=3))
+    await change_plan(connection, "basic", after(days=3))
 
-    back = await change(connection, "standard", after(days=4))
+    back = await change_plan(connection, "standard", after(days=4))
 
     assert (back.from_plan, back.to_plan, back.granted_ms, back.amount_micros) == (
         "standard",
@@ -198,8 +183,8 @@ async def test_a_scheduled_change_is_taken_back_by_naming_the_present_plan(
 
 async def test_a_change_at_once_takes_a_scheduled_one_back(connection: asyncpg.Connection) -> None:
     await open_account(connection, plan="standard")
-    await change(connection, "basic", after(days=3))
-    await change(connection, "pro", after(days=4))
+    await change_plan(connection, "basic", after(days=3))
+    await change_plan(connection, "pro", after(days=4))
     assert (await balance(connection, at=after(days=31))).plan == "pro"
     await assert_sound(connection)
 
@@ -208,7 +193,7 @@ async def test_a_scheduled_plan_counts_from_its_day_however_late_it_is_noticed(
     connection: asyncpg.Connection,
 ) -> None:
     await open_account(connection, plan="standard")
-    await change(connection, "basic", after(days=3))
+    await change_plan(connection, "basic", after(days=3))
     now = await balance(connection, at=after(days=200))
     assert (now.plan, now.available_ms) == ("basic", BASIC_MS)
     await assert_sound(connection)
@@ -217,7 +202,7 @@ async def test_a_scheduled_plan_counts_from_its_day_however_late_it_is_noticed(
 async def test_as_much_time_for_more_money_counts_at_once(connection: asyncpg.Connection) -> None:
     await a_plan(connection, "basic-private", quota_ms=BASIC_MS, price_micros=31_000_000)
     await open_account(connection)
-    done = await change(connection, "basic-private", after(days=30))
+    done = await change_plan(connection, "basic-private", after(days=30))
     assert (done.at_once, done.granted_ms, done.amount_micros) == (True, 0, 1_000_000)
     await assert_sound(connection)
 
@@ -225,14 +210,14 @@ async def test_as_much_time_for_more_money_counts_at_once(connection: asyncpg.Co
 async def test_prices_in_another_currency_wait_for_a_new_period(connection: asyncpg.Connection) -> None:
     await a_plan(connection, "euro", quota_ms=STANDARD_MS, currency="EUR")
     await open_account(connection)
-    assert not (await change(connection, "euro", after(days=3))).at_once
+    assert not (await change_plan(connection, "euro", after(days=3))).at_once
     assert (await balance(connection, at=after(days=31))).currency == "EUR"
 
 
 async def test_two_changes_in_a_period_add_up(connection: asyncpg.Connection) -> None:
     await open_account(connection)
-    first = await change(connection, "standard", after(days=10))
-    second = await change(connection, "pro", after(days=20))
+    first = await change_plan(connection, "standard", after(days=10))
+    second = await change_plan(connection, "pro", after(days=20))
     assert (await balance(connection, at=after(days=20))).available_ms == (
         BASIC_MS + first.granted_ms + second.granted_ms
     )
@@ -241,7 +226,7 @@ async def test_two_changes_in_a_period_add_up(connection: asyncpg.Connection) ->
 
 async def test_time_of_a_change_serves_the_next_job(connection: asyncpg.Connection) -> None:
     await open_account(connection, left_ms=0)
-    await change(connection, "standard", after(days=30))
+    await change_plan(connection, "standard", after(days=30))
     job = await held(connection, a_request(60_000, at=after(days=30)))
     await settle(connection, the_end(job, 60_000))
     await assert_sound(connection)
@@ -250,14 +235,14 @@ async def test_time_of_a_change_serves_the_next_job(connection: asyncpg.Connecti
 async def test_a_change_needs_an_account_and_a_plan(connection: asyncpg.Connection) -> None:
     await open_account(connection)
     with pytest.raises(UnknownPlan, match="gold"):
-        await change(connection, "gold", START)
+        await change_plan(connection, "gold", START)
     with pytest.raises(UnknownAccount, match="nobody"):
-        await change(connection, "basic", START, account="nobody")
+        await change_plan(connection, "basic", START, account="nobody")
 
 
 async def test_a_change_leaves_its_audit_event(connection: asyncpg.Connection) -> None:
     await open_account(connection)
-    await change(connection, "standard", after(days=3))
+    await change_plan(connection, "standard", after(days=3))
     event = await connection.fetchrow(
         """SELECT actor, target, before->>'plan' AS before, after->>'plan' AS after
              FROM billing.audit_event WHERE action = 'ChangePlan'"""
@@ -273,7 +258,7 @@ async def test_of_changes_at_once_by_one_preview_one_is_made(
     clients = [await asyncpg.connect(database) for _ in range(4)]
     try:
         answers = await asyncio.gather(
-            *(change(client, "standard", after(days=3), etag=shown.etag) for client in clients),
+            *(change_plan(client, "standard", after(days=3), etag=shown.etag) for client in clients),
             return_exceptions=True,
         )
     finally:
@@ -292,7 +277,7 @@ async def test_a_change_races_with_the_end_of_the_period(
     moments = [after(days=30, hours=23, minutes=59), after(days=31), after(days=31, seconds=1)]
     try:
         await asyncio.gather(
-            change(clients[0], "standard", moments[0]),
+            change_plan(clients[0], "standard", moments[0]),
             *(balance(client, at=at) for client, at in zip(clients[1:], moments, strict=True)),
         )
     finally:

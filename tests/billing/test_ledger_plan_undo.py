@@ -15,6 +15,7 @@ from ledger_building import (
     after,
     assert_sound,
     balance,
+    change_plan,
     held,
     open_account,
     settle,
@@ -22,7 +23,7 @@ from ledger_building import (
 )
 from ledger_plans import a_plan, a_version
 
-from billing import accounts, plan_changes, plan_undo, statements
+from billing import accounts, plan_undo, statements
 from billing.auditor import replay
 from billing.plan_undo import PlanUndo
 from billing.plans import EffectiveFrom
@@ -40,22 +41,8 @@ async def upgraded(connection: asyncpg.Connection) -> asyncpg.Connection:
     await a_plan(connection, "small", quota_ms=200 * MINUTE, price_micros=10_000_000)
     await a_plan(connection, "large", quota_ms=900 * MINUTE, price_micros=20_000_000)
     await open_account(connection, plan="small")
-    await change(connection, "large", HALF)
+    await change_plan(connection, "large", at=HALF)
     return connection
-
-
-async def change(connection: asyncpg.Connection, plan: str, at: datetime) -> None:
-    async with connection.transaction():
-        await plan_changes.change(
-            connection,
-            "ann",
-            plan,
-            etag="",
-            actor="accounts/ann",
-            reason="test",
-            request_id=str(uuid4()),
-            at=at,
-        )
 
 
 async def undo(connection: asyncpg.Connection, at: datetime = LATER, *, etag: str = "") -> PlanUndo:
@@ -130,7 +117,7 @@ async def test_what_was_used_of_it_stays_and_the_money_goes_back_all_the_same(
 
 async def test_a_change_is_undone_once_and_those_before_it_after_it(upgraded: asyncpg.Connection) -> None:
     await a_plan(upgraded, "huge", quota_ms=9_000 * MINUTE, price_micros=90_000_000)
-    await change(upgraded, "huge", LATER)
+    await change_plan(upgraded, "huge", at=LATER)
 
     assert [(await undo(upgraded)).to_plan for _ in range(2)] == ["large", "small"]
     with pytest.raises(NothingToUndo):
@@ -145,7 +132,7 @@ async def test_the_etag_names_the_change_so_that_two_who_undo_it_undo_one(
     database: str, upgraded: asyncpg.Connection
 ) -> None:
     await a_plan(upgraded, "huge", quota_ms=9_000 * MINUTE, price_micros=90_000_000)
-    await change(upgraded, "huge", LATER)
+    await change_plan(upgraded, "huge", at=LATER)
     transaction = upgraded.transaction()
     await transaction.start()
     shown = await undo(upgraded)
@@ -181,7 +168,7 @@ async def test_after_its_period_the_money_goes_back_and_the_plan_with_the_next_o
 async def test_an_account_that_has_gone_to_another_plan_since_stays_on_that(
     upgraded: asyncpg.Connection,
 ) -> None:
-    await change(upgraded, "basic", LATER)
+    await change_plan(upgraded, "basic", at=LATER)
 
     undone = await undo(upgraded, after(days=32))
 
@@ -196,11 +183,11 @@ async def test_a_change_that_was_to_come_stays_unless_it_comes_to_the_same(
     async def scheduled() -> str | None:
         return await upgraded.fetchval("SELECT scheduled_plan FROM billing.subscription")
 
-    await change(upgraded, "small", LATER)
+    await change_plan(upgraded, "small", at=LATER)
     await undo(upgraded)
     assert await scheduled() is None
-    await change(upgraded, "large", LATER)
-    await change(upgraded, "basic", LATER)
+    await change_plan(upgraded, "large", at=LATER)
+    await change_plan(upgraded, "basic", at=LATER)
     await undo(upgraded)
     assert await scheduled() == "basic"
     await sound(upgraded)
@@ -222,7 +209,7 @@ async def test_a_change_that_only_cost_money_is_undone_too(connection: asyncpg.C
     await a_plan(connection, "small", quota_ms=200 * MINUTE, price_micros=10_000_000)
     await a_plan(connection, "dear", quota_ms=200 * MINUTE, price_micros=30_000_000)
     await open_account(connection, plan="small")
-    await change(connection, "dear", HALF)
+    await change_plan(connection, "dear", at=HALF)
 
     undone = await undo(connection)
 
@@ -233,7 +220,7 @@ async def test_a_change_that_only_cost_money_is_undone_too(connection: asyncpg.C
 
 async def test_an_account_without_such_a_change_has_nothing_to_undo(connection: asyncpg.Connection) -> None:
     await open_account(connection, plan="standard")
-    await change(connection, "basic", HALF)
+    await change_plan(connection, "basic", at=HALF)
     with pytest.raises(NothingToUndo):
         await undo(connection)
 

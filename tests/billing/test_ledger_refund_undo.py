@@ -21,10 +21,11 @@ from ledger_building import (
     held,
     open_account,
     overage,
+    refund,
     settle,
     the_end,
 )
-from test_ledger_refunds import charged, lots, metered, refund
+from test_ledger_refunds import charged, lots, metered
 
 from billing import accounts, refund_undo, statements
 from billing.auditor import replay

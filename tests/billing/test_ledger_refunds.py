@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from datetime import datetime
 from uuid import uuid4
 
 import asyncpg
@@ -11,7 +10,6 @@ import pytest
 from ledger_building import (
     BASIC_MS,
     PRICE,
-    START,
     a_pricing,
     a_request,
     adjust,
@@ -21,37 +19,14 @@ from ledger_building import (
     held,
     open_account,
     overage,
+    refund,
     settle,
     the_end,
 )
 
-from billing import refunds
 from billing.ledger import Ending, HoldRequest
 from billing.prices import price_micros
-from billing.refunds import Refunded
 from billing.refusals import NothingCharged, RefundTooLarge, RequestIdReused
-
-
-async def refund(
-    connection: asyncpg.Connection,
-    job: str,
-    amount_ms: int | None = None,
-    *,
-    account: str = "ann",
-    request_id: str | None = None,
-    at: datetime = START,
-) -> Refunded:
-    async with connection.transaction():
-        return await refunds.refund(
-            connection,
-            account_id=account,
-            job_id=job,
-            amount_ms=amount_ms,
-            actor="accounts/root",
-            reason="test",
-            request_id=request_id or str(uuid4()),
-            at=at,
-        )
 
 
 async def charged(connection: asyncpg.Connection, request: HoldRequest, measured_ms: int) -> str:

@@ -17,16 +17,18 @@ from ledger_building import (
     adjust,
     after,
     balance,
+    change_plan,
     held,
     hold,
     open_account,
     overage,
+    refund,
     settle,
     the_end,
 )
 from ledger_plans import a_plan, a_version
 
-from billing import accounts, admin, expiry, plan_changes, refunds, statements
+from billing import accounts, admin, expiry, statements
 from billing.entries import Source
 from billing.ledger import Ending, HoldPlaced, HoldRequest
 from billing.plans import EffectiveFrom
@@ -210,7 +212,7 @@ async def test_a_job_that_runs_into_the_next_period_is_charged_to_the_time_it_he
 async def test_a_refund_is_taken_off_what_was_used(connection: asyncpg.Connection) -> None:
     await open_account(connection)
     job = await charged(connection, 60_000)
-    await _refund(connection, job.job_id, 20_000, START)
+    await refund(connection, job.job_id, 20_000, at=START)
     made = await statement(connection)
     assert (made.used_ms, made.closing_ms) == (40_000, BASIC_MS - 40_000)
     assert line(made, "Given back").sentence == "Given back: 20.000 s of fast time."
@@ -220,7 +222,7 @@ async def test_a_refund_to_a_lot_that_has_ended_is_time_of_its_own(connection: a
     await open_account(connection)
     job = await charged(connection, 60_000)
     await balance(connection, at=after(days=40))
-    await _refund(connection, job.job_id, None, after(days=40))
+    await refund(connection, job.job_id, at=after(days=40))
     made = await statement(connection, at=after(days=40))
     assert (made.used_ms, made.granted_ms, made.expired_ms) == (-60_000, BASIC_MS + 60_000, 60_000)
     assert made.closing_ms == BASIC_MS + 60_000
@@ -231,7 +233,7 @@ async def test_a_change_of_plan_is_told_with_its_prices(connection: asyncpg.Conn
     await a_plan(connection, "small", quota_ms=200, price_micros=10_000_000)
     await a_plan(connection, "large", quota_ms=900, price_micros=20_000_000)
     await open_account(connection, plan="small")
-    await _change(connection, "large", after(days=15, hours=12))
+    await change_plan(connection, "large", at=after(days=15, hours=12))
     made = await statement(connection, at=after(days=16))
     assert (made.granted_ms, made.amounts, made.plan) == (550, {"USD": 5_000_000}, "large")
     assert line(made, "new plan").amount_micros == 10_000_000
@@ -242,9 +244,9 @@ async def test_a_change_of_plan_is_told_with_its_prices(connection: asyncpg.Conn
 
 async def test_a_statement_names_the_plan_of_its_period(connection: asyncpg.Connection) -> None:
     await open_account(connection, plan="standard")
-    await _change(connection, "basic", after(days=2))
+    await change_plan(connection, "basic", at=after(days=2))
     await balance(connection, at=after(days=40))
-    await _change(connection, "pro", after(days=70))
+    await change_plan(connection, "pro", at=after(days=70))
     named = [
         (await statement(connection, moment=after(days=day), at=after(days=100))).plan
         for day in (1, 40, 70, 95)
@@ -392,12 +394,12 @@ class _History:
         if self.ended:
             try:
                 amount_ms = self.random.choice([None, self.random.randint(1, 60_000)])
-                await _refund(self.connection, self.random.choice(self.ended).job_id, amount_ms, self.now)
+                await refund(self.connection, self.random.choice(self.ended).job_id, amount_ms, at=self.now)
             except (RefundTooLarge, NothingCharged):
                 pass  # nothing happened, as in life
 
     async def change_plan(self) -> None:
-        await _change(self.connection, self.random.choice(["small", "large"]), self.now)
+        await change_plan(self.connection, self.random.choice(["small", "large"]), at=self.now)
 
     async def change_quota(self) -> None:
         plan = self.random.choice(["small", "large"])
@@ -456,7 +458,7 @@ async def test_one_charge_can_reach_them_all(connection: asyncpg.Connection) -> 
 async def test_a_refund_and_a_second_use_tell_nothing_twice(connection: asyncpg.Connection) -> None:
     await open_account(connection, left_ms=100_000)
     job = await charged(connection, 60_000)
-    await _refund(connection, job.job_id, None, START)
+    await refund(connection, job.job_id, at=START)
     assert await _charge(connection, 60_000) == ()
 
 
@@ -496,31 +498,3 @@ async def _charge(connection: asyncpg.Connection, ms: int, *, at: datetime = STA
     job = await held(connection, a_request(ms, at=at))
     (settled,) = await settle(connection, the_end(job, ms))
     return settled.thresholds
-
-
-async def _refund(connection: asyncpg.Connection, job_id: str, amount_ms: int | None, at: datetime) -> None:
-    async with connection.transaction():
-        await refunds.refund(
-            connection,
-            account_id="ann",
-            job_id=job_id,
-            amount_ms=amount_ms,
-            actor="accounts/root",
-            reason="test",
-            request_id=str(uuid4()),
-            at=at,
-        )
-
-
-async def _change(connection: asyncpg.Connection, plan: str, at: datetime) -> None:
-    async with connection.transaction():
-        await plan_changes.change(
-            connection,
-            "ann",
-            plan,
-            etag="",
-            actor="accounts/ann",
-            reason="test",
-            request_id=str(uuid4()),
-            at=at,
-        )

@@ -18,6 +18,7 @@ from ledger_building import (
     after,
     assert_sound,
     balance,
+    change_plan,
     held,
     open_account,
     settle,
@@ -25,7 +26,7 @@ from ledger_building import (
 )
 from ledger_plans import a_plan, a_version
 
-from billing import ledger, plan_changes, plan_undo, plans, refunds, statements
+from billing import ledger, plan_undo, plans, refunds, statements
 from billing.accounts import lock_terms
 from billing.entitlement import PlanTime, Standing, Version, renewed
 from billing.periods import Period
@@ -48,22 +49,6 @@ async def quota(connection: asyncpg.Connection, ms: int, *, at: datetime, plan: 
 
 async def left(connection: asyncpg.Connection, *, at: datetime, account: str = "ann") -> int:
     return (await balance(connection, account, at=at)).available_ms
-
-
-async def change(
-    connection: asyncpg.Connection, plan: str, *, at: datetime, account: str = "ann"
-) -> plan_changes.PlanChange:
-    async with connection.transaction():
-        return await plan_changes.change(
-            connection,
-            account,
-            plan,
-            etag="",
-            actor=f"accounts/{account}",
-            reason="test",
-            request_id=str(uuid4()),
-            at=at,
-        )
 
 
 async def impact(
@@ -192,7 +177,7 @@ async def test_a_version_of_the_larger_plan_moves_an_upgraded_account_by_its_dif
     ann: asyncpg.Connection,
 ) -> None:
     await a_plan(ann, "more", quota_ms=2 * BASIC_MS)
-    upgrade = await change(ann, "more", at=after(days=15.5))
+    upgrade = await change_plan(ann, "more", at=after(days=15.5))
     assert upgrade.granted_ms == BASIC_MS // 2
     full_ms = BASIC_MS + upgrade.granted_ms
 
@@ -209,7 +194,7 @@ async def test_a_version_of_the_larger_plan_moves_an_upgraded_account_by_its_dif
 
 async def test_an_upgrade_that_was_taken_back_is_no_matter_to_later_versions(ann: asyncpg.Connection) -> None:
     await a_plan(ann, "more", quota_ms=2 * BASIC_MS)
-    await change(ann, "more", at=after(days=1))
+    await change_plan(ann, "more", at=after(days=1))
     await quota(ann, 3 * BASIC_MS, plan="more", at=after(days=2))
     async with ann.transaction():
         await plan_undo.undo(
@@ -229,7 +214,7 @@ async def test_an_upgrade_that_was_taken_back_is_no_matter_to_later_versions(ann
 
 async def test_a_dry_run_knows_who_is_on_the_plan_when_periods_are_over(ann: asyncpg.Connection) -> None:
     await a_plan(ann, "less", quota_ms=1_000_000)
-    await change(ann, "less", at=after(days=1))
+    await change_plan(ann, "less", at=after(days=1))
     at = after(days=31, seconds=1)
 
     assert (await impact(ann, "club", quota_ms=2 * BASIC_MS, at=at)).accounts == 0
@@ -378,7 +363,7 @@ class Twins:
                     await self.end(amount)
             case "change plan":
                 for account in self.accounts:
-                    await change(self.connection, self.plans[1], at=self.at, account=account)
+                    await change_plan(self.connection, self.plans[1], at=self.at, account=account)
                 self.plans.reverse()
             case "touch":
                 await left(self.connection, at=self.at, account=self.accounts[0])
