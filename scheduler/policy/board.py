@@ -46,6 +46,7 @@ from scheduler.policy.events import (
     MigrationRefused,
     ModelEvicted,
     ModelLoaded,
+    OrderKnown,
     RecoveryEnded,
     RefusedBecause,
     StartRefused,
@@ -165,6 +166,8 @@ class Board:
                 self._account_restored(event)
             case AttemptRestored():
                 self._attempt_restored(event)
+            case OrderKnown():
+                self._cell.queues[event.tier].edge = event.edge
             case RecoveryEnded():
                 self._recovery_ended()
             case _:
@@ -173,9 +176,16 @@ class Board:
     def decide(self, now_ms: int) -> list[Decision]:
         """Return what should be done now, in the order it is to be committed. Changes nothing.
 
-        What is not committed, refused or asked before the next call is decided again.
+        What is not committed, refused or asked before the next call is decided again. While the order is not
+        known to its end (`OrderKnown`), what is returned is the beginning of what it would be if it were:
+        nobody starts whom one that is yet to be read may come before.
         """
         return Plan(self._cell, now_ms).decisions()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all that waits is on the board, and not still being read after a restart."""
+        return all(queue.edge is None for queue in self._cell.queues.values())
 
     def facts(self, now_ms: int) -> list[Event]:
         """Return events that make a board like this one, for whoever rolls a copy of it forward."""
@@ -645,6 +655,8 @@ class Board:
             self._rank_parkable(self._cell.accounts[self._cell.attempts[active].job.account_id])
 
     def _recovery_ended(self) -> None:
+        for queue in self._cell.queues.values():
+            queue.edge = None
         for account in self._cell.accounts.values():
             for tier in self._cell.queues:
                 turn = account.turn(tier)

@@ -68,6 +68,26 @@ class AccountRestored:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Edge:
+    """A place in the order of a tier: before it are smaller tags, and of equal ones earlier arrivals."""
+
+    tag: int
+    arrival: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OrderKnown:
+    """In a recovery: all accounts that come before `edge` in a tier's order are on the board, with all their
+    jobs. Whoever does not may be behind somebody who is yet to be read, so until that is known nothing starts
+    that might not have started."""
+
+    at_ms: int
+    tier: Tier
+    edge: Edge | None
+    """None: the whole order is known."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RecoveryEnded:
     """All rows are on the board: stored tags of accounts that proved not eligible are dropped."""
 
@@ -367,6 +387,7 @@ class TagsStored:
 Event = (
     CellRestored
     | AccountRestored
+    | OrderKnown
     | RecoveryEnded
     | LimitsChanged
     | FundsChanged

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from scheduler.policy import usage
 from scheduler.policy.account import Account, Lane, Turn
 from scheduler.policy.decisions import Charge, ChosenBecause, Standing
+from scheduler.policy.events import Edge
 from scheduler.policy.ids import AccountId, Tier
 from scheduler.policy.job import Fit, Job
 from scheduler.policy.parameters import Parameters
@@ -55,6 +56,8 @@ class FairQueue:
         self.aged_wait_ms = 0
         """GPU time that must start in the order of tags before something starts for its age again."""
         self.decay_origin_ms = 0
+        self.edge: Edge | None = None
+        """In a recovery: up to where the order is known; None: all of it is."""
         self._accounts = accounts
         self._parameters = parameters
         self._growth = ((0, 0), 1.0)
@@ -100,6 +103,12 @@ class FairQueue:
             turn.ranked_by = ranked_by
         self._count(account, turn)
         return unstored
+
+    def is_known(self, entry: Entry) -> bool:
+        """Return whether everybody who comes before an entry of a line is in the order."""
+        edge = self.edge
+        # Of who is yet to be read with an equal tag, the use is not known: it may be 0.
+        return edge is None or (entry[0], entry[1], entry[2]) < (edge.tag, 0.0, edge.arrival)
 
     def accounts(self) -> Iterator[Account]:
         """Return the eligible accounts, in no order."""

@@ -100,9 +100,12 @@ class Order:
                     view.ranking.put_back(entry)
 
     def choose(self, lines: Iterable[PlannedLine]) -> Head | None:
-        """Return the job to start next among these lines: by age if it is age's turn, else by tag."""
+        """Return the job to start next among these lines: by age if it is age's turn, else by tag.
+
+        None: there is none, or, where the order is not known to its end, it may be one that is not here yet.
+        """
         first = self._first(lines)
-        if first is None:
+        if first is None or not self._queue.is_known(first[0]):
             return None
         if self._queue.aged_wait_ms == 0 and self._may_be_aged():
             oldest = self._oldest(lines)
@@ -116,11 +119,25 @@ class Order:
     def choose_warm(self, lines: Iterable[PlannedLine], instead_of: Head) -> Head | None:
         """Return the first job among these lines, if it may go before `instead_of` to save a load."""
         first = self._first(lines)
-        tag = instead_of.account.turn(self._queue.tier).tag
-        assert tag is not None
-        if first is None or first[0][0] > tag + self._parameters.affinity_ms * 1000:
+        if first is None or first[0][0] > self._last_warm_tag(instead_of):
             return None
         return self._head(*first, ChosenBecause.MODEL_WARM)
+
+    def is_warm_choice_known(self, warm: Head | None, instead_of: Head) -> bool:
+        """Return whether nobody who is yet to be read would be chosen by `choose_warm` before `warm`."""
+        edge = self._queue.edge
+        if edge is None:
+            return True
+        if warm is None:
+            return self._last_warm_tag(instead_of) < edge.tag
+        tag = warm.account.turn(self._queue.tier).tag
+        assert tag is not None
+        return self._queue.is_known(self._queue.tag_entry(warm.account, tag, warm.job))
+
+    def _last_warm_tag(self, instead_of: Head) -> int:
+        tag = instead_of.account.turn(self._queue.tier).tag
+        assert tag is not None
+        return tag + self._parameters.affinity_ms * 1000
 
     def oldest_head_since_ms(self, lines: Iterable[PlannedLine]) -> int | None:
         """Return since when the oldest head among these lines has been one; None: there is none."""

@@ -3,6 +3,9 @@
 In this order: attempts wished away, jobs lost too often, fast starts (on idle workers, then
 in place of relax runs), parked runs whose workers are free, parked runs that another worker can go on with,
 relax starts, and fast starts again where relax has taken all it can.
+
+While a queue is read again after a restart, the plan ends before the first start that might be another's:
+what it holds is the beginning of what it would hold if all were there.
 """
 
 from __future__ import annotations
@@ -41,6 +44,8 @@ class Plan:
         }
         self._trial = Trial(cell.queues, self._orders, cell.fleet)
         self._since_relax_turn = cell.fast_since_relax_turn
+        self._ends = False
+        """What comes next may be for somebody who is yet to be read."""
         self._relax_wants_turn = True
         """Until it was found that no relax work is old enough for one: a plan makes none older."""
 
@@ -49,10 +54,11 @@ class Plan:
         decisions: list[Decision] = [*self._stops(), *self._give_ups()]
         try:
             decisions.extend(self._fast_starts())
-            decisions.extend(self._resumes())
-            decisions.extend(self._migrations())
-            decisions.extend(self._relax_starts())
-            if self._fleet.open:
+            if not self._ends:
+                decisions.extend(self._resumes())
+                decisions.extend(self._migrations())
+                decisions.extend(self._relax_starts())
+            if self._fleet.open and not self._ends:
                 # Relax has what it can take, so that the floor may bind no more.
                 decisions.extend(self._fast_starts())
         finally:
@@ -82,7 +88,10 @@ class Plan:
             at_floor = self._fleet.fast_held >= most
             parked = len(self._cell.parked) + self._trial.parked > 0
             if at_floor and (parked or relax_waits or not self._fleet.idle):
-                break
+                return
+            if at_floor and self._cell.queues[Tier.RELAX].edge is not None:
+                self._ends = True  # relax that waits may be yet to be read, and then the floor binds
+                return
             due = self._since_relax_turn >= self._parameters.relax_first_one_in - 1
             if due and self._fleet.idle and self._relax_wants_turn:
                 turn = self._relax_turn()
@@ -101,10 +110,14 @@ class Plan:
                 del lines[head.job.fit]
                 continue
             if not placement.warm and placement.parks is None:
-                head, placement = self._to_save_a_load(order, lines, head, placement, held_too=True)
+                chosen = self._to_save_a_load(order, lines, head, placement, held_too=True)
+                if chosen is None:
+                    break
+                head, placement = chosen
             start = self._start(order, lines, head, placement)
             self._since_relax_turn += 1
             yield start
+        self._ends = self._cell.queues[Tier.FAST].edge is not None
 
     def _relax_turn(self) -> Start | Resume | None:
         """Return what relax that waited long takes before fast, one in a few, where the floor is not for it.
@@ -150,7 +163,8 @@ class Plan:
         if oldest_ms is None or oldest_ms > long_ago_ms:
             return None
         head = order.choose(lines.values())
-        assert head is not None
+        if head is None:
+            return None
         placement = self._fleet.place(head.job.fit)
         assert placement is not None
         if head.because is ChosenBecause.FIRST_IN_ORDER:
@@ -211,8 +225,12 @@ class Plan:
                 del lines[head.job.fit]
                 continue
             if not placement.warm:
-                head, placement = self._to_save_a_load(order, lines, head, placement, held_too=False)
+                chosen = self._to_save_a_load(order, lines, head, placement, held_too=False)
+                if chosen is None:
+                    break
+                head, placement = chosen
             yield self._start(order, lines, head, placement)
+        self._ends = self._ends or self._cell.queues[Tier.RELAX].edge is not None
 
     def _start(
         self, order: Order, lines: Lines, head: Head, placement: Placement, *, sheltered: bool = False
@@ -254,17 +272,24 @@ class Plan:
 
     def _to_save_a_load(
         self, order: Order, lines: Lines, first: Head, cold: Placement, *, held_too: bool
-    ) -> tuple[Head, Placement]:
-        """Return a job that the worker has the model for, if one is close enough behind the first."""
+    ) -> tuple[Head, Placement] | None:
+        """Return a job that the worker has the model for, if one is close enough behind the first.
+
+        None: it may be one that is yet to be read.
+        """
         if first.because is not ChosenBecause.FIRST_IN_ORDER:
             return first, cold
         loaded = self._fleet.warm_models(cold.worker_id)
+        if not loaded:
+            return first, cold
         warm_lines = [
             line
             for fit, line in lines.items()
             if fit.model in loaded and self._fleet.can_run_on(cold.worker_id, fit)
         ]
         warm = order.choose_warm(warm_lines, first)
+        if not order.is_warm_choice_known(warm, first):
+            return None
         if warm is None:
             return first, cold
         placement = self._fleet.place(warm.job.fit, held_too=held_too)

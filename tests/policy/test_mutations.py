@@ -264,7 +264,7 @@ MUTANTS = [
     Mutant(
         what="affinity knows no theta",
         file="order.py",
-        old="if first is None or first[0][0] > tag + self._parameters.affinity_ms * 1000:",
+        old="if first is None or first[0][0] > self._last_warm_tag(instead_of):",
         new="if first is None:",
         broken="test_board.test_a_model_at_hand_lets_no_job_pass_beyond_theta",
     ),
@@ -329,14 +329,14 @@ MUTANTS = [
         what="a parked run goes on only after new relax jobs",
         file="planning.py",
         old=(
-            "            decisions.extend(self._resumes())\n"
-            "            decisions.extend(self._migrations())\n"
-            "            decisions.extend(self._relax_starts())\n"
+            "                decisions.extend(self._resumes())\n"
+            "                decisions.extend(self._migrations())\n"
+            "                decisions.extend(self._relax_starts())\n"
         ),
         new=(
-            "            decisions.extend(self._relax_starts())\n"
-            "            decisions.extend(self._migrations())\n"
-            "            decisions.extend(self._resumes())\n"
+            "                decisions.extend(self._relax_starts())\n"
+            "                decisions.extend(self._migrations())\n"
+            "                decisions.extend(self._resumes())\n"
         ),
         broken="test_preemption.test_a_migrated_run_is_first_to_get_a_gpu_open_to_relax",
     ),
@@ -472,6 +472,28 @@ MUTANTS = [
         old="        drawn=attempt.drawn,\n",
         new="",
         broken="test_policy_drawn_runs.test_a_copy_of_the_board_knows_what_is_drawn",
+    ),
+    # -- orders that are not read to their ends -------------------------------------------------------
+    Mutant(
+        what="whoever was read starts before those who are yet to be",
+        file="order.py",
+        old="if first is None or not self._queue.is_known(first[0]):",
+        new="if first is None:",
+        broken="test_recovery_order.test_who_is_read_out_of_turn_waits_for_those_before",
+    ),
+    Mutant(
+        what="a model is loaded though one who has it warm is yet to be read",
+        file="planning.py",
+        old="if not order.is_warm_choice_known(warm, first):",
+        new="if False:",
+        broken="test_recovery_order.test_a_model_is_not_loaded_while_one_who_has_it_warm_may_yet_be_read",
+    ),
+    Mutant(
+        what="relax takes what fast that is yet to be read would have",
+        file="planning.py",
+        old="        self._ends = self._cell.queues[Tier.FAST].edge is not None\n",
+        new="",
+        broken="test_recovery_order.test_relax_waits_until_it_is_known_who_waits_in_fast",
     ),
     # -- workers ---------------------------------------------------------------------------------------
     Mutant(

@@ -225,7 +225,7 @@ class _Audit:
         if queue.tier is Tier.RELAX:
             self._observe(Bound.B15, waited_ms, case)
         pool = replay.pools[job.fit]
-        pool.advance(case.at_ms, replay.paused)
+        pool.advance(case.at_ms, replay.closed)
         spent_ms = pool.capacity_ms[queue.tier] - contention.capacity_ms
         gpus = spent_ms / waited_ms if waited_ms else contention.room
         if contention.low is None or contention.tag is None or gpus <= 0:
@@ -421,10 +421,10 @@ class _Audit:
             self._check(Bound.B14, -parks, Case(at_ms=at_ms, worker_id=worker_id))
         self._parks.clear()
         undone: set[tuple[Bound, str]] = set()
-        if replay.resumable:
+        if replay.resumable and not replay.edges:
             undone.add((Bound.B8, "a parked run on an idle GPU"))
         for tier, queue in replay.queues.items():
-            if tier in replay.paused or not queue.contending:
+            if tier in replay.closed or not queue.contending:
                 continue
             at_floor = tier is Tier.FAST and replay.at_floor()
             kept_for_relax = at_floor and replay.relax_waits()

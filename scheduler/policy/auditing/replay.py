@@ -8,7 +8,7 @@ against what others were served meanwhile. All of it is O(log n) a record.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 
 from scheduler.policy import retry, usage
@@ -40,11 +40,13 @@ from scheduler.policy.events import (
     AttemptResumed,
     CancelWanted,
     CellRestored,
+    Edge,
     FundsChanged,
     JobGivenUp,
     JobSubmitted,
     LimitsChanged,
     MemoryOutgrown,
+    OrderKnown,
     RecoveryEnded,
     RefusedBecause,
     StartRefused,
@@ -78,6 +80,8 @@ class Replay:
         self.queues = {tier: Queue(tier, starts) for tier in (Tier.FAST, Tier.RELAX)}
         self.paused: set[Tier] = set()
         self.recovering = False
+        self.edges: dict[Tier, Edge] = {}
+        """Of the tiers whose order is not known to its end: what is behind has yet to be read."""
         self.decay_origin_ms = 0
         self.taking = self.fast_held = 0
         self.parked = 0
@@ -92,6 +96,11 @@ class Replay:
         self._due: list[tuple[int, AttemptId, int]] = []
 
     # -- questions ------------------------------------------------------------------------------------
+
+    @property
+    def closed(self) -> Collection[Tier]:
+        """Tiers of which nothing has to start: paused ones, and both while one has yet to be read."""
+        return tuple(Tier) if self.edges else self.paused
 
     def at_floor(self) -> bool:
         """Return whether fast holds all that it may while relax waits."""
@@ -262,7 +271,15 @@ class Replay:
                 self.decay_origin_ms = record.decay_origin_ms
             case AttemptRestored():
                 self._attempt_restored(record)
+            case OrderKnown():
+                self._advance_all()
+                if record.edge is None:
+                    self.edges.pop(record.tier, None)
+                else:
+                    self.edges[record.tier] = record.edge
             case RecoveryEnded():
+                self._advance_all()
+                self.edges.clear()
                 self.recovering = False
                 for account in self.accounts.values():
                     for turn in account.turns.values():
@@ -376,7 +393,7 @@ class Replay:
         aged = record.keys.because is ChosenBecause.AGED
         before = record.keys.virtual_time if queue.virtual_time is None else queue.virtual_time
         queue.virtual_time = before if aged else max(before, charge.charged_from)
-        self.recovering = False
+        self.recovering = bool(self.edges)
         if aged:
             queue.aged_wait_ms = (self.parameters.aged_one_in - 1) * charge.predicted_ms
         elif queue.aged_wait_ms is not None:
@@ -632,7 +649,7 @@ class Replay:
         contention = lane.contention = Contention(self.now_ms)
         queue.contending[fit] = queue.contending.get(fit, 0) + 1
         pool = self._pool(fit)
-        pool.advance(self.now_ms, self.paused)
+        pool.advance(self.now_ms, self.closed)
         contention.capacity_ms = pool.capacity_ms[queue.tier]
         contention.room, contention.runs = pool.room(queue.tier), pool.runs(queue.tier)
         contention.came = pool.came
@@ -645,7 +662,8 @@ class Replay:
         heapq.heappush(queue.tags.setdefault(fit, []), (turn.tag, account.account_id))
         if queue.virtual_time is not None and not queue.unknown_tags:
             tags = [lowest[0] for other in queue.contending if (lowest := self.lowest(queue, other))]
-            contention.low = min(queue.virtual_time, *tags)
+            edge = self.edges.get(queue.tier)
+            contention.low = min(queue.virtual_time, *tags, *(() if edge is None else (edge.tag,)))
             contention.virtual = queue.virtual_time
             contention.from_virtual = turn.from_virtual
             if turn.from_virtual and queue.tier is Tier.RELAX:
@@ -747,10 +765,10 @@ class Replay:
         self.fast_held += standing[FAST_RUNS] - before[FAST_RUNS]
         if standing != before:
             for pool in slot.pools:
-                pool.advance(self.now_ms, self.paused)
+                pool.advance(self.now_ms, self.closed)
                 pool.change(before, standing)
         slot.standing = standing
 
     def _advance_all(self) -> None:
         for pool in self.pools.values():
-            pool.advance(self.now_ms, self.paused)
+            pool.advance(self.now_ms, self.closed)

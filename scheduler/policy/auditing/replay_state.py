@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 from scheduler.policy.ids import AccountId, AttemptId, Tier, WorkerId
@@ -297,11 +298,11 @@ class Pool:
             return self.idle + self.counts[_FAST]
         return self.open + self.counts[_RELAX]
 
-    def advance(self, now_ms: int, paused: set[Tier]) -> None:
+    def advance(self, now_ms: int, closed: Collection[Tier]) -> None:
         passed_ms = now_ms - self._at_ms
         if passed_ms > 0:
             for tier in self.capacity_ms:
-                if tier not in paused:
+                if tier not in closed:
                     self.capacity_ms[tier] += self.room(tier) * passed_ms
             self._at_ms = now_ms
 
