@@ -46,6 +46,8 @@ class Terms:
     currency: str
     gpu_class_bp: Mapping[str, int]
     """Multipliers by device type, in basis points; a type that is not named counts 10,000."""
+    picture_retention_days: int
+    """How long its pictures are kept after the end of their jobs; 0: for ever."""
     scheduled_plan: str | None
     """What the plan changes to at `renews_at`; None: nothing."""
     period_start: datetime
@@ -249,6 +251,7 @@ def _terms(row: asyncpg.Record) -> Terms:
         spend_cap_micros=row["spend_cap_micros"],
         currency=row["currency"],
         gpu_class_bp=plans.classes_of(row["gpu_classes"]),
+        picture_retention_days=row["picture_retention_days"],
         scheduled_plan=row["scheduled_plan"],
         period_start=row["period_start"],
         renews_at=row["period_end"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -83,13 +84,15 @@ async def events(
     actor: str = "",
     since: datetime | None = None,
     until: datetime | None = None,
+    actions: Iterable[str] | None = None,
     before_id: int | None = None,
     limit: int,
 ) -> list[AuditEvent]:
     """Return up to `limit` audit events, newest first, with numbers below `before_id`. Locks nothing.
 
     `target` and `actor` are resource names: events of them and of all below them, as an account's keys are
-    below the account. `since` is included, `until` is not. What is empty or None leaves nothing out.
+    below the account. `since` is included, `until` is not. `actions` are names of API methods. What is empty
+    or None leaves nothing out.
     """
     rows = await connection.fetch(
         """SELECT audit_id, at, actor, action, target, reason, request_id,
@@ -100,12 +103,14 @@ async def events(
               AND ($3::timestamptz IS NULL OR at >= $3)
               AND ($4::timestamptz IS NULL OR at < $4)
               AND ($5::bigint IS NULL OR audit_id < $5)
-            ORDER BY audit_id DESC LIMIT $6""",
+              AND ($6::text[] IS NULL OR action = ANY($6))
+            ORDER BY audit_id DESC LIMIT $7""",
         target,
         actor,
         since,
         until,
         before_id,
+        None if actions is None else list(actions),
         limit,
     )
     return [AuditEvent(**row) for row in rows]

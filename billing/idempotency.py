@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from typing import Any
 
 import asyncpg
@@ -19,19 +20,19 @@ async def claim(
     until the first one's transaction ends, and claims the id itself if that rolled back; so a refusal is
     not remembered. Claim before locking accounts, to keep one order. Raises RequestIdReused.
     """
-    claimed = await connection.fetchval(
+    while not await connection.fetchval(
         """INSERT INTO billing.idempotency (account_id, method, request_id, input_hash)
            VALUES ($1, $2, $3, $4) ON CONFLICT DO NOTHING RETURNING true""",
         account_id,
         method,
         request_id,
         input_hash,
-    )
-    if claimed:
-        return None
-    outcome = await outcome_of(connection, account_id, method, request_id, input_hash)
-    assert outcome is not None, "claims are not deleted"
-    return outcome
+    ):
+        outcome = await outcome_of(connection, account_id, method, request_id, input_hash)
+        if outcome is not None:
+            return outcome
+        # It was there, and forgotten before it was read: the id is free.
+    return None
 
 
 async def outcome_of(
@@ -70,3 +71,18 @@ async def store(
         request_id,
         json.dumps(outcome),
     )
+
+
+async def forget(connection: asyncpg.Connection, *, before: datetime, limit: int) -> int:
+    """Forget up to `limit` answers that were given before a time, the oldest first; returns how many.
+
+    The same request under the same id is then done again.
+    """
+    done: str = await connection.execute(
+        """DELETE FROM billing.idempotency WHERE (account_id, method, request_id) IN (
+               SELECT account_id, method, request_id FROM billing.idempotency
+               WHERE created_at < $1 ORDER BY created_at LIMIT $2 FOR UPDATE SKIP LOCKED)""",
+        before,
+        limit,
+    )
+    return int(done.removeprefix("DELETE "))

@@ -60,6 +60,8 @@ class PlanFields:
     """Multipliers by device type, beside the private one; a type that is not named counts 10,000."""
     self_service: bool = False
     """Accounts may change to it by themselves; otherwise only admins change theirs to it."""
+    picture_retention_days: int = 0
+    """How long pictures are kept after the end of their job; 0: for ever."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,9 +312,9 @@ async def _insert(
                 plan, version, quota_ms, limit_running, limit_relax_running, limit_accepted,
                 relax_weight_milli, private_allowed, private_multiplier_bp, overage_micros_per_minute,
                 currency, price_micros, rollover_ms, gpu_class_bp, at_once, created_at, audit_id,
-                self_service)
+                self_service, picture_retention_days)
             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14::text::jsonb, $15, $16, $17,
-                    $18)
+                    $18, $19)
             ON CONFLICT DO NOTHING RETURNING {_COLUMNS}""",  # noqa: S608
         fields.plan,
         version,
@@ -332,6 +334,7 @@ async def _insert(
         at,
         audit_id,
         fields.self_service,
+        fields.picture_retention_days,
     )
     return None if row is None else _plan_version(row)
 
@@ -351,6 +354,7 @@ def _plan_version(row: asyncpg.Record) -> PlanVersion:
         rollover_ms=row["rollover_ms"],
         gpu_class_bp=classes_of(row["gpu_classes"]),
         self_service=row["self_service"],
+        picture_retention_days=row["picture_retention_days"],
         at_once=row["at_once"],
         created_at=row["created_at"],
     )

@@ -216,6 +216,7 @@ class Plan(_message.Message):
     GPU_CLASS_BP_FIELD_NUMBER: _builtins.int
     IMPACT_FIELD_NUMBER: _builtins.int
     SELF_SERVICE_FIELD_NUMBER: _builtins.int
+    PICTURE_RETENTION_DAYS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """plans/{plan}"""
     version: _builtins.int
@@ -236,6 +237,10 @@ class Plan(_message.Message):
     """Most unused time of a period that is carried into the next; 0: none."""
     self_service: _builtins.bool
     """Accounts may change to it by themselves; otherwise only admins change theirs to it."""
+    picture_retention_days: _builtins.int
+    """Days for which the pictures of its accounts are kept after the end of their job; 0: for ever. What counts is the
+    plan that an account is on, not the one it was on when the picture was made.
+    """
     @_builtins.property
     def limits(self) -> _billing_pb2.PlanLimits: ...
     @_builtins.property
@@ -264,10 +269,11 @@ class Plan(_message.Message):
         gpu_class_bp: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         impact: Global___PlanImpact | None = ...,
         self_service: _builtins.bool = ...,
+        picture_retention_days: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["impact", b"impact", "limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["currency_code", b"currency_code", "etag", b"etag", "gpu_class_bp", b"gpu_class_bp", "impact", b"impact", "limits", b"limits", "name", b"name", "overage_micros_per_minute", b"overage_micros_per_minute", "price_micros", b"price_micros", "private_allowed", b"private_allowed", "private_multiplier_bp", b"private_multiplier_bp", "quota_ms", b"quota_ms", "relax_weight_milli", b"relax_weight_milli", "rollover_ms", b"rollover_ms", "self_service", b"self_service", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["currency_code", b"currency_code", "etag", b"etag", "gpu_class_bp", b"gpu_class_bp", "impact", b"impact", "limits", b"limits", "name", b"name", "overage_micros_per_minute", b"overage_micros_per_minute", "picture_retention_days", b"picture_retention_days", "price_micros", b"price_micros", "private_allowed", b"private_allowed", "private_multiplier_bp", b"private_multiplier_bp", "quota_ms", b"quota_ms", "relax_weight_milli", b"relax_weight_milli", "rollover_ms", b"rollover_ms", "self_service", b"self_service", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -238,7 +238,8 @@ class AdminServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListAuditEvents(self, request, context):
-        """ListAuditEvents returns what admins and operators did, newest first.
+        """ListAuditEvents returns what admins, operators and moderators did, newest first. To keys of moderators and
+        operators, who may call it too, only what was done about moderation.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

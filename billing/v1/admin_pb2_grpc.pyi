@@ -74,7 +74,9 @@ class AdminServiceStub:
     once on the plan it had before, later with its next period. With `validate_only` nothing is changed.
     """
     ListAuditEvents: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListAuditEventsRequest, _admin_pb2.ListAuditEventsResponse]
-    """ListAuditEvents returns what admins and operators did, newest first."""
+    """ListAuditEvents returns what admins, operators and moderators did, newest first. To keys of moderators and
+    operators, who may call it too, only what was done about moderation.
+    """
     CheckInvariants: _grpc.UnaryUnaryMultiCallable[_admin_pb2.CheckInvariantsRequest, _admin_pb2.CheckInvariantsResponse]
     """CheckInvariants asks every invariant of the ledger of the live database, within a time."""
 
@@ -123,7 +125,9 @@ class AdminServiceAsyncStub(AdminServiceStub):
     once on the plan it had before, later with its next period. With `validate_only` nothing is changed.
     """
     ListAuditEvents: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListAuditEventsRequest, _admin_pb2.ListAuditEventsResponse]  # type: ignore[assignment]
-    """ListAuditEvents returns what admins and operators did, newest first."""
+    """ListAuditEvents returns what admins, operators and moderators did, newest first. To keys of moderators and
+    operators, who may call it too, only what was done about moderation.
+    """
     CheckInvariants: _aio.UnaryUnaryMultiCallable[_admin_pb2.CheckInvariantsRequest, _admin_pb2.CheckInvariantsResponse]  # type: ignore[assignment]
     """CheckInvariants asks every invariant of the ledger of the live database, within a time."""
 
@@ -265,7 +269,9 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_pb2.ListAuditEventsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.ListAuditEventsResponse, _abc.Awaitable[_admin_pb2.ListAuditEventsResponse]]:
-        """ListAuditEvents returns what admins and operators did, newest first."""
+        """ListAuditEvents returns what admins, operators and moderators did, newest first. To keys of moderators and
+        operators, who may call it too, only what was done about moderation.
+        """
 
     @_abc_1.abstractmethod
     def CheckInvariants(

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from scheduler.client.aio import DarkroomClient, JobHandle, succeeded
-from scheduler.client.errors import ExitCode, NotEnded
+from scheduler.client.errors import ExitCode, NotEnded, PicturesExpired
 from scheduler.client.names import Named
 from scheduler.client.printing import Printer
 from scheduler.client.running import JobArgument, Json, named_argument, run
@@ -208,6 +208,8 @@ def verify(context: typer.Context, job: JobArgument, fast: Fast = None, as_json:
         first = await client.get(job)
         if first.state != job_pb2.JOB_STATE_SUCCEEDED:
             raise NotEnded(f"Job {first.uid} is {state_word(first.state)}: it has no pictures to compare.")
+        if not first.images:
+            raise PicturesExpired(f"The pictures of job {first.uid} are gone: there is nothing to compare.")
         # What is private stays so, whatever the account's mode is now.
         handle = await client.reroll(job, exact=True, tier=tier_of(fast), visibility=first.visibility)
         printer.note(f"Made again as job {handle.id}.")

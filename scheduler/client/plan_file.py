@@ -132,6 +132,13 @@ _KEYS: Sequence[_Key] = (
         meaning="accounts may change to it without an admin",
         new_plan_needs_it=False,
     ),
+    _Key(
+        name="keep_days",
+        field="picture_retention_days",
+        kind=Decimal,
+        meaning="that pictures are kept after their job's end; 0: for ever",
+        new_plan_needs_it=False,
+    ),
 )
 _BY_NAME: Mapping[str, _Key] = {key.name: key for key in _KEYS}
 

@@ -264,6 +264,7 @@ def print_plans(printer: Printer, plans: Sequence[Plan]) -> None:
             "private",
             "overage a minute",
             "self-service",
+            "keeps pictures",
             "GPU types",
         ],
         [
@@ -280,6 +281,7 @@ def print_plans(printer: Printer, plans: Sequence[Plan]) -> None:
                 if plan.overage_micros_per_minute
                 else "no",
                 "yes" if plan.self_service else "no",
+                f"{plan.picture_retention_days} d" if plan.picture_retention_days else "for ever",
                 ", ".join(f"{device} {_factor(bp)}" for device, bp in sorted(plan.gpu_class_bp.items())),
             ]
             for plan in plans

@@ -26,6 +26,8 @@ _LARGEST_PRICE = 10_000_000_000
 # A period's: multiplied by the microseconds of one, 3e12, it is divided in Python, which has no end.
 _LARGEST_PERIOD_PRICE = 2**53
 _MOST_GPU_CLASSES = 100
+# A hundred years: what is kept longer is kept for ever, which is 0.
+_LONGEST_RETENTION_DAYS = 36_500
 _LONGEST_DEVICE = 120
 
 _EFFECTIVE_FROM = {
@@ -173,4 +175,7 @@ def _plan_fields(plan: admin_pb2.Plan, violations: Violations) -> PlanFields:
         rollover_ms=within("rollover_ms", plan.rollover_ms, 0, _LARGEST),
         gpu_class_bp=classes,
         self_service=plan.self_service,
+        picture_retention_days=within(
+            "picture_retention_days", plan.picture_retention_days, 0, _LONGEST_RETENTION_DAYS
+        ),
     )

@@ -9,7 +9,7 @@ from gpu_worker.contract import ImageFile, VideoFile
 from scheduler.frontdoor import archive, messages
 from scheduler.frontdoor.artifacts import Artifacts
 from scheduler.frontdoor.fields import JobName
-from scheduler.refusals import NotFoundOrNotYours, SourceNotReady
+from scheduler.refusals import NotFoundOrNotYours, PicturesExpired, SourceNotReady
 from scheduler.store import accounts, jobs
 from scheduler.store.jobs import JobState, StoredJob
 from scheduler.store.pool import Pool
@@ -30,7 +30,12 @@ class Downloads:
         self._artifacts = artifacts
 
     def of_job(self, job: StoredJob, name: JobName) -> Iterator[File]:
-        """Yield the picture or video of a job that is named, or all its pictures. Raises SourceNotReady."""
+        """Yield the picture or video of a job that is named, or all its pictures.
+
+        Raises PicturesExpired or SourceNotReady.
+        """
+        if job.expired_at is not None:
+            raise PicturesExpired(job_id=job.job_id, expired_at=job.expired_at)
         if name.video is not None:
             film = _video(job, name.video)
             yield job_pb2.FileHeader(video=messages.video(job, film)), self._artifacts.chunks(film)

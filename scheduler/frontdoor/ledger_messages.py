@@ -89,6 +89,7 @@ def plan(version: PlanVersion, impact: admin_pb2.PlanImpact | None = None) -> ad
         rollover_ms=version.rollover_ms,
         gpu_class_bp=version.gpu_class_bp,
         self_service=version.self_service,
+        picture_retention_days=version.picture_retention_days,
         impact=impact,
     )
 

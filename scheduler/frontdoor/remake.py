@@ -17,7 +17,7 @@ from scheduler.frontdoor.fields import JobName, Violations
 from scheduler.frontdoor.messages import ALGORITHM_OF
 from scheduler.frontdoor.translate import drawn_seed, frame, tier_of, visibility_of
 from scheduler.intake import Submission
-from scheduler.refusals import Impossible, SourceNotReady
+from scheduler.refusals import Impossible, PicturesExpired, SourceNotReady
 from scheduler.store.accounts import Visibility
 from scheduler.store.jobs import JobKind, JobState, StoredJob
 from scheduler.v1 import job_pb2
@@ -56,7 +56,7 @@ def variation(
 ) -> Submission:
     """Return a new grid close to one picture of `source`, a job of the caller's.
 
-    Raises SourceNotReady, InvalidRequest for a picture of an upscale, or Impossible.
+    Raises PicturesExpired, SourceNotReady, InvalidRequest for a picture of an upscale, or Impossible.
     """
     _refuse_unless_of_a_grid("variation.source_image", source, image)
     if source.latents_path is None:
@@ -85,8 +85,8 @@ def upscale(
 ) -> Submission:
     """Return one picture of `source`, a job of the caller's, enlarged.
 
-    Raises SourceNotReady, Impossible, and InvalidRequest for a picture of an upscale and for a max upscale of
-    a large grid.
+    Raises PicturesExpired, SourceNotReady, Impossible, and InvalidRequest for a picture of an upscale and for
+    a max upscale of a large grid.
     """
     _refuse_unless_of_a_grid("upscale.source_image", source, image)
     kind = ALGORITHM_OF.get(request.upscale.algorithm) or _usual_algorithm(source)
@@ -145,6 +145,8 @@ def _picture(request: job_pb2.CreateJobRequest, field: str, text: str, violation
 
 
 def _refuse_unless_of_a_grid(field: str, source: StoredJob, image: int) -> None:
+    if source.expired_at is not None:
+        raise PicturesExpired(job_id=source.job_id, expired_at=source.expired_at)
     pictures = {picture.index for picture in source.images}
     if source.state is not JobState.SUCCEEDED or image not in pictures:
         raise SourceNotReady(job_id=source.job_id, state=source.state.value, what=f"picture {image}")

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 
@@ -56,7 +57,7 @@ class ApiKey:
     key_id: str
     account_id: str
     role: Role
-    secret_hash: bytes
+    secret_hash: bytes = field(repr=False)
     blocked: bool
     """Whether its account is."""
 
@@ -90,7 +91,7 @@ class NewKey:
     """A key just made."""
 
     key_id: str
-    secret: str
+    secret: str = field(repr=False)
     """`dk_<id>_<secret>`: shown once, never stored."""
     created_at: datetime
 
@@ -149,7 +150,7 @@ async def over_limits(connection: Connection, plan: str, limits: PlanLimits) -> 
     count: int = await connection.fetchval(
         """SELECT count(*) FROM (
                SELECT FROM scheduler.job JOIN billing.subscription USING (account_id)
-               WHERE plan = $1 AND state IN ('queued', 'running') GROUP BY account_id
+               WHERE plan = $1 AND NOT past AND state IN ('queued', 'running') GROUP BY account_id
                HAVING count(*) > $2 OR count(*) FILTER (WHERE state = 'running') > $3
                       OR count(*) FILTER (WHERE state = 'running' AND tier = 'relax') > $4) AS over""",
         plan,
@@ -176,7 +177,7 @@ async def change_settings(
 async def accounts_known_to_scheduler(connection: Connection) -> list[str]:
     """Return the accounts that a scheduler may have in memory: those with a live job or a share of a tier."""
     rows = await connection.fetch(
-        """SELECT account_id FROM scheduler.job WHERE state IN ('queued', 'running')
+        """SELECT account_id FROM scheduler.job WHERE NOT past AND state IN ('queued', 'running')
            UNION SELECT account_id FROM scheduler.fair_share"""
     )
     return [row["account_id"] for row in rows]
@@ -234,23 +235,15 @@ async def forget(connection: Connection, account_id: str) -> None:
     )
 
 
-async def find_key(connection: Connection, key_id: str) -> ApiKey | None:
-    """Return a key that exists and is not revoked."""
-    row = await connection.fetchrow(
+async def find_keys(connection: Connection, key_ids: Sequence[str]) -> dict[str, ApiKey]:
+    """Return by their ids those of these keys that exist and are not revoked."""
+    rows = await connection.fetch(
         """SELECT key_id, account_id, role, secret_hash, blocked
            FROM scheduler.api_key JOIN scheduler.account USING (account_id)
-           WHERE key_id = $1 AND revoked_at IS NULL""",
-        key_id,
+           WHERE key_id = ANY($1) AND revoked_at IS NULL""",
+        key_ids,
     )
-    if row is None:
-        return None
-    return ApiKey(
-        key_id=row["key_id"],
-        account_id=row["account_id"],
-        role=Role(row["role"]),
-        secret_hash=row["secret_hash"],
-        blocked=row["blocked"],
-    )
+    return {row["key_id"]: ApiKey(**{**row, "role": Role(row["role"])}) for row in rows}
 
 
 async def admin_key_exists(connection: Connection) -> bool:

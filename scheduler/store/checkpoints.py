@@ -37,7 +37,8 @@ async def store_checkpoints(
             """UPDATE scheduler.job SET checkpoint = new.checkpoint
                FROM unnest($1::uuid[], $2::uuid[], $3::jsonb[]) AS new (attempt_id, token, checkpoint)
                     JOIN scheduler.attempt USING (attempt_id, token)
-               WHERE attempt.state = 'running' AND job.job_id = attempt.job_id AND job.state = 'running'
+               WHERE attempt.state = 'running' AND job.job_id = attempt.job_id AND NOT past
+                     AND job.state = 'running'
                RETURNING attempt_id::text""",
             [one.attempt_id for one in saved],
             [one.token for one in saved],

@@ -140,7 +140,7 @@ async def leftovers(connection: Connection, *, limit: int, job_id: str | None = 
            WHERE files_due_at <= now() AND ($2::uuid IS NULL OR job_id = $2)
                  AND NOT EXISTS (
                      SELECT FROM scheduler.job live
-                     WHERE live.state IN ('queued', 'running')
+                     WHERE NOT live.past AND live.state IN ('queued', 'running')
                            AND live.spec -> 'source' ->> 'job_id' = deleted.job_id::text)
            ORDER BY files_due_at LIMIT $1""",
         limit,

@@ -249,7 +249,7 @@ async def _job_rows(
         f"""SELECT job_id::text, state, tier, pricing, spec, checkpoint, {_AFTER_LOSS},
                   CASE WHEN started_at IS NULL
                        THEN (extract(epoch FROM now() - created_at) * 1000)::bigint END AS waited_ms
-           FROM scheduler.job WHERE job_id = ANY($1::uuid[])""",  # noqa: S608
+           FROM scheduler.job WHERE job_id = ANY($1::uuid[]) AND NOT past""",  # noqa: S608
         [plan.job_id for plan in planned],
     )
     return {row["job_id"]: row for row in rows}
@@ -309,7 +309,7 @@ async def _insert(
         """WITH started AS (
                UPDATE scheduler.job SET state = 'running', started_at = coalesce(started_at, $10)
                FROM unnest($2::uuid[], $14::text[]) AS plan (job_id, tier)
-               WHERE job.job_id = plan.job_id AND state = 'queued' AND job.tier = plan.tier
+               WHERE job.job_id = plan.job_id AND NOT past AND state = 'queued' AND job.tier = plan.tier
                RETURNING job.job_id)
            INSERT INTO scheduler.attempt (attempt_id, job_id, number, token, epoch, worker_id, incarnation,
                                           started_at, predicted_ms, charged_at_ms, weight_milli, decision,
@@ -354,7 +354,8 @@ async def record_events(
                SELECT job_id, state, sentence, $4 FROM unnest($1::uuid[], $2::text[], $3::text[])
                       AS new (job_id, state, sentence)
                RETURNING job_id, seq)
-           UPDATE scheduler.job SET event_seq = event.seq FROM event WHERE job.job_id = event.job_id
+           UPDATE scheduler.job SET event_seq = event.seq FROM event
+           WHERE job.job_id = event.job_id AND NOT past
            RETURNING job.job_id::text, event.seq""",
         [job_id for job_id, _, _ in events],
         [state for _, state, _ in events],

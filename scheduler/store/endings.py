@@ -170,7 +170,7 @@ async def settle_attempts(
 async def _accounts(connection: asyncpg.Connection, ends: Sequence[AttemptEnd]) -> list[str]:
     rows = await connection.fetch(
         """SELECT DISTINCT account_id FROM scheduler.attempt JOIN scheduler.job USING (job_id)
-           WHERE attempt_id = ANY($1::uuid[])""",
+           WHERE attempt_id = ANY($1::uuid[]) AND NOT past""",
         [end.attempt_id for end in ends],
     )
     return [row["account_id"] for row in rows]
@@ -180,18 +180,29 @@ async def _attempt_rows(
     connection: asyncpg.Connection, ends: Sequence[AttemptEnd]
 ) -> dict[str, asyncpg.Record]:
     """Lock the attempts that the ends name rightly, and return them with their jobs."""
+    rows = await _rows_of_jobs(connection, ends, "NOT past")
+    # Settled so long ago that its job has moved, and claimed again all the same; or nobody's.
+    others = [end for end in ends if end.attempt_id not in rows]
+    return {**rows, **await _rows_of_jobs(connection, others, "past")} if others else rows
+
+
+async def _rows_of_jobs(
+    connection: asyncpg.Connection, ends: Sequence[AttemptEnd], which: str
+) -> dict[str, asyncpg.Record]:
     rows = await connection.fetch(
-        """SELECT attempt.attempt_id::text, attempt.job_id::text, attempt.number, attempt.state,
+        f"""SELECT attempt.attempt_id::text, attempt.job_id::text, attempt.number, attempt.state,
                   attempt.worker_id, attempt.started_at, attempt.predicted_ms, attempt.charged_at_ms,
                   attempt.weight_milli, attempt.gpu_ms, attempt.parked_at, attempt.parked_ms,
                   attempt.drawn_at, attempt.kept_ms, job.account_id, job.tier, job.pricing, job.spec,
                   job.checkpoint, job.state AS job_state, job.event_seq, job.cancel_wanted, job.losses,
-                  job.created_at, job.started_at AS job_started_at, cell.decay_origin_ms
+                  job.created_at, job.started_at AS job_started_at,
+                  -- Asked once: behind an old transaction the row has many versions to go through.
+                  (SELECT decay_origin_ms FROM scheduler.cell WHERE tier = 'relax') AS decay_origin_ms
            FROM unnest($1::uuid[], $2::uuid[]) AS claim (attempt_id, token)
            JOIN scheduler.attempt USING (attempt_id, token)
            JOIN scheduler.job USING (job_id)
-           JOIN scheduler.cell ON cell.tier = 'relax'
-           ORDER BY attempt.attempt_id FOR NO KEY UPDATE OF attempt""",
+           WHERE {which}
+           ORDER BY attempt.attempt_id FOR NO KEY UPDATE OF attempt""",  # noqa: S608
         [end.attempt_id for end in ends],
         [end.token for end in ends],
     )
@@ -379,7 +390,7 @@ def _sentence(closing: _Closing) -> str:
                 f"The job waits at its old place{larger}{goes_on}. It costs nothing so far."
             )
         case "cancelled":
-            return "Cancelled by its owner."
+            return "Cancelled while it ran."
         case "failed":
             return closing.end.sentence
         case _:
@@ -435,7 +446,7 @@ async def _move_jobs(
                        $7::text[], $9::text[], $10::boolean[], $11::jsonb[], $12::bigint[])
                 AS new (job_id, state, images, latents_path, receipt, losses, failure_reason,
                         failure_sentence, goes_on, videos, outgrew_bytes)
-           WHERE job.job_id = new.job_id""",
+           WHERE job.job_id = new.job_id AND NOT past""",
         [closing.row["job_id"] for closing in closings],
         [closing.job_state for closing in closings],
         [_if_state(c, "succeeded", json.dumps(images_to_json(c.end.images))) for c in closings],
@@ -583,7 +594,7 @@ async def give_up(
             """UPDATE scheduler.job
                SET state = 'failed', ended_at = $2, failure_reason = 'WORKERS_LOST', failure_sentence = $3,
                    checkpoint = NULL
-               WHERE job_id = $1 AND state = 'queued' RETURNING job_id""",
+               WHERE job_id = $1 AND NOT past AND state = 'queued' RETURNING job_id""",
             job_id,
             at,
             sentence,

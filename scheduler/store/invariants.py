@@ -208,6 +208,24 @@ INVARIANTS: tuple[Invariant, ...] = tuple(
                             WHERE job.job_id = (outcome ->> 'job_id')::uuid
                               AND job.account_id = idempotency.account_id)""",
             ),
+            Invariant(
+                number=24,
+                sentence="A job has one row, and what tells of a job tells of one that there is.",
+                # No key says so: the rows of jobs are in partitions, and move between them.
+                sql="""
+                SELECT job_id, 'rows: ' || count(*) AS what
+                  FROM scheduler.job GROUP BY job_id HAVING count(*) > 1
+                UNION ALL
+                SELECT job_id, 'no row, and attempt ' || attempt_id FROM scheduler.attempt
+                 WHERE NOT EXISTS (SELECT FROM scheduler.job WHERE job.job_id = attempt.job_id)
+                UNION ALL
+                SELECT job_id, 'no row, and event ' || seq FROM scheduler.job_event
+                 WHERE NOT EXISTS (SELECT FROM scheduler.job WHERE job.job_id = job_event.job_id)
+                UNION ALL
+                SELECT source_job_id, 'no row, and was made to job ' || job_id FROM scheduler.job AS made
+                 WHERE source_job_id IS NOT NULL
+                   AND NOT EXISTS (SELECT FROM scheduler.job WHERE job.job_id = made.source_job_id)""",
+            ),
         ),
         key=lambda invariant: invariant.number,
     )
@@ -228,18 +246,30 @@ AT_REST: tuple[Invariant, ...] = (
         number=25,
         sentence="At rest: what attempts measured is what was posted in fast and relax, and absorbed.",
         # What a checkpoint kept of a lost attempt is in the one that went on from there, or in none: a job
-        # cancelled as it waits drops it. Who died measured nothing, and is counted with the time it had its
-        # GPU; and who went on from a checkpoint may have spent time to get there, which is not in its stages.
-        # Neither took more than passed between its two ends.
+        # that is cancelled as it waits drops it, and so does one that is moved to the other tier (which its
+        # events tell: it began to wait more often than it came and lost an attempt). Who died measured
+        # nothing, and is counted with the time it had its GPU; and who went on from a checkpoint may have
+        # spent time to get there, which is not in its stages. Neither took more than passed between its two
+        # ends.
         sql=f"""
         WITH attempts AS (
             SELECT job_id, number = 1 AND reported_incarnation IS NOT NULL AS is_measured,
+                   state = 'lost' AS is_lost,
                    COALESCE((SELECT sum(ms.value::bigint) FROM jsonb_each_text(times) AS ms), 0)
                        AS measured_ms,
                    extract(epoch FROM ended_at - started_at) * 1000 + {_ROUNDING_MS} AS passed_ms
               FROM scheduler.attempt),
+        moved AS (
+            SELECT job_id
+              FROM (SELECT job_id, count(*) AS waits FROM scheduler.job_event
+                     WHERE state = 'queued' GROUP BY job_id) AS told
+                   LEFT JOIN (SELECT job_id, count(*) AS losses FROM attempts
+                               WHERE is_lost GROUP BY job_id) AS lost USING (job_id)
+             WHERE waits > 1 + COALESCE(losses, 0)),
         measured AS (
-            SELECT job_id, sum(measured_ms) AS measured_ms,
+            SELECT job_id,
+                   sum(measured_ms) FILTER (WHERE NOT is_lost OR job_id NOT IN (SELECT job_id FROM moved))
+                       AS measured_ms,
                    sum(CASE WHEN is_measured THEN measured_ms
                             ELSE GREATEST(measured_ms, passed_ms) END) AS most_ms
               FROM attempts GROUP BY job_id),

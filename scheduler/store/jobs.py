@@ -28,6 +28,7 @@ from gpu_worker.contract import (
 )
 from scheduler.policy.ids import Tier
 from scheduler.store.accounts import AccountSettings, Visibility
+from scheduler.store.moderation import Hidden
 from scheduler.store.pool import Connection
 
 
@@ -137,6 +138,12 @@ class StoredJob:
     receipt: JobReceipt | None
     failure_reason: str | None
     failure_sentence: str | None
+    expired_at: datetime | None
+    """Since when its pictures are gone, as its account's plan kept them no longer; None: they are not."""
+    kept_until: datetime | None
+    """Until when that plan keeps them; None: for ever, or there are none."""
+    hidden: Hidden | None
+    """That a moderator keeps it out of the feed."""
     attempt_id: str | None
     """Of the running attempt."""
     worker_id: str | None
@@ -240,11 +247,17 @@ _COLUMNS = """
     job.job_id::text, arrival, account_id, kind, tier, visibility, job.state, prompt, seed_fixed, spec,
     pricing, job.predicted_ms, source_job_id::text, source_image, uploads, warnings, cancel_wanted,
     event_seq, created_at, job.started_at, job.ended_at, images, videos, latents_path, receipt,
-    failure_reason, failure_sentence"""
+    failure_reason, failure_sentence, expired_at"""
 _SELECT = f"""
-    SELECT {_COLUMNS}, attempt.attempt_id::text, attempt.worker_id, attempt.parked_at
+    SELECT {_COLUMNS}, attempt.attempt_id::text, attempt.worker_id, attempt.parked_at,
+           hidden_job.category AS hidden_category, hidden_at,
+           CASE WHEN job.state = 'succeeded' THEN (
+               SELECT job.ended_at + make_interval(hours => 24 * nullif(picture_retention_days, 0))
+               FROM billing.subscription JOIN billing.plan_version USING (plan, version)
+               WHERE subscription.account_id = job.account_id) END AS kept_until
     FROM scheduler.job
-    LEFT JOIN scheduler.attempt ON attempt.job_id = job.job_id AND attempt.state = 'running'"""  # noqa: S608
+    LEFT JOIN scheduler.attempt ON attempt.job_id = job.job_id AND attempt.state = 'running'
+    LEFT JOIN scheduler.hidden_job ON hidden_job.job_id = job.job_id"""  # noqa: S608
 
 
 async def insert_job(connection: Connection, job: NewJob, sentence: str) -> StoredJob:
@@ -262,7 +275,9 @@ async def insert_job(connection: Connection, job: NewJob, sentence: str) -> Stor
             written AS (
                 INSERT INTO scheduler.job_event (seq, job_id, state, sentence) OVERRIDING SYSTEM VALUE
                 SELECT event_seq, job_id, state, $14 FROM job)
-            SELECT {_COLUMNS}, NULL AS attempt_id, NULL AS worker_id, NULL AS parked_at FROM job""",  # noqa: S608
+            SELECT {_COLUMNS}, NULL AS attempt_id, NULL AS worker_id, NULL AS parked_at,
+                   NULL AS hidden_category, NULL AS hidden_at, NULL AS kept_until
+            FROM job""",  # noqa: S608
         UUID(job.job_id),
         job.account_id,
         job.kind,
@@ -318,18 +333,26 @@ async def list_jobs(
     return [_stored(row) for row in rows]
 
 
-async def feed(connection: Connection, *, after: FeedPlace | None, limit: int) -> list[StoredJob]:
-    """Return up to `limit` finished public upscales of all accounts, newest first, from behind `after`."""
+async def feed(
+    connection: Connection, *, after: FeedPlace | None, limit: int, hidden_too: bool = False
+) -> list[StoredJob]:
+    """Return up to `limit` finished public upscales of all accounts, newest first, from behind `after`.
+
+    With `hidden_too` also those that a moderator keeps out of it.
+    """
     rows = await connection.fetch(
         f"""{_SELECT} WHERE job.state = 'succeeded' AND visibility = 'public' AND deleted_at IS NULL
+                        AND expired_at IS NULL
                         -- In the words of the index.
                         AND spec ->> 'kind' IN ('upscale_light', 'upscale_detailed', 'upscale_max')
                         AND ($1::timestamptz IS NULL OR job.ended_at < $1
                              OR (job.ended_at = $1 AND job.job_id > $2::uuid))
+                        AND ($4 OR hidden_at IS NULL)
             ORDER BY job.ended_at DESC, job.job_id LIMIT $3""",
         None if after is None else after.ended_at,
         None if after is None else UUID(after.job_id),
         limit,
+        hidden_too,
     )
     return [_stored(row) for row in rows]
 
@@ -338,7 +361,8 @@ async def with_pictures(connection: Connection, account_id: str) -> dict[int, in
     """Return how many pictures each job of an account has that has any, by arrival, oldest first."""
     rows = await connection.fetch(
         """SELECT arrival, jsonb_array_length(images) AS pictures FROM scheduler.job
-           WHERE account_id = $1 AND state = 'succeeded' AND deleted_at IS NULL ORDER BY arrival""",
+           WHERE account_id = $1 AND state = 'succeeded' AND deleted_at IS NULL AND expired_at IS NULL
+           ORDER BY arrival""",
         account_id,
     )
     return {row["arrival"]: row["pictures"] for row in rows}
@@ -382,8 +406,9 @@ async def settings_and_live_jobs(
                   coalesce(sum(ceil(predicted_ms * coalesce(pricing ->> 'dearest_bp',
                                                             pricing ->> 'multiplier_bp')::numeric / 10000))
                            FILTER (WHERE state = 'queued' AND tier = 'fast'), 0)::bigint AS waiting_fast_ms
-           FROM scheduler.account LEFT JOIN (SELECT * FROM scheduler.job WHERE account_id = $1 AND state IN
-           ('queued', 'running')) live
+           FROM scheduler.account LEFT JOIN (
+                SELECT * FROM scheduler.job
+                WHERE account_id = $1 AND NOT past AND state IN ('queued', 'running')) live
                 USING (account_id)
            WHERE account_id = $1 GROUP BY account_id""",
         account_id,
@@ -417,7 +442,7 @@ async def live_jobs(connection: Connection, account_id: str) -> list[str]:
     """Return the jobs of an account that wait or run, by id."""
     rows = await connection.fetch(
         """SELECT job_id::text FROM scheduler.job
-           WHERE account_id = $1 AND state IN ('queued', 'running') ORDER BY job_id""",
+           WHERE account_id = $1 AND NOT past AND state IN ('queued', 'running') ORDER BY job_id""",
         account_id,
     )
     return [row["job_id"] for row in rows]
@@ -430,18 +455,29 @@ async def live_places(connection: Connection, job_ids: Sequence[str]) -> dict[st
                   count(older.job_id) FILTER (WHERE older.tier = 'relax') AS relax_ahead
            FROM scheduler.job LEFT JOIN scheduler.job older
                 ON older.account_id = job.account_id AND older.arrival < job.arrival
-                   AND older.state IN ('queued', 'running')
+                   AND NOT older.past AND older.state IN ('queued', 'running')
            WHERE job.job_id = ANY($1::uuid[]) GROUP BY job.job_id""",
         [UUID(job_id) for job_id in job_ids],
     )
     return {row["job_id"]: LivePlace(ahead=row["ahead"], relax_ahead=row["relax_ahead"]) for row in rows}
 
 
+async def waiting(connection: Connection, at_most: int) -> int:
+    """Return how many jobs wait, counting no further than `at_most`."""
+    count: int = await connection.fetchval(
+        """SELECT count(*) FROM
+               (SELECT FROM scheduler.job WHERE NOT past AND state = 'queued' LIMIT $1) counted""",
+        at_most,
+    )
+    return count
+
+
 async def waiting_in_tier(connection: Connection, tier: Tier, at_most: int) -> int:
     """Return how many jobs wait in a tier, counting no further than `at_most`."""
     count: int = await connection.fetchval(
         """SELECT count(*) FROM
-               (SELECT FROM scheduler.job WHERE state = 'queued' AND tier = $1 LIMIT $2) counted""",
+               (SELECT FROM scheduler.job
+                WHERE NOT past AND state = 'queued' AND tier = $1 LIMIT $2) counted""",
         tier,
         at_most,
     )
@@ -457,7 +493,7 @@ async def cancel_waiting(connection: Connection, job_id: str, receipt: JobReceip
            UPDATE scheduler.job
            SET state = 'cancelled', ended_at = now(), receipt = $3, event_seq = event.seq, noticed_epoch = 0,
                checkpoint = NULL
-           FROM event WHERE job_id = $1 AND state = 'queued'""",
+           FROM event WHERE job_id = $1 AND NOT past AND state = 'queued'""",
         UUID(job_id),
         sentence,
         json.dumps(receipt_to_json(receipt)),
@@ -480,7 +516,7 @@ async def move_waiting(
                RETURNING seq)
            UPDATE scheduler.job
            SET tier = $2, pricing = $3, event_seq = event.seq, noticed_epoch = 0, checkpoint = NULL
-           FROM event WHERE job_id = $1 AND state = 'queued'""",
+           FROM event WHERE job_id = $1 AND NOT past AND state = 'queued'""",
         UUID(job_id),
         tier,
         json.dumps(pricing.to_json()),
@@ -491,7 +527,9 @@ async def move_waiting(
 
 async def want_cancel(connection: Connection, job_id: str) -> None:
     """Remember that the owner of a running job, whose row the caller has locked, wants it to end."""
-    await connection.execute("UPDATE scheduler.job SET cancel_wanted = true WHERE job_id = $1", UUID(job_id))
+    await connection.execute(
+        "UPDATE scheduler.job SET cancel_wanted = true WHERE job_id = $1 AND NOT past", UUID(job_id)
+    )
 
 
 async def consent_to_overage(
@@ -506,7 +544,7 @@ async def consent_to_overage(
         """UPDATE scheduler.job
            SET pricing = pricing || jsonb_build_object('overage_allowed', true, 'overage_micros_per_minute',
            $2::bigint, 'currency', $3::text)
-           WHERE account_id = $1 AND state = 'queued' AND tier = 'fast'
+           WHERE account_id = $1 AND NOT past AND state = 'queued' AND tier = 'fast'
                  AND NOT (pricing ->> 'overage_allowed')::boolean""",
         account_id,
         micros_per_minute,
@@ -543,6 +581,11 @@ def _stored(row: asyncpg.Record) -> StoredJob:
         receipt=None if row["receipt"] is None else receipt_from_json(json.loads(row["receipt"])),
         failure_reason=row["failure_reason"],
         failure_sentence=row["failure_sentence"],
+        expired_at=row["expired_at"],
+        kept_until=row["kept_until"],
+        hidden=None
+        if row["hidden_at"] is None
+        else Hidden(category=row["hidden_category"], at=row["hidden_at"]),
         attempt_id=row["attempt_id"],
         worker_id=row["worker_id"],
         parked_at=row["parked_at"],

@@ -137,7 +137,7 @@ async def migrate(
                   $6, closed.predicted_ms, charged_at_ms, weight_milli, decision,
                   parks, sheltered, attempt_id,
                   (SELECT sum(value::integer) FROM jsonb_each_text(checkpoint -> 'kept'))
-           FROM closed JOIN scheduler.job USING (job_id)
+           FROM closed JOIN scheduler.job USING (job_id) WHERE NOT past
            RETURNING attempt_id::text, job_id::text""",
         [one.attempt_id for one in migrations],
         [one.to_attempt_id for one in migrations],

@@ -1,7 +1,8 @@
 """Connections to PostgreSQL for the front door: borrowed for one transaction, given back clean.
 
-A database that is away becomes one refusal, `Overloaded`, which clients retry by themselves; every other
-error of PostgreSQL is a bug of ours and passes through.
+A database that is away, or that ended a transaction only for another's sake, becomes one refusal,
+`Overloaded`, which clients retry by themselves; every other error of PostgreSQL is a bug of ours and passes
+through.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, TypeAlias, cast
 import asyncpg
 
 from scheduler.refusals import Overloaded
-from scheduler.store.lanes import AWAY, session_settings
+from scheduler.store.lanes import AGAIN, AWAY, session_settings
 
 Connection: TypeAlias = asyncpg.Connection
 """One connection, inside the caller's transaction."""
@@ -112,6 +113,10 @@ def _database_away_is_a_refusal() -> Any:
     except (*AWAY, TimeoutError) as trouble:
         raise Overloaded(
             sentence="The database does not answer at the moment. Send the same request again."
+        ) from trouble
+    except AGAIN as trouble:
+        raise Overloaded(
+            sentence="Somebody else changed the same at the same moment. Send the same request again."
         ) from trouble
 
 

@@ -63,8 +63,8 @@ async def ends_unheard_of(
     unheard: defaultdict[tuple[str, str], int] = defaultdict(int)
     for row in await connection.fetch(
         """SELECT job.account_id, job.tier, attempt.predicted_ms, weight_milli, charged_at_ms, gpu_ms,
-                  decay_origin_ms
-           FROM scheduler.attempt JOIN scheduler.job USING (job_id) JOIN scheduler.cell ON cell.tier = 'relax'
+                  (SELECT decay_origin_ms FROM scheduler.cell WHERE tier = 'relax') AS decay_origin_ms
+           FROM scheduler.attempt JOIN scheduler.job USING (job_id)
            WHERE attempt_id = ANY($1::uuid[]) AND attempt.state NOT IN ('running', 'migrated')""",
         running,
     ):
@@ -100,10 +100,11 @@ async def store_charges(
         usage[account_id] += charge.usage_added
         virtual_time[tier] = max(virtual_time[tier], charge.virtual_time)
     await connection.execute(
-        """INSERT INTO scheduler.fair_share (account_id, tier, finish_tag, tag)
-           SELECT * FROM unnest($1::text[], $2::text[], $3::bigint[], $4::bigint[])
+        """INSERT INTO scheduler.fair_share (account_id, tier, finish_tag, tag, usage)
+           SELECT * FROM unnest($1::text[], $2::text[], $3::bigint[], $4::bigint[], $5::float8[])
            ON CONFLICT (account_id, tier) DO UPDATE
-           SET finish_tag = EXCLUDED.finish_tag, tag = EXCLUDED.tag""",
+           SET finish_tag = EXCLUDED.finish_tag, tag = EXCLUDED.tag,
+               usage = fair_share.usage + EXCLUDED.usage""",
         [account_id for account_id, _ in last],
         [tier.value for _, tier in last],
         [charge.finish_tag + unheard.get(key, 0) for key, charge in last.items()],
@@ -111,14 +112,19 @@ async def store_charges(
             None if charge.next_tag is None else charge.next_tag + unheard.get(key, 0)
             for key, charge in last.items()
         ],
+        # Kept in the row of relax: with the tags where that is written anyway, since a row's every version is
+        # in the way of the next as long as an old transaction is open.
+        [usage.pop(account_id, 0.0) if tier is Tier.RELAX else 0.0 for account_id, tier in last],
     )
-    await connection.execute(
-        """INSERT INTO scheduler.fair_share (account_id, tier, usage)
-           SELECT account_id, 'relax', usage FROM unnest($1::text[], $2::float8[]) AS new (account_id, usage)
-           ON CONFLICT (account_id, tier) DO UPDATE SET usage = fair_share.usage + EXCLUDED.usage""",
-        list(usage),
-        list(usage.values()),
-    )
+    if usage:
+        await connection.execute(
+            """INSERT INTO scheduler.fair_share (account_id, tier, usage)
+               SELECT account_id, 'relax', usage
+               FROM unnest($1::text[], $2::float8[]) AS new (account_id, usage)
+               ON CONFLICT (account_id, tier) DO UPDATE SET usage = fair_share.usage + EXCLUDED.usage""",
+            list(usage),
+            list(usage.values()),
+        )
     await connection.execute(
         """UPDATE scheduler.cell SET virtual_time = greatest(cell.virtual_time, new.virtual_time)
            FROM unnest($1::text[], $2::bigint[]) AS new (tier, virtual_time) WHERE cell.tier = new.tier""",

@@ -74,6 +74,7 @@ def plans(environment: dict[str, str], *arguments: str) -> Result:
         private_allowed=st.booleans(),
         private_multiplier_bp=st.integers(0, 2**31 - 1),
         self_service=st.booleans(),
+        picture_retention_days=st.integers(0, 2**31 - 1),
         gpu_class_bp=st.dictionaries(
             st.text(st.characters(categories=["L", "N", "P", "Zs"]), min_size=1),
             st.integers(0, 2**31 - 1).filter(lambda bp: bp != 10_000),
@@ -111,6 +112,7 @@ def test_a_file_is_in_minutes_factors_and_the_plans_currency() -> None:
         "private = false",
         "private_multiplier = 2",
         "self_service = false",
+        "keep_days = 0",
         "[basic.gpu_classes]",
         '"NVIDIA H200" = 2.5',
     ]

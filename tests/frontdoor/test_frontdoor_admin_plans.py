@@ -30,6 +30,7 @@ def a_plan(name: str = "plans/team", **fields: Any) -> admin_pb2.Plan:
             "price_micros": 10_000_000,
             "rollover_ms": 50_000,
             "gpu_class_bp": {"H200": 15_000},
+            "picture_retention_days": 90,
             **fields,
         }
     )
@@ -64,6 +65,7 @@ async def test_a_plan_is_made_once_and_can_be_had(door: Door, boss: Caller) -> N
         50_000,
         {"H200": 15_000},
     )
+    assert made.picture_retention_days == 90
     assert await boss.admin.CreatePlan(request) == made
     assert await get(boss, "plans/team") == made
     zoe = admin_pb2.CreateAccountRequest(
@@ -169,11 +171,12 @@ async def test_everything_wrong_with_a_plan_is_told_at_once(boss: Caller) -> Non
         price_micros=-1,
         rollover_ms=-1,
         gpu_class_bp={"H200": 0},
+        picture_retention_days=36_501,
     )
     refused = await refusal(boss.admin.CreatePlan(admin_pb2.CreatePlanRequest(plan=nonsense)))
     assert refused.violations.keys() == {
         *("request_id", "reason", "plan.name", "plan.version", "plan.quota_ms", "plan.currency_code"),
-        *("plan.price_micros", "plan.rollover_ms", "plan.gpu_class_bp"),
+        *("plan.price_micros", "plan.rollover_ms", "plan.gpu_class_bp", "plan.picture_retention_days"),
     }
     for classes in ({"": 10_000}, {"x" * 121: 10_000}, {f"gpu-{number}": 1 for number in range(101)}):
         refused = await refusal(boss.admin.CreatePlan(a_request(a_plan(gpu_class_bp=classes))))

@@ -137,13 +137,22 @@ BREAKS: list[tuple[str, set[int], str]] = [
         "SELECT job_id, state FROM scheduler.job_event WHERE state = 'succeeded'",
     ),
     ("an end told to nobody", {22}, "DELETE FROM scheduler.job_event WHERE state = 'succeeded'"),
-    ("an attempt of a leader to come", {22}, "UPDATE scheduler.attempt SET epoch = 9 WHERE number = 1"),
+    (
+        "an attempt of a leader to come",
+        {22},
+        "UPDATE scheduler.attempt SET epoch = leader.epoch + 1 FROM scheduler.leader WHERE number = 1",
+    ),
     (
         "a request whose job is gone",
         {24},
         "UPDATE billing.idempotency SET outcome = jsonb_build_object('job_id', gen_random_uuid())",
     ),
     ("a request without an answer", {24}, "UPDATE billing.idempotency SET outcome = NULL"),
+    (
+        "an event of no job",
+        {24},
+        "INSERT INTO scheduler.job_event (job_id, state) VALUES (gen_random_uuid(), 'queued')",
+    ),
 ]
 
 

@@ -33,6 +33,23 @@ async def test_work_is_done_again_on_a_new_connection_when_the_database_cut_it(
     assert len(set(backends)) == 2
 
 
+async def test_work_is_done_again_when_a_migration_has_changed_what_it_reads(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    lane = Lane(database, "test")
+
+    async def work(lanes_own: asyncpg.Connection) -> int:
+        async with lanes_own.transaction():
+            row = await lanes_own.fetchrow("SELECT * FROM scheduler.leader")
+        assert row is not None
+        return len(row)
+
+    columns = await lane.run(work)
+    await connection.execute("ALTER TABLE scheduler.leader ADD COLUMN another integer")
+    assert await lane.run(work) == columns + 1
+    await lane.close()
+
+
 async def test_a_bug_is_not_repeated(database: str) -> None:
     lane = Lane(database, "test")
     times = 0

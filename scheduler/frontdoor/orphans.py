@@ -1,0 +1,143 @@
+"""Files in the artifact store that no row names: found slowly, noted, and removed a week later.
+
+What is left behind knowingly is listed as such (`deletions`, `stray_checkpoints`, `stray_pictures`) and
+goes within the hour. Here is the net below: a process that died between writing a file and its row, a
+database that was restored to an earlier day, a worker that nobody heard of again. The store is read in
+4,096 parts by the first letters of its names, one a minute, so that a pass takes three days, and little
+memory however large it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+import structlog
+
+from scheduler.frontdoor.artifacts import Artifacts
+from scheduler.refusals import Overloaded
+from scheduler.store import orphans
+from scheduler.store.pool import Pool
+
+_log = structlog.get_logger()
+
+_SWEEP_EVERY_S = 60.0
+# Ids of jobs are random, and pictures are named by their hash: each part has as many as any other.
+_PARTS = 16**3
+# Files whose rows are asked for at once.
+_AT_ONCE = 10_000
+# What a process that died has left of a file that it wrote to a local folder.
+_UNFINISHED = ".unfinished-"
+_PICTURE = re.compile(rf"{orphans.PICTURES}/[0-9a-f]{{64}}\.png")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Orphan:
+    """Something in the store that no row names."""
+
+    path: str
+    """Of a file; or of the folder of a job, with a slash at its end."""
+    is_due: bool
+    """It was noted so long ago that it goes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Swept:
+    """What a sweep did."""
+
+    noted: int
+    """Orphans that were not noted before."""
+    removed: tuple[str, ...]
+
+
+class Orphans:
+    """Looks for what no row names. `clock` returns the present time, aware; `kept` is how long it stays
+    noted.
+    """
+
+    def __init__(
+        self, pool: Pool, artifacts: Artifacts, clock: Callable[[], datetime], kept: timedelta
+    ) -> None:
+        self._pool = pool
+        self._artifacts = artifacts
+        self._clock = clock
+        self._kept = kept
+
+    async def run(self) -> None:
+        """Sweep a part a minute until cancelled, from one that the time tells: a restart goes on
+        elsewhere.
+        """
+        part = int(self._clock().timestamp() // _SWEEP_EVERY_S)
+        while True:
+            try:
+                await self.sweep(f"{part % _PARTS:03x}")
+            except Overloaded as away:
+                _log.warning("orphans not looked for", trouble=repr(away.__cause__))
+            part += 1
+            await asyncio.sleep(_SWEEP_EVERY_S)
+
+    async def sweep(self, prefix: str) -> Swept:
+        """Note the orphans whose names begin so, and remove those that are due. Raises Overloaded.
+
+        Pictures of prompts that are orphans are listed as strays, which go within the hour.
+        """
+        noted = 0
+        removed: list[str] = []
+        for folder, first in _places(prefix):
+            unnamed = await self._unnamed(folder, first)
+            place = f"{folder}/{first}"
+            async with self._pool.transaction() as connection:
+                noted += await orphans.note(connection, place, unnamed)
+                due = await orphans.due(connection, place, noted_for=self._kept)
+            for path in due:
+                await self._artifacts.delete(path.removesuffix("/"))
+                async with self._pool.reading() as connection:
+                    await orphans.gone(connection, path)
+                removed.append(path)
+        noted += len(await self._stray_pictures(prefix, noting=True))
+        if noted or removed:
+            _log.info("orphans seen", prefix=prefix, noted=noted, removed=removed)
+        return Swept(noted=noted, removed=tuple(removed))
+
+    async def found(self, prefix: str) -> AsyncIterator[Orphan]:
+        """Yield what `sweep` would note or remove, and change nothing. Raises Overloaded."""
+        for folder, first in _places(prefix):
+            unnamed = await self._unnamed(folder, first)
+            async with self._pool.reading() as connection:
+                due = await orphans.due(connection, f"{folder}/{first}", noted_for=self._kept)
+            for path in sorted(unnamed):
+                yield Orphan(path=path, is_due=path in due)
+        for path in await self._stray_pictures(prefix, noting=False):
+            yield Orphan(path=path, is_due=False)
+
+    async def _unnamed(self, folder: str, first: str) -> set[str]:
+        # Before the rows: a file that is written meanwhile is of an attempt whose job lives, or has it in
+        # its row.
+        paths = await self._artifacts.listed(folder, first)
+        if folder == orphans.PICTURES:
+            return set(paths)
+        unnamed: set[str] = set()
+        for begin in range(0, len(paths), _AT_ONCE):
+            async with self._pool.reading() as connection:
+                unnamed |= await orphans.unnamed_of_jobs(connection, paths[begin : begin + _AT_ONCE])
+        return unnamed
+
+    async def _stray_pictures(self, prefix: str, *, noting: bool) -> list[str]:
+        listed = await self._artifacts.listed(orphans.PICTURES, prefix)
+        paths = [path for path in listed if _PICTURE.fullmatch(path)]
+        strays: list[str] = []
+        for begin in range(0, len(paths), _AT_ONCE):
+            async with self._pool.reading() as connection:
+                strays += await orphans.strays_among(
+                    connection, paths[begin : begin + _AT_ONCE], noting=noting
+                )
+        return strays
+
+
+def _places(prefix: str) -> list[tuple[str, str]]:
+    """Return folders, and how the names begin there: what was left unfinished belongs to the first part."""
+    unfinished = [] if prefix.strip("0") else [(orphans.PICTURES, _UNFINISHED)]
+    return [(orphans.JOBS, prefix), *unfinished]

@@ -1,0 +1,249 @@
+"""Files that no row names: noted, removed when noted long enough, and never one that somebody needs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import uuid
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from gpu_worker import outputs
+from scheduler.frontdoor.artifacts import Artifacts
+from scheduler.frontdoor.orphans import Orphan, Orphans, Swept
+from scheduler.refusals import Overloaded
+from scheduler.v1 import job_pb2
+from tests.frontdoor.door import Caller, Door, a_png
+
+WEEK = timedelta(days=7)
+
+
+def orphans_of(door: Door) -> Orphans:
+    return Orphans(door.pool, Artifacts(f"file://{door.artifacts}"), lambda: datetime.now(UTC), WEEK)
+
+
+async def days_pass(door: Door, days: float) -> None:
+    """Let what is noted be so for longer."""
+    await door.sql(
+        """WITH older AS (UPDATE scheduler.orphan_file SET since = since - $1::interval RETURNING 1)
+           SELECT count(*) FROM older""",
+        timedelta(days=days),
+    )
+
+
+def swept(*removed: str, noted: int = 0) -> Swept:
+    return Swept(noted=noted, removed=removed)
+
+
+async def noted(door: Door) -> list[str]:
+    return list(
+        await door.sql("SELECT coalesce(array_agg(path ORDER BY path), '{}') FROM scheduler.orphan_file")
+    )
+
+
+def write(door: Door, path: str) -> str:
+    (door.artifacts / path).parent.mkdir(parents=True, exist_ok=True)
+    (door.artifacts / path).write_bytes(b"x")
+    return path
+
+
+def files(door: Door) -> set[str]:
+    return {str(path.relative_to(door.artifacts)) for path in door.artifacts.rglob("*") if path.is_file()}
+
+
+async def a_finished_job(door: Door, ann: Caller) -> job_pb2.Job:
+    job = await ann.create("a fox --video")
+    await door.start(job.uid)
+    await door.succeed(job.uid, videos={"video/mp4": b"moving"})
+    write(door, f"jobs/{job.uid}/latents.safetensors")
+    return job
+
+
+async def test_what_no_row_names_goes_when_it_was_noted_for_a_week(door: Door) -> None:
+    ann = await door.caller("ann")
+    job = await a_finished_job(door, ann)
+    needed = files(door)
+    left = [
+        # Of an attempt that was lost after it had stored everything, with what it was about to write.
+        *(
+            write(door, f"{outputs.attempt_folder(job.uid, 'lost')}/{name}")
+            for name in ("a.png", ".unfinished-b")
+        ),
+        write(door, outputs.checkpoint_path(job.uid, "lost")),
+    ]
+    orphans = orphans_of(door)
+    assert await orphans.sweep("") == swept(noted=3)
+    assert await noted(door) == sorted(left)
+    await days_pass(door, 6.9)
+    assert await orphans.sweep("") == swept()
+    assert files(door) == needed | set(left)
+    await days_pass(door, 0.1)
+    assert await orphans.sweep("") == swept(*sorted(left))
+    assert files(door) == needed
+    assert await noted(door) == []
+
+
+async def test_a_folder_of_a_job_that_the_database_does_not_know_goes_as_one(door: Door) -> None:
+    unknown = str(uuid.uuid4())
+    for name in ("picture.png", "latents.safetensors"):
+        write(door, f"{outputs.attempt_folder(unknown, 'first')}/{name}")
+    orphans = orphans_of(door)
+    await orphans.sweep("")
+    assert await noted(door) == [f"jobs/{unknown}/"]
+    await days_pass(door, 7)
+    assert await orphans.sweep(unknown[:3]) == swept(f"jobs/{unknown}/")
+    assert not (door.artifacts / "jobs" / unknown).exists()
+
+
+async def test_what_a_live_job_has_in_the_store_is_never_noted(door: Door) -> None:
+    ann = await door.caller("ann")
+    waiting, running = await ann.create("one"), await ann.create("two")
+    attempt_id = await door.start(running.uid)
+    for job in (waiting, running):
+        write(door, outputs.checkpoint_path(job.uid, "before"))
+    write(door, f"{outputs.attempt_folder(running.uid, attempt_id)}/.unfinished-c")
+    await orphans_of(door).sweep("")
+    assert await noted(door) == []
+
+
+async def test_what_a_deletion_left_is_the_deletions_until_that_is_done(door: Door) -> None:
+    ann = await door.caller("ann")
+    source = await a_finished_job(door, ann)
+    varied = await ann.vary(f"{source.name}/images/1")
+    await ann.delete(source.name)
+    orphans = orphans_of(door)
+    await orphans.sweep("")
+    assert await noted(door) == [], "a live job starts from them"
+    await ann.cancel(varied.name)
+    await door.sql("UPDATE scheduler.job SET files_due_at = NULL RETURNING 1")
+    write(door, f"{outputs.attempt_folder(source.uid, 'zombie')}/late.png")
+    await orphans.sweep("")
+    assert await noted(door) == [f"jobs/{source.uid}/"]
+
+
+async def test_what_is_named_again_is_noted_no_more(door: Door) -> None:
+    ann = await door.caller("ann")
+    job = await a_finished_job(door, ann)
+    before = await door.sql("SELECT row_to_json(job)::text FROM scheduler.job")
+    await door.sql("UPDATE scheduler.job SET images = '[]', videos = NULL, latents_path = NULL RETURNING 1")
+    orphans = orphans_of(door)
+    await orphans.sweep("")
+    assert len(await noted(door)) == 6
+    await days_pass(door, 100)
+    # Somebody restored the right backup.
+    await door.sql(
+        """UPDATE scheduler.job SET (images, videos, latents_path) = (
+               SELECT images, videos, latents_path FROM jsonb_populate_record(NULL::scheduler.job, $1))
+           RETURNING 1""",
+        before,
+    )
+    assert await orphans.sweep("") == swept()
+    assert await noted(door) == []
+    assert len(await ann.download(job.name)) == 4
+
+
+async def test_pictures_of_prompts_that_no_job_has_are_listed_as_strays(door: Door) -> None:
+    ann = await door.caller("ann")
+    await ann.create("a fox", model="seeing", pictures=[a_png(1)])
+    (used,) = files(door)
+    lost = write(door, f"pictures/{'a' * 64}.png")
+    broken = write(door, "pictures/.unfinished-d")
+    await door.sql("WITH gone AS (DELETE FROM scheduler.stray_picture RETURNING 1) SELECT count(*) FROM gone")
+    orphans = orphans_of(door)
+    await orphans.sweep("")
+    assert await door.sql("SELECT array_agg(path) FROM scheduler.stray_picture") == [lost]
+    assert await noted(door) == [broken]
+    await days_pass(door, 7)
+    assert await orphans.sweep("000") == swept(broken)
+    assert files(door) == {used, lost}, "strays have a sweep of their own"
+
+
+async def test_what_is_not_ours_is_left_alone(door: Door) -> None:
+    others = {
+        write(door, path)
+        for path in ("README", "backup/x", "jobs/README", "jobs/not-an-id/x", f"jobs/{'A' * 32}/x")
+    }
+    orphans = orphans_of(door)
+    await orphans.sweep("")
+    await days_pass(door, 100)
+    assert await orphans.sweep("") == swept()
+    assert files(door) == others
+
+
+async def test_a_part_is_read_alone(door: Door) -> None:
+    first, second = (f"{letter}{str(uuid.uuid4())[1:]}" for letter in "ab")
+    for job_id in (first, second):
+        write(door, f"jobs/{job_id}/x")
+    orphans = orphans_of(door)
+    await orphans.sweep("a")
+    assert await noted(door) == [f"jobs/{first}/"]
+    await orphans.sweep("b")
+    assert await noted(door) == [f"jobs/{first}/", f"jobs/{second}/"]
+
+
+class Away(Artifacts):
+    async def delete(self, path: str) -> None:
+        raise Overloaded(sentence=f"{path} is away")
+
+
+async def test_what_cannot_be_removed_stays_noted(door: Door) -> None:
+    unknown = write(door, f"jobs/{uuid.uuid4()}/x")
+    await orphans_of(door).sweep("")
+    await days_pass(door, 7)
+    away = Orphans(door.pool, Away(f"file://{door.artifacts}"), lambda: datetime.now(UTC), WEEK)
+    with pytest.raises(Overloaded):
+        await away.sweep("")
+    assert await noted(door) == [unknown.removesuffix("x")]
+
+
+async def test_a_dry_run_tells_and_changes_nothing(door: Door, dsn: str) -> None:
+    ann = await door.caller("ann")
+    job = await a_finished_job(door, ann)
+    due = write(door, outputs.checkpoint_path(job.uid, "due"))
+    orphans = orphans_of(door)
+    await orphans.sweep("")
+    await days_pass(door, 7)
+    young = write(door, outputs.checkpoint_path(job.uid, "young"))
+    picture = write(door, f"pictures/{'b' * 64}.png")
+    before = files(door), await noted(door)
+    told = [orphan async for orphan in orphans.found("")]
+    assert told == [
+        Orphan(path=due, is_due=True),
+        Orphan(path=young, is_due=False),
+        Orphan(path=picture, is_due=False),
+    ]
+    assert (files(door), await noted(door)) == before
+
+
+def test_the_command_says_what_it_would_do_and_does_it(tmp_path: Path, database: str) -> None:
+    unknown = uuid.uuid4()
+    (tmp_path / "jobs" / str(unknown)).mkdir(parents=True)
+    (tmp_path / "jobs" / str(unknown) / "x").touch()
+
+    def command(*more: str) -> str:
+        given = ("sweep-artifacts", "--dsn", database, "--artifacts-url", f"file://{tmp_path}", *more)
+        return subprocess.run(
+            [sys.executable, "-m", "scheduler", *given],
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        ).stdout
+
+    assert command("--dry-run") == f"would be noted: jobs/{unknown}/\n"
+    assert command() == "noted, to be removed in 7 days unless a row names them: 1\n"
+
+
+async def test_a_store_without_folders_is_read_too() -> None:
+    store = Artifacts("memory://bucket/below")
+    for path in ("jobs/ab/x.png", "jobs/ab/inner/y.png", "jobs/ac/z.png", "pictures/ab.png"):
+        await store.put(path, b"x")
+    try:
+        assert await store.listed("jobs", "ab") == ["jobs/ab/inner/y.png", "jobs/ab/x.png"]
+        assert await store.listed("jobs", "") == ["jobs/ab/inner/y.png", "jobs/ab/x.png", "jobs/ac/z.png"]
+        assert await store.listed("nothing", "") == []
+    finally:
+        MemoryFileSystem.store.clear()
