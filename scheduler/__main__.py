@@ -1,4 +1,4 @@
-"""darkroom's server side: serve, demo, migrate, simulate, stop."""
+"""darkroom's server side: serve, demo, migrate, sweep-artifacts, lead, stop, simulate."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,9 +27,14 @@ _errors = Console(stderr=True, highlight=False)
 
 EXIT_USAGE = 2
 EXIT_TROUBLE = 3
+EXIT_AT_ONCE = 130
+"""It was told to stop before it had started, or twice: it has waited for nothing."""
 
 DataDir = Annotated[Path | None, typer.Option(help="Folder of embedded PostgreSQL, pictures and models.")]
-Dsn = Annotated[str | None, typer.Option(help="PostgreSQL to use instead of the embedded one.")]
+Dsn = Annotated[
+    str | None,
+    typer.Option(help="PostgreSQL to use, not the embedded one; DARKROOM_DATABASE__DSN hides it better."),
+]
 
 
 @server.command()
@@ -81,42 +87,135 @@ def demo(
 
 
 @server.command()
-def migrate(data_dir: DataDir = None, dsn: Dsn = None) -> None:
-    """Bring the database to this release's schema, and say what was done."""
+def migrate(
+    data_dir: DataDir = None,
+    dsn: Dsn = None,
+    after: Annotated[
+        bool, typer.Option("--after", help="Also what the release before could not live with: it has ended.")
+    ] = False,
+) -> None:
+    """Bring the database to this release's schema, and say what was done and what is left.
+
+    The release before may serve meanwhile. With --after nothing of another release may: it looks.
+    """
     from scheduler.store.embedded import embedded_postgresql
-    from scheduler.store.migrate import migrate_database
+    from scheduler.store.migrate import migrate_database, migrate_database_before
 
     settings = _settings(_given(data_dir=data_dir), database=_given(dsn=dsn))
 
-    async def act(address: str) -> None:
-        done = await migrate_database(address)
-        for migration in done:
+    async def act(address: str, everything: bool) -> None:
+        if everything:
+            done = await migrate_database(address, release=settings.release)
+        else:
+            done = await migrate_database_before(address)
+        for migration in done.applied:
             print(f"applied {migration.package}/{migration.name}")
-        if not done:
+        for migration in done.waiting:
+            print(f"waits for --after, once nothing older runs: {migration.package}/{migration.name}")
+        if not done.applied and not done.waiting:
             print("nothing to do: the schema is this release's")
 
+    with _expected_trouble(), ExitStack() as stack:
+        if settings.database.dsn is not None:
+            asyncio.run(act(settings.database.dsn, after))
+        else:
+            own = stack.enter_context(embedded_postgresql(settings.data_dir / "database"))
+            asyncio.run(act(own, True))
+
+
+@server.command()
+def sweep_artifacts(
+    data_dir: DataDir = None,
+    dsn: Dsn = None,
+    artifacts_url: Annotated[
+        str | None, typer.Option(help="Where pictures are: a folder or any fsspec address.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what no job has.")] = False,
+) -> None:
+    """Look through the whole artifact store for files that no row names, as the service does in three days.
+
+    What is found is noted, and removed once it has been noted for a week (`lifetimes.orphans_days`).
+    """
+    from scheduler.store.embedded import embedded_postgresql
+
+    configure_logs("error")
+    settings = _settings(_given(data_dir=data_dir, artifacts_url=artifacts_url), database=_given(dsn=dsn))
     with _expected_trouble(), ExitStack() as stack:
         address = settings.database.dsn or stack.enter_context(
             embedded_postgresql(settings.data_dir / "database")
         )
-        asyncio.run(act(address))
+        asyncio.run(_sweep_artifacts(settings, address, dry_run))
+
+
+async def _sweep_artifacts(settings: Settings, dsn: str, dry_run: bool) -> None:
+    from scheduler.frontdoor.artifacts import Artifacts
+    from scheduler.frontdoor.orphans import Orphans
+    from scheduler.store.pool import open_pool
+
+    pool = await open_pool(dsn, 2, application="darkroom sweep")
+    kept = timedelta(days=settings.lifetimes.orphans_days)
+    orphans = Orphans(pool, Artifacts(settings.artifacts), lambda: datetime.now(UTC), kept)
+    noted = 0
+    try:
+        for part in range(256):
+            if dry_run:
+                async for orphan in orphans.found(f"{part:02x}"):
+                    print(f"{'would go now' if orphan.is_due else 'would be noted'}: {orphan.path}")
+            else:
+                swept = await orphans.sweep(f"{part:02x}")
+                noted += swept.noted
+                for path in swept.removed:
+                    print(f"removed: {path}")
+        if not dry_run:
+            print(f"noted, to be removed in {kept.days} days unless a row names them: {noted}")
+    finally:
+        await pool.close()
 
 
 @server.command()
 def stop(
     ray_address: Annotated[str | None, typer.Option(help="Ray cluster to join (`auto`, host:port).")] = None,
 ) -> None:
-    """End the scheduler and the workers on a Ray cluster. Jobs that wait stay in the database."""
+    """End the scheduler and the workers on a Ray cluster, of whichever release they are.
+
+    What runs is handed over first, and jobs that wait stay in the database.
+    """
     from scheduler.cluster.ray_session import ray_session, stop_actors
 
-    address = ray_address or Settings().ray.address
+    settings = Settings()
+    address = ray_address or settings.ray.address
     if address is None:
         _errors.print("a local service ends with its `darkroom serve`; give --ray-address for a cluster")
         raise typer.Exit(EXIT_USAGE)
-    cluster = RayCluster(address=address)
+    cluster = settings.ray.model_copy(update={"address": address})
     with _expected_trouble(), ray_session(cluster):
-        for name in stop_actors(cluster.namespace):
+        for name in stop_actors(cluster.namespace, settings.scheduling.close_down_within_ms / 1000):
             print(f"stopped {name}")
+
+
+@server.command()
+def lead(
+    dsn: Dsn = None,
+    ray_address: Annotated[str | None, typer.Option(help="Ray cluster to join (`auto`, host:port).")] = None,
+    artifacts_url: Annotated[
+        str | None, typer.Option(help="Where pictures go: a folder or any fsspec address.")
+    ] = None,
+) -> None:
+    """Let this release's scheduler lead on a Ray cluster, whichever leads now: the way back to an older one.
+
+    A newer release takes the lead by itself, with its first `darkroom serve`. Run it beside a front door,
+    with its settings: the scheduler gets them.
+    """
+    from scheduler.app import take_lead
+
+    settings = _settings(
+        _given(artifacts_url=artifacts_url), database=_given(dsn=dsn), ray=_given(address=ray_address)
+    )
+    if settings.ray.address is None:
+        _errors.print("a local service has one scheduler; give --ray-address for a cluster")
+        raise typer.Exit(EXIT_USAGE)
+    with _expected_trouble():
+        print(f"{asyncio.run(take_lead(settings))} leads")
 
 
 @server.command(name="simulate")
@@ -251,7 +350,14 @@ def _expected_trouble() -> Iterator[None]:
     from scheduler.client.errors import DarkroomError
     from scheduler.refusals import Overloaded
     from scheduler.store.embedded import AlreadyServing
-    from scheduler.store.migrate import DatabaseUnreachable, SchemaChanged, SchemaTooNew
+    from scheduler.store.migrate import (
+        AfterMigrationsWaiting,
+        DatabaseUnreachable,
+        OlderReleaseRuns,
+        SchemaBusy,
+        SchemaChanged,
+        SchemaTooNew,
+    )
 
     try:
         yield
@@ -259,11 +365,14 @@ def _expected_trouble() -> Iterator[None]:
         _errors.print(f"darkroom: {refused}", style="red")
         raise typer.Exit(refused.exit_code) from refused
     except (
+        AfterMigrationsWaiting,
         AlreadyServing,
         DatabaseUnreachable,
         ModelsFileWrong,
         NotReady,
+        OlderReleaseRuns,
         Overloaded,
+        SchemaBusy,
         SchemaChanged,
         SchemaTooNew,
         OSError,
@@ -271,8 +380,8 @@ def _expected_trouble() -> Iterator[None]:
     ) as trouble:
         _errors.print(f"darkroom: {trouble}", style="red")
         raise typer.Exit(EXIT_TROUBLE) from trouble
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        raise typer.Exit(EXIT_AT_ONCE) from None
 
 
 async def _serve(settings: Settings) -> None:
@@ -314,10 +423,21 @@ async def _demo(settings: Settings, *, prompt: str | None, images_dir: Path, kee
 
 
 def _stop_signal() -> asyncio.Event:
-    """Return what SIGINT and SIGTERM set. Called once Ray has been started: Ray takes SIGTERM for itself."""
+    """Return what SIGINT and SIGTERM set; the second of them cancels the caller's task, which waits no more.
+
+    Called once Ray has been started: Ray takes SIGTERM for itself.
+    """
     stopped = asyncio.Event()
+    serving = asyncio.current_task()
+    assert serving is not None
+
+    def told() -> None:
+        if stopped.is_set():
+            serving.cancel()
+        stopped.set()
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+        asyncio.get_running_loop().add_signal_handler(number, told)
     return stopped
 
 

@@ -13,10 +13,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
+import structlog
+
 from billing import plans as billing_plans
 from gpu_worker.models import read_models
+from scheduler.cluster.ray_fleet import actor_name
 from scheduler.cluster.ray_link import RayLink, ray_link
-from scheduler.cluster.ray_session import ensure_scheduler, ray_session
+from scheduler.cluster.ray_session import ensure_scheduler, ray_session, start_scheduler
 from scheduler.frontdoor.server import serve
 from scheduler.metrics import FrontDoorMetrics
 from scheduler.ops import Checks, ops_server
@@ -24,10 +27,12 @@ from scheduler.settings import Settings
 from scheduler.store.bootstrap import ensure_admin_key
 from scheduler.store.embedded import embedded_postgresql
 from scheduler.store.leadership import present_holder
-from scheduler.store.migrate import migrate_database
+from scheduler.store.migrate import migrate_database, migrate_database_before, process_name
 from scheduler.store.pool import Pool, open_pool
 
 T = TypeVar("T")
+
+_log = structlog.get_logger()
 
 _READY_S = 120.0
 _ASK_AGAIN_S = 0.1
@@ -61,19 +66,26 @@ async def running(
 ) -> AsyncIterator[Service]:
     """Run the whole service while the context is open; yields once it takes jobs.
 
+    In the end it takes no more calls, lets those in progress end, and, if the workers are its own, has what
+    runs handed over, each within the limit that is set. If its task is cancelled meanwhile, it ends at once.
+
     With `new_admin_key` it has one to show even if the database had one before.
 
-    Raises AlreadyServing, NotReady, ModelsFileWrong, SchemaChanged, SchemaTooNew, DatabaseUnreachable,
+    Raises AlreadyServing, NotReady, ModelsFileWrong, what `migrate_before` raises, DatabaseUnreachable,
     Overloaded where the database went away meanwhile, OSError where a port is taken, and RuntimeError,
     saying what to do, where Ray or PostgreSQL cannot be had.
     """
     models = read_models(settings.models_file)
     async with AsyncExitStack() as stack:
-        dsn = settings.database.dsn or stack.enter_context(
-            embedded_postgresql(settings.data_dir / "database")
+        if settings.database.dsn is None:
+            dsn = stack.enter_context(embedded_postgresql(settings.data_dir / "database"))
+            await migrate_database(dsn)
+        else:
+            dsn = settings.database.dsn
+            await _migrate_beside_others(dsn)
+        pool = await open_pool(
+            dsn, settings.database.pool_size, application=process_name("frontdoor", settings.release)
         )
-        await migrate_database(dsn)
-        pool = await open_pool(dsn, settings.database.pool_size)
         stack.push_async_callback(pool.close)
         async with pool.transaction() as connection:
             admin_key = await ensure_admin_key(connection, datetime.now(UTC), anew=new_admin_key)
@@ -81,10 +93,13 @@ async def running(
         metrics = FrontDoorMetrics.create(plans)
 
         stack.enter_context(ray_session(settings.ray, show_logs=show_worker_logs))
-        ensure_scheduler(settings, dsn)
+        ensure_scheduler(settings, dsn, leads=await _holder(pool))
         link = await stack.enter_async_context(
-            ray_link(namespace=settings.ray.namespace, holder=lambda: _holder(pool))
+            ray_link(namespace=settings.ray.namespace, holder=lambda: _holder(pool), release=settings.release)
         )
+        if settings.ray.address is None:
+            # Once the front door has closed. On a cluster the workers live on.
+            stack.push_async_callback(_hand_over, link, settings.scheduling.close_down_within_ms / 1000)
         front_door = await stack.enter_async_context(
             serve(settings, pool=pool, link=link, models=models, metrics=metrics)
         )
@@ -100,7 +115,6 @@ async def running(
         await _unless_failed(_until(link.scheduler_ready, "no scheduler took the lead"), background)
         if settings.ray.address is None:
             # On a cluster workers come and go; here a service without its workers has not started.
-            stack.push_async_callback(link.close_down)
             joined = _until(lambda: _joined(link, settings.ray.local_gpus), "not all GPU workers started")
             await _unless_failed(joined, background)
         yield Service(
@@ -108,6 +122,39 @@ async def running(
             ops_address=f"{settings.ops.host}:{ops.port}",
             admin_key=admin_key,
             background=background,
+        )
+
+
+async def take_lead(settings: Settings) -> str:
+    """Let this release's scheduler lead on a cluster, whichever leads now; returns its name once it does.
+
+    For going back to an older release: a newer one takes the lead when its first front door starts. Raises
+    NotReady, Overloaded where the database is away, and RuntimeError where the cluster cannot be joined.
+    """
+    assert settings.database.dsn is not None, "settings refuse a cluster without one"
+    dsn = settings.database.dsn
+    name = actor_name("scheduler", release=settings.release)
+    with ray_session(settings.ray):
+        pool = await open_pool(dsn, 1, application=process_name("lead", settings.release))
+        try:
+
+            async def leads() -> bool:
+                # Each time: one that was deposed just before may be there still, about to end.
+                await asyncio.to_thread(start_scheduler, settings, dsn)
+                return await _holder(pool) == name
+
+            await _until(leads, f"{name} did not take the lead")
+        finally:
+            await pool.close()
+    return name
+
+
+async def _migrate_beside_others(dsn: str) -> None:
+    migrated = await migrate_database_before(dsn)
+    if migrated.waiting:
+        _log.warning(
+            "migrations wait until nothing older runs; then run `darkroom migrate --after`",
+            files=[migration.file for migration in migrated.waiting],
         )
 
 
@@ -119,6 +166,14 @@ async def _holder(pool: Pool) -> str:
 async def _answers(pool: Pool) -> bool:
     async with pool.reading() as connection:
         return bool(await connection.fetchval("SELECT true"))
+
+
+async def _hand_over(link: RayLink, within_s: float) -> None:
+    task = asyncio.current_task()
+    assert task is not None
+    # A service that was told twice to stop is being cancelled, and waits for nothing any more.
+    if not task.cancelling():
+        await link.close_down(within_s)
 
 
 async def _joined(link: RayLink, wanted: int) -> bool:

