@@ -6,8 +6,10 @@ sweep, and an account is read when its first job comes and again when its period
 
 from __future__ import annotations
 
+import functools
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from gpu_worker.contract import RenderKind
 from gpu_worker.models import Models, UnknownModel
@@ -22,36 +24,65 @@ from scheduler.policy.events import (
     TierChanged,
     UsageReset,
 )
+from scheduler.policy.ids import AccountId
 from scheduler.policy.job import Job
 from scheduler.store import live
 from scheduler.store.checkpoints import as_policy_sees
 from scheduler.store.lanes import Lane
 
-# Rows that nobody told of are read in bites, so that a flood of them does not hold up a cycle.
-_MOST_SWEPT = 5_000
+MOST_SWEPT = 1_000
+"""Rows that nobody told of are read in bites, so that a flood of them does not hold up a cycle."""
+
+# What is lost is nearly always of a moment ago. A job that waits for long can be lost too, when it is moved
+# to the other tier; and where the look takes long, it may take no more than a hundredth of the time.
+_EVERYWHERE_MS = 60_000
+_EVERYWHERE_SHARE = 100
 # Jobs of one model whose needs differ by less wait in one line: the board looks at every line's head each
 # time.
 _MEMORY_STEP = 256 * 1024 * 1024
 _MORE_THAN_ANY_GPU = 2**60
 
 
+@dataclass(frozen=True, kw_only=True)
+class Portion:
+    """What the rows said of some accounts: where each stands, and all its live jobs in order of arrival."""
+
+    accounts: Mapping[AccountId, tuple[live.AccountStanding, list[live.LiveJob]]]
+
+
 class Arrivals:
-    """Reads rows for one leader, on the loop's own connection."""
+    """Reads rows for one leader, on the loop's own connection where none is named.
+
+    The board knows an account with all its live jobs or not at all: who is told of some jobs of an account
+    only would give it turns by them.
+    """
 
     def __init__(self, *, lane: Lane, epoch: int, clock: LeaderClock, models: Models) -> None:
         self._lane = lane
         self._epoch = epoch
         self._clock = clock
-        self._models = models
+        # Asked for of each job anew, and there are few sizes.
+        self._memory_wanted = functools.cache(functools.partial(memory_wanted, models))
         self._renews_ms: dict[str, int] = {}
         """Every account on the board, and when its period ends."""
         self._renewals: list[tuple[int, str]] = []
+        self._everywhere_at_ms = 0
+
+    def knows(self, account_id: str) -> bool:
+        """Return whether an account was told of, with all its jobs."""
+        return account_id in self._renews_ms
 
     async def unheeded(self) -> list[str]:
-        """Return jobs whose notice was lost."""
-        return await self._lane.run(
-            lambda connection: live.unheeded(connection, epoch=self._epoch, most=_MOST_SWEPT)
+        """Return jobs whose notice was lost, up to `MOST_SWEPT` of each kind."""
+        now_ms = self._clock.now_ms()
+        everywhere = now_ms >= self._everywhere_at_ms
+        found = await self._lane.run(
+            lambda connection: live.unheeded(connection, most=MOST_SWEPT, everywhere=everywhere)
         )
+        if everywhere and len(found) < MOST_SWEPT:
+            took_ms = self._clock.now_ms() - now_ms
+            self._everywhere_at_ms = now_ms + max(_EVERYWHERE_MS, _EVERYWHERE_SHARE * took_ms)
+        return found
 
     def renewed(self, now_ms: int) -> set[str]:
         """Return the accounts whose period has ended since this was last asked."""
@@ -61,12 +92,20 @@ class Arrivals:
         return due
 
     async def of_jobs(self, job_ids: Iterable[str]) -> list[Event]:
-        """Return what these jobs' rows say, and stamp the waiting ones as seen. Raises Deposed."""
+        """Return what these jobs' rows say, and stamp the waiting ones as seen. Raises Deposed.
+
+        Of an account that was not told of before, all live jobs are told of with it.
+        """
         rows = await self._lane.run(
             lambda connection: live.noticed_jobs(connection, epoch=self._epoch, job_ids=sorted(job_ids))
         )
         strangers = {row.account_id for row in rows} - self._renews_ms.keys()
-        known = await self.of_new_accounts(strangers) if strangers else []
+        known: list[Event] = []
+        if strangers:
+            portion = await self.read(self._lane, strangers)
+            for account_id in portion.accounts:
+                known += self.of_account(portion, account_id)
+        rows = [row for row in rows if self.knows(row.account_id)]
         now_ms = self._clock.now_ms()
         # One that was on the board before may have been moved since.
         tiers = [
@@ -97,10 +136,12 @@ class Arrivals:
 
     async def of_accounts(self, account_ids: Iterable[str]) -> list[Event]:
         """Return what the accounts among these that the board knows may have now. Raises Deposed."""
-        standings = await self._standings(set(account_ids) & self._renews_ms.keys())
+        known = set(account_ids) & self._renews_ms.keys()
+        standings = await self._standings(self._lane, known)
         now_ms = self._clock.now_ms()
         events: list[Event] = []
         for standing in standings:
+            self._note_renewal(standing)
             events += (
                 LimitsChanged(
                     at_ms=now_ms,
@@ -110,11 +151,35 @@ class Arrivals:
                 ),
                 FundsChanged(at_ms=now_ms, account_id=standing.account_id),
             )
-        return [*events, *await self._usage_forgotten(standings)]
+        await self._forget_usage(self._lane, standings)
+        return [*events, *(self._reset(standing) for standing in standings if standing.usage_expired)]
 
-    async def of_new_accounts(self, account_ids: Iterable[str]) -> list[Event]:
-        """Return where these accounts, which the board does not know yet, stand. Raises Deposed."""
-        standings = await self._standings(account_ids)
+    async def read(self, lane: Lane, account_ids: Iterable[str]) -> Portion:
+        """Read what the rows say of accounts, on any lane; nothing is told by it. Raises Deposed."""
+        wanted = sorted(account_ids)
+        standings = await self._standings(lane, wanted)
+        await self._forget_usage(lane, standings)
+        portion = Portion(accounts={one.account_id: (one, []) for one in standings})
+        for row in await lane.run(lambda connection: live.live_jobs(connection, wanted)):
+            # Of one that was erased in between there are no live jobs: it was cancelled first.
+            if row.account_id in portion.accounts:
+                portion.accounts[row.account_id][1].append(row)
+        return portion
+
+    def of_account(
+        self,
+        portion: Portion,
+        account_id: AccountId,
+        running: Iterable[Event] = (),
+    ) -> list[Event]:
+        """Return all that a portion says of an account; nothing if that was told of meanwhile.
+
+        `running` tells of those of its jobs that run.
+        """
+        if self.knows(account_id):
+            return []
+        standing, rows = portion.accounts[account_id]
+        self._note_renewal(standing)
         events: list[Event] = [
             AccountRestored(
                 at_ms=self._clock.now_ms(),
@@ -123,9 +188,10 @@ class Arrivals:
                 weight_milli=standing.weight_milli,
                 shares=standing.shares,
             )
-            for standing in standings
         ]
-        return [*events, *await self._usage_forgotten(standings)]
+        if standing.usage_expired:
+            events.append(self._reset(standing))
+        return [*events, *running, *self.of_rows(rows)]
 
     def job(self, row: live.LiveJob) -> Job:
         """Return a row's job as the policy sees it."""
@@ -137,30 +203,29 @@ class Arrivals:
             predicted_ms=row.predicted_ms,
             step_ms=max(1, row.predicted_ms // row.steps),
             model=row.model,
-            memory_bytes=memory_wanted(self._models, row.kind, row.model, row.width, row.height),
+            memory_bytes=self._memory_wanted(row.kind, row.model, row.width, row.height),
         )
         return job.needing(memory_beyond(row.memory_above_bytes)) if row.memory_above_bytes else job
 
-    async def _standings(self, account_ids: Iterable[str]) -> list[live.AccountStanding]:
+    async def _standings(self, lane: Lane, account_ids: Iterable[str]) -> list[live.AccountStanding]:
         now_ms = self._clock.now_ms()
-        standings = await self._lane.run(
-            lambda connection: live.standings(connection, sorted(account_ids), now_ms)
-        )
-        for standing in standings:
-            renews_ms = to_ms(standing.renews_at)
-            if self._renews_ms.get(standing.account_id) != renews_ms:
-                self._renews_ms[standing.account_id] = renews_ms
-                heapq.heappush(self._renewals, (renews_ms, standing.account_id))
-        return standings
+        return await lane.run(lambda connection: live.standings(connection, sorted(account_ids), now_ms))
 
-    async def _usage_forgotten(self, standings: Iterable[live.AccountStanding]) -> list[Event]:
+    def _note_renewal(self, standing: live.AccountStanding) -> None:
+        renews_ms = to_ms(standing.renews_at)
+        if self._renews_ms.get(standing.account_id) != renews_ms:
+            self._renews_ms[standing.account_id] = renews_ms
+            heapq.heappush(self._renewals, (renews_ms, standing.account_id))
+
+    async def _forget_usage(self, lane: Lane, standings: Iterable[live.AccountStanding]) -> None:
         expired = [standing for standing in standings if standing.usage_expired]
         if expired:
-            await self._lane.run(
+            await lane.run(
                 lambda connection: live.forget_usage(connection, epoch=self._epoch, expired=expired)
             )
-        now_ms = self._clock.now_ms()
-        return [UsageReset(at_ms=now_ms, account_id=standing.account_id) for standing in expired]
+
+    def _reset(self, standing: live.AccountStanding) -> UsageReset:
+        return UsageReset(at_ms=self._clock.now_ms(), account_id=standing.account_id)
 
 
 def memory_wanted(models: Models, kind: RenderKind, model: str, width: int, height: int) -> int:

@@ -103,14 +103,17 @@ class Forecasts:
 
     async def foresee(self) -> None:
         """Work out once when what waits now will start."""
-        if not any(self._board.queued(tier) for tier in Tier) or self._is_large():
+        waits = any(self._board.queued(tier) for tier in Tier)
+        if not waits or not self._board.is_whole or self._is_large():
             self._etas = {}
             return
         answer = await self._ask(self._rounds, None, draws=_DRAWS, first=_STARTS)
         self._etas = {} if answer is None else answer.etas
 
     def start_times(self, job: Job) -> StartTimes | None:
-        """Return when a waiting job will start; None: a gate holds it."""
+        """Return when a waiting job will start; None: a gate holds it, or who is before it is being read."""
+        if not self._board.is_whole:
+            return None
         now_ms = self._clock.now_ms()
         eta = self._etas.get(job.job_id)
         if eta is None:
@@ -120,8 +123,11 @@ class Forecasts:
         return StartTimes(p50_ms=_coarse(eta.p50_ms - now_ms), p90_ms=_coarse(eta.p90_ms - now_ms))
 
     async def what_ifs(self, changes: Sequence[Change]) -> Sequence[WhatIf | None]:
-        """Return what would come of each change, alone, to the board as it is now."""
-        if not changes or self._is_large():
+        """Return what would come of each change, alone, to the board as it is now.
+
+        None: it cannot be told.
+        """
+        if not changes or not self._board.is_whole or self._is_large():
             return [None] * len(changes)
         answer = await self._ask(
             self._changes, tuple(changes), draws=_DRAWS_OF_CHANGE, first=_STARTS_OF_CHANGE

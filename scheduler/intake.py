@@ -34,10 +34,11 @@ from scheduler.refusals import (
     JobNotFinished,
     JobStarted,
     NotFoundOrNotYours,
+    PicturesExpired,
     QueueFull,
     SourceNotReady,
 )
-from scheduler.store import deletions, jobs
+from scheduler.store import deletions, expiry, jobs
 from scheduler.store.accounts import Visibility
 from scheduler.store.jobs import JobKind, JobReceipt, JobState, LivePlace, NewJob, StoredJob
 from scheduler.store.pool import Connection, Pool
@@ -113,7 +114,8 @@ async def submit(
 
     Locks the request id, then the account. Raises Impossible, QueueFull, FastOnly, FastTimeExhausted,
     SpendCapReached, PlanLacksPrivate, SourceNotReady (what it starts from was deleted meanwhile),
-    RequestIdReused, NotFoundOrNotYours (its source, or the first answer's job, is gone) or Overloaded.
+    PicturesExpired (or its pictures went), RequestIdReused, NotFoundOrNotYours (its source, or the first
+    answer's job, is gone) or Overloaded.
     """
     async with pool.transaction() as connection:
         outcome = await idempotency.claim(
@@ -333,7 +335,7 @@ async def _accept(
         raise QueueFull(account_id=account_id, depth=live.accepted, limit=terms.limits.accepted)
     tier = submission.tier or settings.mode
     refuse_relax_max_upscale(submission.spec, tier)
-    await _refuse_deleted_sources(connection, submission)
+    await _refuse_sources_that_went(connection, submission)
     visibility = submission.visibility or settings.visibility
     with _rejections_counted(metrics, terms):
         pricing = await ledger.price(
@@ -370,10 +372,11 @@ async def _accept(
     return Accepted(job=job, queue_status=status)
 
 
-async def _refuse_deleted_sources(connection: Connection, submission: Submission) -> None:
+async def _refuse_sources_that_went(connection: Connection, submission: Submission) -> None:
     """Raise NotFoundOrNotYours if the source was deleted, SourceNotReady if it was what that started from.
 
-    The caller has locked the account, as whoever deletes a job does; sources are the account's own.
+    And PicturesExpired if the pictures it would start from went. The caller has locked the account, as does
+    whoever deletes a job or lets its pictures expire; sources are the account's own.
     """
     origin = None if submission.spec.source is None else submission.spec.source.job_id
     named = {job_id for job_id in (submission.source_job_id, origin) if job_id is not None}
@@ -382,6 +385,8 @@ async def _refuse_deleted_sources(connection: Connection, submission: Submission
         raise NotFoundOrNotYours
     if origin is not None and origin in deleted:
         raise SourceNotReady(job_id=origin, state="deleted")
+    if origin is not None and (at := await expiry.expired_at(connection, origin)) is not None:
+        raise PicturesExpired(job_id=origin, expired_at=at)
 
 
 @contextmanager
@@ -400,8 +405,9 @@ async def _first_job(connection: Connection, outcome: Mapping[str, str]) -> Stor
     return job
 
 
-async def withdraw_all(connection: Connection, account_id: str, at: datetime) -> list[str]:
-    """End an account's waiting jobs, note on its running ones that they are to end, and return them all.
+async def withdraw_all(connection: Connection, account_id: str, at: datetime, sentence: str) -> list[str]:
+    """End an account's waiting jobs, which say `sentence`, note on its running ones that they are to end, and
+    return them all.
 
     Of the caller's transaction; `link.jobs_changed` belongs behind its commit. Locks the account, then the
     jobs. Raises UnknownAccount.
@@ -409,7 +415,7 @@ async def withdraw_all(connection: Connection, account_id: str, at: datetime) ->
     terms = await ledger_accounts.lock_terms(connection, account_id, at)
     live = await jobs.live_jobs(connection, account_id)
     for job_id in live:
-        await _withdraw(connection, terms, job_id, at, "Cancelled before it started: its account was erased.")
+        await _withdraw(connection, terms, job_id, at, sentence)
     return live
 
 

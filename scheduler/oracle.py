@@ -77,26 +77,32 @@ class Oracle:
         }
 
     def explain(self, job_id: str, status: QueueStatus | None) -> Explained | None:
-        """Return why a live job is where it is; `status` if it waits. None: it is not on the board."""
+        """Return why a live job is where it is; `status` if it waits.
+
+        None: it is not on the board, or it waits and who is before it is still being read.
+        """
         now_ms = self._clock.now_ms()
         explanation = self._board.explain(JobId(job_id), now_ms)
-        if explanation is None:
+        if explanation is None or (explanation.stage is Stage.WAITING and not self._board.is_whole):
             return None
         if explanation.stage is Stage.PARKED:
             status = QueueStatus(reason=QueueReason.PARKED, sentence=explanation.sentences[0], position=0)
         return Explained(at_ms=now_ms, explanation=explanation, status=status)
 
-    def queues(self) -> QueuesView:
-        """Return what waits and runs, and how the GPUs are shared."""
+    def queues(self, untold: Mapping[Tier, int]) -> QueuesView:
+        """Return what waits and runs, and how the GPUs are shared.
+
+        `untold` is how many jobs of each tier wait that the board was not told of yet.
+        """
         now_ms = self._clock.now_ms()
         sharing = self._board.sharing()
         return QueuesView(
-            tiers=tuple(self._tier(tier, now_ms) for tier in Tier),
+            tiers=tuple(self._tier(tier, untold[tier], now_ms) for tier in Tier),
             gpus=sharing.gpus,
             idle_gpus=sharing.idle,
             fast_gpus=sharing.fast,
             relax_floor_gpus=sharing.relax_floor,
-            wanted_gpus=self._wanted_gpus(now_ms),
+            wanted_gpus=self._wanted_gpus(now_ms) if self._board.is_whole else None,
         )
 
     def _wanted_gpus(self, now_ms: int) -> int:
@@ -144,12 +150,12 @@ class Oracle:
     def _waits(self, job_id: str) -> bool:
         return self._board.waiting_job(JobId(job_id)) is not None
 
-    def _tier(self, tier: Tier, now_ms: int) -> TierView:
+    def _tier(self, tier: Tier, untold: int, now_ms: int) -> TierView:
         held, oldest_ms = self._board.held(tier), self._board.oldest_arrival_ms(tier)
         parked = self._board.parked() if tier is Tier.RELAX else 0
         return TierView(
             tier=tier,
-            waiting=self._board.queued(tier) - held,
+            waiting=self._board.queued(tier) + untold - held,
             held=held,
             running=self._board.running(tier) - parked,
             parked=parked,

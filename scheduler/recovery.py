@@ -2,17 +2,24 @@
 
 There is no second way of building a board: what runs after a restart is what `apply` makes of the same
 events a scheduler that never died would have seen.
+
+What runs is read at once. What waits may be a million jobs, and whoever is next need not wait for the last
+of them: it is read from the front of the order, beside the loop, which starts what it may meanwhile.
 """
 
 from __future__ import annotations
 
 import gc
+from collections import defaultdict
+from collections.abc import Callable
 
 from scheduler.arrivals import Arrivals
+from scheduler.backlog import Backlog
 from scheduler.clock import LeaderClock, to_ms
+from scheduler.inbox import RowsRead
 from scheduler.loop import Loop
-from scheduler.policy.events import AttemptRestored, CellRestored, Event, RecoveryEnded
-from scheduler.policy.ids import AttemptId, WorkerId
+from scheduler.policy.events import AttemptRestored, CellRestored, Event
+from scheduler.policy.ids import AccountId, AttemptId, WorkerId
 from scheduler.policy.job import Job
 from scheduler.policy.parameters import Parameters
 from scheduler.policy.usage import rescaling
@@ -29,16 +36,28 @@ _COLLECT_EVERY = 100_000
 
 
 async def restore(
-    loop: Loop, *, arrivals: Arrivals, lane: Lane, epoch: int, clock: LeaderClock, parameters: Parameters
-) -> None:
-    """Bring a fresh loop up to the rows. The fleet is open: its workers' reports are in the inbox.
+    loop: Loop,
+    *,
+    arrivals: Arrivals,
+    lane: Lane,
+    backlog_lane: Lane,
+    epoch: int,
+    clock: LeaderClock,
+    parameters: Parameters,
+    tell: Callable[[RowsRead], None],
+) -> Backlog:
+    """Bring a fresh loop up to the rows of what runs, and return what brings it up to those of what waits.
 
-    Raises Deposed if another scheduler took the lead meanwhile.
+    The fleet is open: its workers' reports are in the inbox. Raises Deposed if another scheduler took the
+    lead meanwhile.
     """
     cells = await _young_cells(lane, epoch, clock, parameters)
-    jobs = await lane.run(live.live_jobs)
     attempts = await lane.run(live.running_attempts)
     wishes = await lane.run(operations.wishes)
+    waiting = await lane.run(live.waiting_accounts)
+    portion = await arrivals.read(lane, {attempt.account_id for attempt in attempts})
+    rows = {job.job_id: job for _, jobs in portion.accounts.values() for job in jobs}
+    backlog = Backlog(waiting, arrivals=arrivals, lane=backlog_lane, clock=clock, tell=tell)
 
     now_ms = clock.now_ms()
     events: list[Event] = [
@@ -50,21 +69,21 @@ async def restore(
         )
         for cell in cells
     ]
-    events += await arrivals.of_new_accounts({job.account_id for job in jobs})
-    rows = {job.job_id: job for job in jobs}
-    events += [
-        _restored(attempt, rows[attempt.job_id], arrivals.job(rows[attempt.job_id]), now_ms)
-        for attempt in attempts
-    ]
-    events += arrivals.of_rows(jobs)
-    events.append(RecoveryEnded(at_ms=now_ms))
+    running: defaultdict[AccountId, list[Event]] = defaultdict(list)
+    for attempt in attempts:
+        row = rows[attempt.job_id]
+        running[attempt.account_id].append(_restored(attempt, row, arrivals.job(row), now_ms))
+    for account_id in portion.accounts:
+        events += arrivals.of_account(portion, account_id, running[account_id])
     loop.adopt(
-        events,
+        [*events, *backlog.progress()],
+        backlog=backlog,
         running=[_running(attempt, rows[attempt.job_id], now_ms) for attempt in attempts],
         specs={attempt.attempt_id: attempt.spec for attempt in attempts},
         updates=[_update(attempt, rows[attempt.job_id]) for attempt in attempts],
         wishes=wishes,
     )
+    return backlog
 
 
 def collect_seldom() -> None:

@@ -6,10 +6,12 @@ the rows it was told of, and once in a while those that nobody told it of.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import NamedTuple
 
 import asyncpg
 
@@ -61,6 +63,17 @@ class LiveJob:
     """All the memory of the largest worker that had too little for it; 0: none had."""
 
 
+class Waits(NamedTuple):
+    """An account that waits in a tier. A tuple, since there may be 200,000 of them at once."""
+
+    account_id: AccountId
+    tag: int
+    """Its tag, or what that cannot be below where it has none yet."""
+    arrival: int
+    """Of its first job."""
+    jobs: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunningAttempt:
     """A running attempt's row."""
@@ -110,10 +123,28 @@ class Cell:
     decay_origin_ms: int
 
 
-async def live_jobs(connection: asyncpg.Connection) -> list[LiveJob]:
-    """Return every job that has not ended, in order of arrival."""
+async def waiting_accounts(connection: asyncpg.Connection) -> dict[Tier, list[Waits]]:
+    """Return who waits in each tier, in the order in which they are served, as far as the rows tell it."""
+    waiting: dict[Tier, list[Waits]] = {tier: [] for tier in Tier}
+    for row in await connection.fetch(
+        """SELECT tier, account_id, coalesce(tag, greatest(finish_tag, virtual_time)) AS tag, arrival, jobs
+           FROM (SELECT account_id, tier, min(arrival) AS arrival, count(*) AS jobs FROM scheduler.job
+                 WHERE NOT past AND state = 'queued' GROUP BY account_id, tier) AS waiting
+           LEFT JOIN scheduler.fair_share USING (account_id, tier)
+           JOIN scheduler.cell USING (tier)
+           ORDER BY tier, 3, arrival"""
+    ):
+        waiting[Tier(row["tier"])].append(Waits(row["account_id"], row["tag"], row["arrival"], row["jobs"]))
+    return waiting
+
+
+async def live_jobs(connection: asyncpg.Connection, account_ids: Sequence[str]) -> list[LiveJob]:
+    """Return all jobs of these accounts that have not ended, in order of arrival."""
     rows = await connection.fetch(
-        f"SELECT {_JOB_COLUMNS} FROM scheduler.job WHERE state IN ('queued', 'running') ORDER BY arrival"  # noqa: S608
+        f"""SELECT {_JOB_COLUMNS} FROM scheduler.job
+            WHERE account_id = ANY($1::text[]) AND NOT past AND state IN ('queued', 'running')
+            ORDER BY arrival""",  # noqa: S608
+        account_ids,
     )
     return [_job(row) for row in rows]
 
@@ -125,23 +156,34 @@ async def noticed_jobs(
 
     A deposed leader stamps nothing: the next one has yet to see them.
     """
-    rows = await connection.fetch(
-        f"""WITH stamped AS (
-                UPDATE scheduler.job SET noticed_epoch = $1
-                WHERE job_id = ANY($2::uuid[]) AND state IN ('queued', 'cancelled') AND noticed_epoch < $1
-                      AND EXISTS (SELECT FROM scheduler.leader WHERE epoch = $1))
-            SELECT {_JOB_COLUMNS} FROM scheduler.job WHERE job_id = ANY($2::uuid[]) ORDER BY arrival""",  # noqa: S608
+    await connection.execute(
+        """UPDATE scheduler.job SET noticed_epoch = $1
+           WHERE job_id = ANY($2::uuid[]) AND NOT past AND state IN ('queued', 'cancelled')
+                 AND noticed_epoch < $1 AND EXISTS (SELECT FROM scheduler.leader WHERE epoch = $1)""",
         epoch,
+        job_ids,
+    )
+    # Not in one statement: that would read what was there when it began, and stamp what it then waited for.
+    rows = await connection.fetch(
+        f"""SELECT {_JOB_COLUMNS} FROM scheduler.job
+            WHERE job_id = ANY($1::uuid[]) AND NOT past ORDER BY arrival""",  # noqa: S608
         job_ids,
     )
     return [_job(row) for row in rows]
 
 
+# Of each of a million rows, at a restart: what an Enum finds by its value takes a microsecond.
+_TIERS = {tier.value: tier for tier in Tier}
+_KINDS = {kind.value: kind for kind in RenderKind}
+_steps_done = functools.cache(steps_done)
+
+
 def _job(row: asyncpg.Record) -> LiveJob:
+    kind = _KINDS[row["render_kind"]]
     return LiveJob(
         job_id=JobId(row["job_id"]),
         account_id=AccountId(row["account_id"]),
-        tier=Tier(row["tier"]),
+        tier=_TIERS[row["tier"]],
         state=row["state"],
         arrival=row["arrival"],
         predicted_ms=row["predicted_ms"],
@@ -149,35 +191,46 @@ def _job(row: asyncpg.Record) -> LiveJob:
         cancel_wanted=row["cancel_wanted"],
         created_at=row["created_at"],
         event_seq=row["event_seq"],
-        kind=RenderKind(row["render_kind"]),
+        kind=kind,
         model=row["model"],
         width=row["width"],
         height=row["height"],
-        steps=steps_done(
+        steps=_steps_done(
             row["steps"],
-            kind=RenderKind(row["render_kind"]),
+            kind=kind,
             strength_permille=row["strength_permille"],
             stop_percent=row["stop_percent"],
             parts=row["parts"],
         ),
-        checkpoint=checkpoint_from_json(row["checkpoint"]),
+        checkpoint=None if row["checkpoint"] is None else checkpoint_from_json(row["checkpoint"]),
         memory_above_bytes=row["memory_above_bytes"],
     )
 
 
-async def unheeded(connection: asyncpg.Connection, *, epoch: int, most: int) -> list[str]:
+async def unheeded(connection: asyncpg.Connection, *, most: int, everywhere: bool) -> list[str]:
     """Return ids of jobs whose notice was lost.
 
-    They wait without the stamp, were cancelled while they waited, or run with a cancel wish.
+    They wait without the stamp, were cancelled while they waited, or run with a cancel wish. With the stamp
+    of an earlier leader they are not lost: they were there before the present one took over, and are read
+    with all that waited then. So a new leader does not have to stamp a million rows anew.
+
+    Not `everywhere`: of those that wait, only what came within the last five seconds. Behind a transaction
+    that stays open the index keeps an entry for each job that came since, and to look through them takes
+    seconds for a million.
     """
     rows = await connection.fetch(
-        """(SELECT job_id::text FROM scheduler.job WHERE state = 'queued' AND noticed_epoch <> $1 LIMIT $2)
+        """(SELECT job_id::text FROM scheduler.job
+            WHERE NOT past AND state = 'queued' AND noticed_epoch = 0
+                  AND created_at >= CASE WHEN $2 THEN '-infinity' ELSE now() - interval '5 seconds' END
+            ORDER BY created_at LIMIT $1)
            UNION ALL
-           (SELECT job_id::text FROM scheduler.job WHERE state = 'cancelled' AND noticed_epoch = 0 LIMIT $2)
+           (SELECT job_id::text FROM scheduler.job
+            WHERE NOT past AND state = 'cancelled' AND noticed_epoch = 0 LIMIT $1)
            UNION ALL
-           (SELECT job_id::text FROM scheduler.job WHERE state = 'running' AND cancel_wanted LIMIT $2)""",
-        epoch,
+           (SELECT job_id::text FROM scheduler.job
+            WHERE NOT past AND state = 'running' AND cancel_wanted LIMIT $1)""",
         most,
+        everywhere,
     )
     return [row["job_id"] for row in rows]
 
@@ -188,7 +241,8 @@ async def running_attempts(connection: asyncpg.Connection) -> list[RunningAttemp
         """SELECT attempt_id::text, token::text, job_id::text, account_id, tier, worker_id, incarnation,
                   attempt.predicted_ms, charged_at_ms, weight_milli, attempt.started_at, parked_at, drawn_at,
                   parked_ms, parks, sheltered, spec
-           FROM scheduler.attempt JOIN scheduler.job USING (job_id) WHERE attempt.state = 'running'"""
+           FROM scheduler.attempt JOIN scheduler.job USING (job_id)
+           WHERE attempt.state = 'running' AND NOT past"""
     )
     return [
         RunningAttempt(

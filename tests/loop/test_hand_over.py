@@ -9,6 +9,7 @@ from gpu_worker.contract import Checkpoint, Outcome, StageTimes
 from gpu_worker.outputs import checkpoint_path
 from scheduler.cluster.local_fleet import LocalFleet
 from scheduler.policy.ids import Tier
+from scheduler.store import invariants as store_invariants
 from scheduler.store import operations, stray_checkpoints
 from scheduler.store.checkpoints import SavedCheckpoint, store_checkpoints
 from tests.loop.conftest import Stage
@@ -74,6 +75,25 @@ async def test_what_parks_and_losses_came_to_is_counted(stage: Stage) -> None:
     assert "darkroom_checkpoint_bytes_total 1000.0" in figures
     assert "darkroom_checkpoint_seconds_count 1.0" in figures
     assert 'darkroom_job_requeues_total{reason="drain"} 1.0' in figures
+
+
+async def test_what_was_saved_of_a_job_is_nobodys_once_its_owner_moves_it(stage: Stage) -> None:
+    fleet = LocalFleet(workers=1, take_ms=None, gpu_ms=PICTURE_MS)
+    await stage.open_account("ada")
+    async with stage.leading(fleet) as leader:
+        job_id = await stage.submit("ada", Tier.RELAX)
+        await stage.until(leader, lambda: fleet.busy)
+        fleet.work(FIRST, 400)
+        await operations.drain_worker(stage.connection, FIRST, "a new fan", within=AT_ONCE)
+        await stage.until_state(leader, job_id, "queued")
+        await stage.move("ada", job_id, Tier.FAST)
+        await operations.resume_worker(stage.connection, FIRST)
+        await stage.until(leader, lambda: fleet.busy)
+        assert fleet.busy[FIRST].checkpoint is None
+        fleet.finish(FIRST)
+        await stage.until_state(leader, job_id, "succeeded")
+    assert await used_ms(stage, "ada") == PICTURE_MS, "not the 400 ms that were drawn in relax"
+    assert await store_invariants.check(stage.connection, invariants=store_invariants.AT_REST) == []
 
 
 async def test_a_worker_that_has_time_to_drain_finishes(stage: Stage) -> None:

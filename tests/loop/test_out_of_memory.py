@@ -93,8 +93,7 @@ async def test_a_restarted_scheduler_knows_what_was_too_little(stage: Stage) -> 
         await stage.until_attempts(leader, first, 1)
         await stage.until_state(leader, first, "queued")
     async with stage.leading(fleet) as leader:
-        status = leader.queue_statuses([first])[first]
-        assert status.reason.value == "waiting_for_gpu"
+        await stage.until_waits(leader, first, "waiting_for_gpu")
         later = await stage.submit("ben", Tier.FAST)
         await stage.until_attempts(leader, later, 1)
         fleet.finish(ITS_LIKE)

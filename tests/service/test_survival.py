@@ -77,6 +77,19 @@ async def test_killed_scheduler_loses_nothing_and_adopts_what_runs(
     await assert_ledger_closes(running.dsn)
 
 
+async def test_scheduler_that_was_deposed_leaves_its_name_to_whoever_has_it_now(
+    people: People, running: ServiceProcess
+) -> None:
+    # As a node that was taken for dead and woke up: another process of the same actor leads by then.
+    connection = await asyncpg.connect(running.dsn)
+    await connection.execute("UPDATE scheduler.leader SET epoch = epoch + 1")
+    async with await people.account("ada") as ada:
+        await result_of(await ada.imagine("a lighthouse", tier=job_pb2.TIER_FAST))
+    assert running.said.count('"event": "deposed"') > 0
+    await connection.close()
+    await assert_ledger_closes(running.dsn)
+
+
 async def test_waiting_jobs_continue_when_the_whole_service_was_killed(data_dir: Path) -> None:
     # The first job would take ten seconds: it is not over before the service is killed.
     with service(data_dir, gpus=1, timed_step_ms=500) as first:

@@ -295,7 +295,7 @@ async def test_what_concerns_no_bound_is_not_kept_and_old_lines_are_forgotten(
     assert "StopAsked" not in {
         row["kind"] for row in await connection.fetch("SELECT DISTINCT kind FROM scheduler.journal")
     }
-    await journal.forget(connection, before=from_ms(START_MS + 1))
+    await journal.forget(connection, epoch=epoch, before=from_ms(START_MS + 1))
     assert await connection.fetchval("SELECT count(*) FROM scheduler.journal") == 0
 
 
@@ -353,6 +353,6 @@ async def test_old_lines_are_forgotten_in_bites(connection: asyncpg.Connection, 
         from_ms(START_MS),
     )
     before = from_ms(START_MS + 5_002)
-    assert await journal.forget(connection, before=before)
-    assert not await journal.forget(connection, before=before)
+    assert await journal.forget(connection, epoch=epoch, before=before)
+    assert not await journal.forget(connection, epoch=epoch, before=before)
     assert await connection.fetchval("SELECT min(number) FROM scheduler.journal") == 5_002
