@@ -19,6 +19,8 @@ class WorkerFound:
     """A worker answered for the first time, or again after it was lost, or as a new incarnation."""
 
     report: WorkerReport
+    outdated: bool = False
+    """It is of another release than those that this fleet starts: it works, and is to be replaced."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +28,13 @@ class WorkerHeard:
     """A heartbeat: what it has in hand and what it measured."""
 
     report: WorkerReport
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerLeaves:
+    """The worker's machine is about to end: what it has in hand had better go on elsewhere, at once."""
+
+    worker_id: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +55,7 @@ class RenderRefused:
     sentence: str
 
 
-FleetFact = WorkerFound | WorkerHeard | WorkerGone | RenderRefused
+FleetFact = WorkerFound | WorkerHeard | WorkerLeaves | WorkerGone | RenderRefused
 
 
 class Fleet(Protocol):
@@ -80,6 +89,9 @@ class Fleet(Protocol):
         The worker ends it, deletes its pictures and counts its time as wasted; `kept` says that its job goes
         on from its newest checkpoint, so that what this kept was of use.
         """
+
+    def replace(self, worker_id: str) -> None:
+        """End a worker that has nothing in hand, and start another on its GPU unless its machine ends."""
 
     async def run(self) -> None:
         """Listen until cancelled. The workers live on."""

@@ -10,6 +10,7 @@ from billing import plans as billing_plans
 from gpu_worker.models import Models
 from scheduler.answers import Explained, Outlook, QueuesView, WhatIf, WorkerView
 from scheduler.arrivals import Arrivals
+from scheduler.backlog import Backlog
 from scheduler.clock import LeaderClock
 from scheduler.fleet import Fleet
 from scheduler.forecasts import Forecasts, ListenedBoard
@@ -18,6 +19,7 @@ from scheduler.loop import Loop
 from scheduler.metrics import SchedulerMetrics
 from scheduler.oracle import Oracle
 from scheduler.policy.foresight.lately import Lately
+from scheduler.policy.ids import Tier
 from scheduler.policy.parameters import Parameters
 from scheduler.recovery import restore
 from scheduler.settlement import Settlement
@@ -41,6 +43,7 @@ class Leader:
         *,
         epoch: int,
         loop: Loop,
+        backlog: Backlog,
         settlement: Settlement,
         fleet: Fleet,
         inbox: Inbox,
@@ -52,6 +55,7 @@ class Leader:
         self.updates = updates
         self.metrics = metrics
         self._loop = loop
+        self._backlog = backlog
         self._settlement = settlement
         self._fleet = fleet
         self._inbox = inbox
@@ -61,6 +65,7 @@ class Leader:
         """Lead until cancelled. Raises an ExceptionGroup with Deposed when another scheduler leads."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._loop.run(), name="loop")
+            group.create_task(self._backlog.run(), name="backlog")
             group.create_task(self._settlement.run(), name="settlement")
             group.create_task(self._fleet.run(), name="fleet")
             group.create_task(self._oracle.run(), name="forecasts")
@@ -109,7 +114,7 @@ class Leader:
 
     def queues(self) -> QueuesView:
         """Return what waits and runs, and how the GPUs are shared."""
-        return self._oracle.queues()
+        return self._oracle.queues({tier: self._loop.untold(tier) for tier in Tier})
 
     def workers_view(self) -> Sequence[WorkerView]:
         """Return the workers that have joined and are not lost."""
@@ -124,14 +129,18 @@ async def lead(
     fleet: Fleet,
     models: Models,
     sweep_ms: int,
+    drain_within_ms: int = 60_000,
     parameters: Parameters | None = None,
 ) -> AsyncIterator[Leader]:
     """Take the lead, find the workers and restore the board; yields a leader that is ready to `run`.
 
+    Workers of another release have `drain_within_ms` each to finish what they have before they are replaced.
     Waits while the database is away. Raises Deposed if yet another scheduler takes the lead meanwhile.
     """
     parameters = parameters or Parameters()
-    lane = Lane(dsn, "loop")
+    # By this connection's name `darkroom migrate --after` sees that a scheduler of that release is there.
+    lane = Lane(dsn, f"{holder} loop")
+    backlog_lane = Lane(dsn, "backlog")
     questions = Lane(dsn, "questions")
     try:
         taken = await lane.run(lambda connection: leadership.take_lead(connection, holder))
@@ -171,15 +180,24 @@ async def lead(
             clock=clock,
             metrics=metrics,
             sweep_ms=sweep_ms,
+            drain_within_ms=drain_within_ms,
         )
         await fleet.open(taken.epoch, inbox.put)
-        await restore(
-            loop, arrivals=arrivals, lane=lane, epoch=taken.epoch, clock=clock, parameters=parameters
+        backlog = await restore(
+            loop,
+            arrivals=arrivals,
+            lane=lane,
+            backlog_lane=backlog_lane,
+            epoch=taken.epoch,
+            clock=clock,
+            parameters=parameters,
+            tell=inbox.put,
         )
         metrics.scheduler_leader.set(1)
         yield Leader(
             epoch=taken.epoch,
             loop=loop,
+            backlog=backlog,
             settlement=settlement,
             fleet=fleet,
             inbox=inbox,
@@ -189,6 +207,7 @@ async def lead(
         )
     finally:
         await lane.close()
+        await backlog_lane.close()
         await questions.close()
 
 

@@ -13,17 +13,19 @@ from collections.abc import Iterable, Mapping
 from billing import ledger
 from gpu_worker.contract import RenderSpec
 from scheduler.answers import WorkerRun, WorkerView
-from scheduler.arrivals import Arrivals
+from scheduler.arrivals import MOST_SWEPT, Arrivals
+from scheduler.backlog import Backlog
 from scheduler.clock import LeaderClock, from_ms
 from scheduler.desk import Desk
 from scheduler.fleet import Fleet
-from scheduler.inbox import AccountsChanged, ClosingDown, FleetChanged, Inbox, Item, JobsChanged
+from scheduler.inbox import AccountsChanged, ClosingDown, FleetChanged, Inbox, Item, JobsChanged, RowsRead
 from scheduler.metrics import SchedulerMetrics, WorkerState
 from scheduler.moves import Moves
 from scheduler.policy.board import Board
 from scheduler.policy.events import Event
 from scheduler.policy.ids import JobId, Tier
 from scheduler.policy.parameters import Parameters
+from scheduler.replacements import Replacements
 from scheduler.roll_call import RollCall
 from scheduler.running import Running
 from scheduler.settlement import Settlement
@@ -32,6 +34,8 @@ from scheduler.store.lanes import Lane
 from scheduler.store.operations import Wishes
 from scheduler.updates import JobUpdate, QueueReason, QueueStatus, Updates
 
+# For telling the board what waited before this scheduler led, between two cycles.
+_TELL_NS = 20_000_000
 # How often the time is persisted, accounts without funds are looked at, and open holds are shown.
 _KEEP_TIME_MS = 5_000
 # The journal is for whoever audits it, who can do without the last second of a scheduler that died. What is
@@ -45,6 +49,13 @@ _TIDY_ON_MS = 1_000
 _TIDY_FIRST_MS = 60_000
 # The whole fleet is counted for it.
 _SHOW_FLEET_MS = 1_000
+
+
+_READING = QueueStatus(
+    reason=QueueReason.SCHEDULER_STARTING,
+    sentence="The scheduler was started anew and reads its queue; the job keeps its place.",
+    position=0,
+)
 
 
 class Loop:
@@ -65,6 +76,7 @@ class Loop:
         clock: LeaderClock,
         metrics: SchedulerMetrics,
         sweep_ms: int,
+        drain_within_ms: int,
     ) -> None:
         self._desk = Desk(
             board=board,
@@ -81,6 +93,9 @@ class Loop:
         self._sweep_ms = sweep_ms
         self._roll_call = RollCall(self._desk, settlement)
         self._moves = Moves(self._desk)
+        self._replacements = Replacements(self._desk, within_ms=drain_within_ms)
+        self._backlog: Backlog | None = None
+        """What waited when this scheduler took over; None: all of it is on the board."""
         self._fleet_changed = False
         self._swept_ms = 0
         self._kept_ms = 0
@@ -94,10 +109,14 @@ class Loop:
         return self._desk.board
 
     async def run(self) -> None:
-        """Turn until cancelled; raises Deposed when another scheduler leads."""
+        """Turn until cancelled; raises Deposed when another scheduler leads, and DatabaseWentBack."""
         while True:
-            await self._inbox.wait(0 if self._desk.notes.behind else self._sweep_ms / 1000)
+            await self._inbox.wait(0 if self._is_behind else self._sweep_ms / 1000)
             await self.cycle()
+
+    @property
+    def _is_behind(self) -> bool:
+        return self._desk.notes.behind if self._backlog is None else self._backlog.is_ready
 
     async def cycle(self) -> None:
         """Turn once."""
@@ -112,32 +131,53 @@ class Loop:
         if now_ms - self._swept_ms >= self._sweep_ms:
             self._swept_ms = now_ms
             self._fleet_changed = True
-            notices.update(await self._arrivals.unheeded())
+            unheeded = await self._arrivals.unheeded()
+            notices.update(unheeded)
+            if len(unheeded) >= MOST_SWEPT and self._backlog is None:
+                self._swept_ms = 0  # there may be more
             accounts |= self._arrivals.renewed(now_ms)
+            self._replacements.go_on()
         if self._fleet_changed:
             self._fleet_changed = False
             self._roll_call.heed(await self._desk.lane.run(operations.wishes))
+        if self._backlog is not None:
+            self._backlog.noticed(accounts)
         if accounts:
             self._desk.tell(*await self._arrivals.of_accounts(accounts))
         if notices:
             self._desk.tell(*await self._arrivals.of_jobs(notices))
+        if self._backlog is not None:
+            self._tell_backlog(self._backlog)
         while await self._moves.make():
             pass
         await self._keep(now_ms)
         self._show(began_ns)
 
+    def _tell_backlog(self, backlog: Backlog) -> None:
+        until_ns = time.monotonic_ns() + _TELL_NS
+        while backlog.is_ready and time.monotonic_ns() < until_ns:
+            self._desk.tell(*backlog.next())
+        self._desk.tell(*backlog.progress())
+        again = backlog.again()
+        if again:
+            self._inbox.put(AccountsChanged(account_ids=tuple(again)))
+        if backlog.ended:
+            self._backlog = None
+
     async def _keep(self, now_ms: int) -> None:
         """Do what is done now and then."""
         if now_ms - self._kept_ms >= _KEEP_TIME_MS:
-            self._kept_ms = now_ms
+            kept_ms, self._kept_ms = self._kept_ms, now_ms
             # Nothing sweeps accounts: whoever granted time may have died before it could say so.
             self._inbox.put(AccountsChanged(account_ids=tuple(self._desk.board.accounts_held())))
             await self._desk.lane.run(
-                lambda connection: leadership.keep_time(connection, self._desk.epoch, now_ms)
+                lambda connection: leadership.keep_time(connection, self._desk.epoch, now_ms, kept_ms=kept_ms)
             )
             holds = await self._desk.lane.run(ledger.open_holds)
             self._desk.metrics.holds_seen(holds=holds.count, held_ms=holds.held_ms)
-        if self._desk.notes.behind or now_ms - self._journaled_ms >= _JOURNAL_MS:
+        # While what waited is being told, that comes first: its lines alone are a million.
+        due = self._desk.notes.behind or now_ms - self._journaled_ms >= _JOURNAL_MS
+        if due and self._backlog is None:
             self._journaled_ms = now_ms
             lines = self._desk.notes.lines()
             await self._desk.lane.run(
@@ -145,7 +185,9 @@ class Loop:
             )
         if now_ms >= self._tidy_at_ms:
             before = from_ms(now_ms - _JOURNAL_KEPT_MS)
-            more = await self._desk.lane.run(lambda connection: journal.forget(connection, before=before))
+            more = await self._desk.lane.run(
+                lambda connection: journal.forget(connection, epoch=self._desk.epoch, before=before)
+            )
             self._tidy_at_ms = now_ms + (_TIDY_ON_MS if more else _TIDY_MS)
 
     def _take(self, item: Item, notices: set[str], accounts: set[str]) -> None:
@@ -156,6 +198,8 @@ class Loop:
                 accounts.update(item.account_ids)
             case FleetChanged():
                 self._fleet_changed = True
+            case RowsRead():
+                pass  # it wakes the loop, which tells them anyway
             case ClosingDown():
                 self._roll_call.close_down()
             case _:
@@ -165,17 +209,19 @@ class Loop:
         self,
         restored: Iterable[Event],
         *,
+        backlog: Backlog,
         running: Iterable[Running],
         specs: Mapping[str, RenderSpec],
         updates: Iterable[JobUpdate],
         wishes: Wishes,
     ) -> None:
-        """Take over what the rows say; called once, before the first cycle.
+        """Take over what the rows say; called once, before the first cycle. What waits follows as it is read.
 
         The reports of the workers that live are in the inbox already. A running attempt whose worker did not
         report, or reported another life, is lost; one that its worker never got is given to it now.
         """
         self._desk.tell(*restored)
+        self._backlog = None if backlog.ended else backlog
         for one in running:
             self._desk.running.put(one)
         self._roll_call.heed(wishes)
@@ -230,14 +276,20 @@ class Loop:
                     sentence=status.sentence,
                     position=status.position,
                 )
+                if status.position and not self._desk.board.is_whole:
+                    statuses[job_id] = _READING
         return statuses
+
+    def untold(self, tier: Tier) -> int:
+        """Return about how many jobs wait that are not on the board yet, because a restart was just now."""
+        return 0 if self._backlog is None else self._backlog.untold(tier)
 
     def _show(self, began_ns: int) -> None:
         now_ms = self._desk.clock.now_ms()
         for tier in Tier:
             self._desk.metrics.queue_seen(
                 tier=tier,
-                queued=self._desk.board.queued(tier),
+                queued=self._desk.board.queued(tier) + self.untold(tier),
                 running=self._desk.board.running(tier),
                 oldest_ms=self._desk.board.oldest_arrival_ms(tier),
                 now_ms=now_ms,

@@ -15,7 +15,7 @@ from gpu_worker.contract import AttemptResult, Blame, Outcome, RenderSpec, RunIn
 from scheduler.arrivals import memory_beyond
 from scheduler.clock import to_ms
 from scheduler.desk import Desk
-from scheduler.fleet import RenderRefused, WorkerFound, WorkerGone, WorkerHeard
+from scheduler.fleet import RenderRefused, WorkerFound, WorkerGone, WorkerHeard, WorkerLeaves
 from scheduler.inbox import AttemptSettled, Item
 from scheduler.metrics import RequeueReason
 from scheduler.policy import events
@@ -63,13 +63,17 @@ class RollCall:
         self._paused: frozenset[Tier] = frozenset()
         self._fleet_is_met = False
 
-    def take(self, item: WorkerFound | WorkerHeard | WorkerGone | RenderRefused | AttemptSettled) -> None:
+    def take(
+        self, item: WorkerFound | WorkerHeard | WorkerLeaves | WorkerGone | RenderRefused | AttemptSettled
+    ) -> None:
         """Take note of one thing that was heard."""
         match item:
             case WorkerFound():
-                self._worker_found(item.report)
+                self._worker_found(item.report, outdated=item.outdated)
             case WorkerHeard():
                 self._worker_heard(item.report)
+            case WorkerLeaves():
+                self._desk.workers.departs(item.worker_id)
             case WorkerGone():
                 self._worker_gone(item)
             case RenderRefused():
@@ -171,14 +175,16 @@ class RollCall:
                     )
                 )
 
-    def _worker_found(self, report: WorkerReport) -> None:
+    def _worker_found(self, report: WorkerReport, *, outdated: bool) -> None:
         now_ms = self._desk.clock.now_ms()
         worker_id = WorkerId(report.worker_id)
-        _log.info("worker joined", worker=worker_id, device=report.device, pid=report.pid)
+        _log.info(
+            "worker joined", worker=worker_id, release=report.release, device=report.device, pid=report.pid
+        )
         for running in self._desk.running.on(report.worker_id):
             if running.incarnation != report.incarnation:
                 self._lose(running, f"The GPU worker {worker_id} was restarted.", executed=True)
-        self._desk.workers.joined(report, now_ms)
+        self._desk.workers.joined(report, now_ms, outdated=outdated)
         self._desk.updates.met_worker(report)
         self._desk.tell(
             WorkerJoined(
@@ -290,6 +296,9 @@ class RollCall:
         if running.attempt_id not in self._settling:
             end = end_of_lost(running.attempt_id, running.token, sentence, executed=executed)
             self._settle(running, running.worker_id, end, None)
+        elif self._settling[running.attempt_id] is not None:
+            # What its worker said of its end came first, and counts.
+            _log.info("given up too late", worker=running.worker_id, attempt=running.attempt_id)
 
     def _settle(
         self, running: Running | None, worker_id: str, end: AttemptEnd, result: AttemptResult | None

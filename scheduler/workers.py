@@ -1,8 +1,8 @@
 """The workers as the loop knows them: their newest reports, and what keeps one from taking jobs.
 
-There are several such reasons and they overlap: an operator drains it, it lost too many jobs in a row, it
-says that it is not healthy, it has in hand what is not ours, it refused what it was given. The board only
-hears whether it takes jobs.
+There are several such reasons and they overlap: an operator drains it, it makes room for a worker of this
+release, its machine is about to end, it lost too many jobs in a row, it says that it is not healthy, it has
+in hand what is not ours, it refused what it was given. The board only hears whether it takes jobs.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from scheduler.clock import to_ms
 class _Slot:
     """A worker that has joined."""
 
-    __slots__ = ("at_odds", "idle_since_ms", "report")
+    __slots__ = ("at_odds", "idle_since_ms", "leaves", "report")
 
     def __init__(self, report: WorkerReport, now_ms: int) -> None:
         self.report = report
         self.at_odds = False
+        self.leaves = False
         self.idle_since_ms: int | None = now_ms
 
 
@@ -33,6 +34,8 @@ class Workers:
         self._closed: dict[str, None] = {}
         self._draining: frozenset[str] = frozenset()
         self._set_aside: dict[str, datetime] = {}
+        self._outdated: dict[str, None] = {}
+        self._departing: dict[str, None] = {}
         self._all_closed = False
 
     def __len__(self) -> int:
@@ -55,10 +58,12 @@ class Workers:
         """Return since when no attempt has had a worker's GPU; None: one has."""
         return self._slots[worker_id].idle_since_ms
 
-    def joined(self, report: WorkerReport, now_ms: int) -> None:
+    def joined(self, report: WorkerReport, now_ms: int, *, outdated: bool = False) -> None:
         """Begin a worker's life. Like the board, take it for one that takes jobs."""
         self.gone(report.worker_id)
         self._slots[report.worker_id] = _Slot(report, now_ms)
+        if outdated:
+            self._outdated[report.worker_id] = None
 
     def heard(self, report: WorkerReport, *, at_odds: bool) -> None:
         """Note a worker's newest report. `at_odds`: until its next, it would refuse whatever it is given."""
@@ -75,6 +80,25 @@ class Workers:
         """End a worker's life."""
         self._slots.pop(worker_id, None)
         self._closed.pop(worker_id, None)
+        self._outdated.pop(worker_id, None)
+        self._departing.pop(worker_id, None)
+
+    def outdated(self) -> KeysView[str]:
+        """Return the ids of those that are of another release than this scheduler."""
+        return self._outdated.keys()
+
+    def departing(self) -> KeysView[str]:
+        """Return the ids of those whose machines are about to end."""
+        return self._departing.keys()
+
+    def departs(self, worker_id: str) -> None:
+        """Note that a worker's machine is about to end. To say it again changes nothing."""
+        if worker_id in self._slots:
+            self._departing[worker_id] = None
+
+    def leaves(self, worker_id: str) -> None:
+        """Give a worker nothing as long as it lives: it is to make room."""
+        self._slots[worker_id].leaves = True
 
     def close_all(self) -> None:
         """Give nothing to anybody from now on."""
@@ -105,6 +129,7 @@ class Workers:
             not self._all_closed
             and slot.report.healthy
             and not slot.at_odds
+            and not slot.leaves
             and worker_id not in self._draining
             and (aside_until is None or to_ms(aside_until) <= now_ms)
         )

@@ -27,7 +27,7 @@ from gpu_worker.contract import (
     StageTimes,
     WorkerReport,
 )
-from scheduler.fleet import FleetFact, RenderRefused, WorkerFound, WorkerGone, WorkerHeard
+from scheduler.fleet import FleetFact, RenderRefused, WorkerFound, WorkerGone, WorkerHeard, WorkerLeaves
 
 _CHECKPOINT_BYTES = 1_000
 _MEMORY_BYTES = 64 * 1024**3
@@ -62,6 +62,7 @@ class _Stub:
     results: dict[str, AttemptResult] = field(default_factory=dict)
     sentence: str = ""
     """Why it is not healthy; empty if it is."""
+    outdated: bool = False
 
     def has(self, attempt_id: str) -> bool:
         """Return whether an attempt is in hand."""
@@ -103,12 +104,16 @@ class LocalFleet:
         """Every attempt that was begun, in order."""
         self.forgotten: dict[str, bool] = {}
         """Attempts that were to be forgotten, and whether their checkpoints were of use."""
+        self.replaced: list[str] = []
+        """Workers that made room for one of the scheduler's release, in order."""
+        self.stays_away = False
+        """Whether what takes their places does not come, until it is told to speak again."""
 
     async def open(self, epoch: int, tell: Callable[[FleetFact], None]) -> None:
         """See Fleet.open. A fleet may be opened again, by the next scheduler: its attempts go on."""
         self._epoch, self._tell = epoch, tell
         for stub in self._stubs.values():
-            tell(WorkerFound(report=self._report(stub)))
+            tell(WorkerFound(report=self._report(stub), outdated=stub.outdated))
 
     async def run(self) -> None:
         """See Fleet.run."""
@@ -169,6 +174,27 @@ class LocalFleet:
         if stub.has(attempt_id):
             self._drop(stub, attempt_id)
             self._tell(WorkerHeard(report=self._report(stub)))
+
+    def replace(self, worker_id: str) -> None:
+        """See Fleet.replace."""
+        stub = self._stubs[worker_id]
+        assert not [*stub.stack, *stub.drawn, *stub.results], f"{worker_id} has something in hand"
+        stub.outdated = False
+        self.replaced.append(worker_id)
+        if self.stays_away:
+            self.fall_silent(worker_id)
+        else:
+            self.kill(worker_id)
+
+    def depart(self, worker_id: str) -> None:
+        """Let a worker's machine be about to end."""
+        self.stays_away = True
+        self._tell(WorkerLeaves(worker_id=worker_id))
+
+    def grow_old(self) -> None:
+        """Let the next scheduler find every worker to be of another release."""
+        for stub in self._stubs.values():
+            stub.outdated = True
 
     def work(self, worker_id: str, ms: int) -> None:
         """Let the active run have measured so much more GPU time."""

@@ -1,8 +1,9 @@
 """The fleet over Ray: one detached actor for each GPU of the cluster, and one long poll open to each.
 
 Workers outlive the scheduler that started them: they are detached and named by release and slot, and the next
-scheduler finds them by name. They are not restarted by Ray but by this fleet: a death is then a fact that is
-told once (ActorDiedError), not a silence that may or may not end.
+scheduler finds them by name, also those of another release, which it goes on with until they are replaced.
+They are not restarted by Ray but by this fleet: a death is then a fact that is told once (ActorDiedError),
+not a silence that may or may not end.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import ray
 import ray.util
 import structlog
+from ray._private.state import state as ray_state
 from ray.exceptions import (
     ActorDiedError,
     ActorUnavailableError,
@@ -29,7 +31,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from gpu_worker.actor import GpuWorker
 from gpu_worker.contract import AttemptResult, Heartbeat, RenderRequest, StaleEpoch, WorkerBusy, WorkerReport
 from gpu_worker.settings import WorkerSettings
-from scheduler.fleet import FleetFact, RenderRefused, WorkerFound, WorkerGone, WorkerHeard
+from scheduler.fleet import FleetFact, RenderRefused, WorkerFound, WorkerGone, WorkerHeard, WorkerLeaves
 from scheduler.settings import RELEASE
 
 _log = structlog.get_logger()
@@ -46,9 +48,20 @@ _HEARD_AS_SET = 1_000
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
 
 
-def actor_name(kind: str, slot: str = "") -> str:
-    """Return the name of an actor of this release, so that old and new run side by side."""
-    return f"{kind}-{RELEASE}" + (f"-{slot}" if slot else "")
+def actor_name(kind: str, slot: str = "", *, release: str = RELEASE) -> str:
+    """Return the name of an actor of a release, so that old and new run side by side."""
+    return f"{kind}-{release}" + (f"-{slot}" if slot else "")
+
+
+def living_workers(namespace: str) -> dict[str, list[str]]:
+    """Return the names of the workers that Ray knows by their slots' ids, whoever started them."""
+    living = defaultdict(list)
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        # A slot's name may have more of them; a release has none.
+        kind, _, rest = actor["name"].partition("-")
+        if actor["namespace"] == namespace and kind == "worker":
+            living[rest.partition("-")[2]].append(actor["name"])
+    return living
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +129,10 @@ class RayFleet:
         self._answered: dict[str, asyncio.Event] = {}
         self._incarnations: dict[str, str] = {}
         self._names: dict[str, str] = {}
+        self._others: dict[str, str] = {}
+        """Names of the workers of other releases, by their slots' ids, that are still to be listened to."""
+        self._ending: set[str] = set()
+        """Nodes that are about to end."""
         self._calls: set[asyncio.Task[None]] = set()
         self._rendering: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -166,6 +183,12 @@ class RayFleet:
         """See Fleet.forget."""
         self._call(self._forget(worker_id, attempt_id, kept), f"forget {attempt_id}")
 
+    def replace(self, worker_id: str) -> None:
+        """See Fleet.replace."""
+        actor = self._actors[worker_id]
+        # Its slot's long poll hears of its death, and starts the next.
+        self._call(asyncio.to_thread(ray.kill, actor, no_restart=True), f"replace {worker_id}")
+
     @property
     def _interval_ms(self) -> int:
         return interval_ms(self._heartbeat_ms, len(self._listening))
@@ -177,53 +200,81 @@ class RayFleet:
     async def _look_at_nodes(self) -> list[str]:
         """Listen to every slot of the living nodes; returns the workers that were alive already."""
         nodes = await asyncio.to_thread(ray.nodes)
+        living: Mapping[str, list[str]] = {}
         if self._names.keys() != {node["NodeID"] for node in nodes if node["Alive"]}:
-            workers = await asyncio.to_thread(self._living_workers)
-            self._names = node_names(nodes, self._names, workers)
+            living = await asyncio.to_thread(living_workers, self._namespace)
+            self._names = node_names(nodes, self._names, living.keys())
             wanted = {slot.worker_id for slot in gpu_slots(nodes, self._names)}
-            for worker_id in workers - wanted:
+            for worker_id in living.keys() - wanted:
                 # Nobody would listen to it, and it would keep its GPU from the worker that is wanted there.
                 _log.warning("worker without a slot ended", worker=worker_id)
-                await asyncio.to_thread(self._kill, worker_id)
+                await asyncio.to_thread(self._end_all_but, worker_id, "")
         slots = {slot.worker_id: slot for slot in gpu_slots(nodes, self._names)}
         for worker_id in self._listening.keys() - slots.keys():
             _log.info("slot gone with its node", worker=worker_id)
             self._listening.pop(worker_id).cancel()
             del self._answered[worker_id]
+        await self._look_at_ending(slots)
+        await self._look_at_starting()
         found = []
         for worker_id, slot in slots.items():
-            if worker_id not in self._listening:
-                if await asyncio.to_thread(self._find, worker_id) is not None:
+            starts = slot.node_id not in self._ending
+            if worker_id not in self._listening and (starts or worker_id in living):
+                if worker_id in living:
                     found.append(worker_id)
+                    if self._own_name(worker_id) not in living[worker_id]:
+                        self._others[worker_id] = living[worker_id][0]
                 self._answered[worker_id] = asyncio.Event()
                 listening = asyncio.create_task(self._listen(slot), name=f"listen {worker_id}")
                 listening.add_done_callback(self._notice_failure)
                 self._listening[worker_id] = listening
         return found
 
-    def _living_workers(self) -> set[str]:
-        """Return the ids of the workers of this release that Ray knows, whoever started them."""
-        prefix = actor_name("worker") + "-"
-        return {
-            actor["name"].removeprefix(prefix)
-            for actor in ray.util.list_named_actors(all_namespaces=True)
-            if actor["namespace"] == self._namespace and actor["name"].startswith(prefix)
-        }
+    async def _look_at_ending(self, slots: Mapping[str, Slot]) -> None:
+        """Tell of each worker whose node is about to end: `ray start --block` says so at SIGTERM."""
+        # Where Ray's own libraries look too. There is no public way without Ray's dashboard.
+        self._ending = set(await asyncio.to_thread(ray_state.get_draining_nodes))
+        if self._ending:
+            for worker_id, slot in slots.items():
+                if slot.node_id in self._ending and worker_id in self._incarnations:
+                    self._tell(WorkerLeaves(worker_id=worker_id))
 
-    def _kill(self, worker_id: str) -> None:
-        actor = self._find(worker_id)
-        if actor is not None:
-            ray.kill(actor, no_restart=True)
+    async def _look_at_starting(self) -> None:
+        """End what keeps its GPU from a worker that was started and has not answered yet.
 
-    def _find(self, worker_id: str) -> Any | None:
+        While this scheduler took the lead, the one before may have seen a worker die, and started another.
+        """
+        starting = [one for one in self._actors if one in self._listening and one not in self._incarnations]
+        if not starting:
+            return
+        living = await asyncio.to_thread(living_workers, self._namespace)
+        for worker_id in starting:
+            own, names = self._own_name(worker_id), living.get(worker_id, [])
+            if own in names and len(names) > 1:
+                _log.warning("worker of another release ended", worker=worker_id)
+                await asyncio.to_thread(self._end_all_but, worker_id, own)
+
+    def _end_all_but(self, worker_id: str, name: str) -> None:
+        """End the workers of a slot that have another name."""
+        for other in living_workers(self._namespace).get(worker_id, []):
+            if other != name and (actor := self._find(other)) is not None:
+                ray.kill(actor, no_restart=True)
+
+    def _find(self, name: str) -> Any | None:
         try:
-            return ray.get_actor(actor_name("worker", worker_id), namespace=self._namespace)
+            return ray.get_actor(name, namespace=self._namespace)
         except ValueError:
             return None  # Ray's way of saying that there is none
 
+    def _own_name(self, worker_id: str) -> str:
+        return actor_name("worker", worker_id, release=self._settings.release)
+
     def _find_or_start(self, slot: Slot) -> Any:
+        other = self._others.pop(slot.worker_id, "")
+        if other and (actor := self._find(other)) is not None:
+            return actor
         return _GpuWorkerActor.options(
-            name=actor_name("worker", slot.worker_id),
+            name=self._own_name(slot.worker_id),
             namespace=self._namespace,
             lifetime="detached",
             get_if_exists=True,
@@ -245,6 +296,8 @@ class RayFleet:
                     await self._hear_until_it_dies(worker_id, actor)
                 except (ActorDiedError, ActorUnschedulableError) as death:
                     _log.warning("worker died", worker=worker_id, error=str(death).splitlines()[0])
+                if slot.node_id in self._ending:
+                    return
                 if self._gone(worker_id, f"The GPU worker {worker_id} died."):
                     pause_s = _FIRST_PAUSE_S
                 else:
@@ -266,7 +319,8 @@ class RayFleet:
                 if report.incarnation != known:
                     self._gone(worker_id, f"The GPU worker {worker_id} was restarted.")
                     self._incarnations[worker_id] = report.incarnation
-                    self._tell(WorkerFound(report=report))
+                    outdated = report.release != self._settings.release
+                    self._tell(WorkerFound(report=report, outdated=outdated))
                     self._answered[worker_id].set()
                 while True:
                     async with asyncio.timeout(self._silence_s):

@@ -20,9 +20,10 @@ from ray.exceptions import RayError
 
 from gpu_worker.contract import Progress
 from scheduler.answers import Explained, Outlook, QueuesView, WhatIf, WorkerView
-from scheduler.cluster.ray_fleet import actor_name
-from scheduler.cluster.scheduler_actor import CLOSE_DOWN_S, StillStarting
+from scheduler.cluster.ray_fleet import actor_name, living_workers
+from scheduler.cluster.scheduler_actor import StillStarting
 from scheduler.refusals import Overloaded
+from scheduler.settings import RELEASE
 from scheduler.updates import Abilities, JobUpdate, QueueStatus
 
 _log = structlog.get_logger()
@@ -48,8 +49,9 @@ _AWAY = (RayError, StillStarting, TimeoutError, _NoSuchActor, Overloaded)
 class RayLink:
     """Implements `scheduler.link.SchedulerLink`. Made by `ray_link`."""
 
-    def __init__(self, *, namespace: str, holder: Callable[[], Awaitable[str]]) -> None:
+    def __init__(self, *, namespace: str, holder: Callable[[], Awaitable[str]], release: str) -> None:
         self._namespace = namespace
+        self._release = release
         self._holder = holder
         """Name of the actor that leads, from the leader row."""
         self._actor: Any = None
@@ -191,11 +193,11 @@ class RayLink:
             return 0
         return joined
 
-    async def close_down(self) -> None:
-        """Have everything that runs handed over, before the workers end. Gives up after a while."""
+    async def close_down(self, within_s: float) -> None:
+        """Have everything that runs handed over, before the workers end. Gives up after that time."""
         with suppress(*_AWAY):
             actor = await self._scheduler()
-            await _within(CLOSE_DOWN_S + _ANSWER_S, actor.close_down.remote(CLOSE_DOWN_S))
+            await _within(within_s + _ANSWER_S, actor.close_down.remote(within_s))
 
     async def scheduler_metrics(self) -> str:
         """Return the scheduler's metrics as text. Raises TimeoutError while it is away."""
@@ -283,12 +285,21 @@ class RayLink:
 
     async def _scheduler(self) -> Any:
         if self._actor is None:
-            self._actor = await self._named(await self._holder() or actor_name("scheduler"))
+            # Of whichever release it is: what they say to each other is the same.
+            leads = await self._holder() or actor_name("scheduler", release=self._release)
+            self._actor = await self._named(leads)
         return self._actor
 
     async def _worker(self, worker_id: str) -> Any:
         if worker_id not in self._workers:
-            self._workers[worker_id] = await self._named(actor_name("worker", worker_id))
+            try:
+                worker = await self._named(actor_name("worker", worker_id, release=self._release))
+            except _NoSuchActor:
+                living = await asyncio.to_thread(living_workers, self._namespace)
+                if worker_id not in living:
+                    raise
+                worker = await self._named(living[worker_id][0])
+            self._workers[worker_id] = worker
         return self._workers[worker_id]
 
     async def _named(self, name: str) -> Any:
@@ -370,9 +381,11 @@ class _ProgressStream:
 
 
 @asynccontextmanager
-async def ray_link(*, namespace: str, holder: Callable[[], Awaitable[str]]) -> AsyncIterator[RayLink]:
-    """Open a front door's line and keep it open inside the context."""
-    link = RayLink(namespace=namespace, holder=holder)
+async def ray_link(
+    *, namespace: str, holder: Callable[[], Awaitable[str]], release: str = RELEASE
+) -> AsyncIterator[RayLink]:
+    """Open the line of a front door of a release and keep it open inside the context."""
+    link = RayLink(namespace=namespace, holder=holder, release=release)
     try:
         yield link
     finally:

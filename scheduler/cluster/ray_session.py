@@ -17,7 +17,7 @@ import structlog
 from ray.exceptions import RayError
 
 from scheduler.cluster.ray_fleet import actor_name
-from scheduler.cluster.scheduler_actor import CLOSE_DOWN_S, SchedulerActor
+from scheduler.cluster.scheduler_actor import SchedulerActor, lives
 from scheduler.settings import RayCluster, Settings
 
 LOCAL_NODE = "local"
@@ -133,8 +133,24 @@ def remove_left_folders(parent: Path = _FOLDERS) -> None:
             os.close(held)
 
 
-def ensure_scheduler(settings: Settings, dsn: str) -> None:
-    """Start the scheduler of this release, unless the cluster has it already.
+def ensure_scheduler(settings: Settings, dsn: str, *, leads: str) -> None:
+    """Start the scheduler of this release, unless the cluster has it already, or a newer one leads it.
+
+    `leads` is the actor that the leader row names, which may have ended. So a front door that starts brings
+    its scheduler along, and one of the release before that is started once more brings nothing back. Raises
+    what `start_scheduler` does.
+    """
+    release = leads.partition("-")[2]
+    if release != settings.release and lives(leads, settings.ray.namespace):
+        if _in_order(release) > _in_order(settings.release):
+            _log.info("a scheduler of a newer release leads", scheduler=leads)
+            return
+        _log.info("the lead is taken from a scheduler of an older release", scheduler=leads)
+    start_scheduler(settings, dsn)
+
+
+def start_scheduler(settings: Settings, dsn: str) -> None:
+    """Start the scheduler of this release, which takes the lead, unless the cluster has it already.
 
     Raises RuntimeError if pictures would land on several machines' own disks.
     """
@@ -145,19 +161,23 @@ def ensure_scheduler(settings: Settings, dsn: str) -> None:
             "give artifacts_url an address that all of them reach, such as s3://bucket/prefix"
         )
     _SchedulerActor.options(
-        name=actor_name("scheduler"),
+        name=actor_name("scheduler", release=settings.release),
         namespace=settings.ray.namespace,
         lifetime="detached",
         get_if_exists=True,
     ).remote(settings.model_dump_json(), dsn)
 
 
-def stop_actors(namespace: str) -> list[str]:
-    """End the scheduler and the workers of this release; returns their names.
+def _in_order(release: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in release.split("."))
 
-    What runs is handed over first, and rows keep everything that waits.
+
+def stop_actors(namespace: str, within_s: float = 0.0) -> list[str]:
+    """End the scheduler and the workers, of whichever release they are; returns their names.
+
+    What runs is handed over first, if that is done `within_s`, and rows keep everything that waits.
     """
-    ours = (actor_name("scheduler"), actor_name("worker"))
+    ours = ("scheduler-", "worker-")
     names = [
         actor["name"]
         for actor in ray.util.list_named_actors(all_namespaces=True)
@@ -167,8 +187,8 @@ def stop_actors(namespace: str) -> list[str]:
     for name in sorted(names):
         if name.startswith(ours[0]):
             with suppress(RayError):  # one that does not lead, or does not answer, hands nothing over
-                closing = ray.get_actor(name, namespace=namespace).close_down.remote(CLOSE_DOWN_S)
-                ray.get(closing, timeout=CLOSE_DOWN_S + _ANSWER_S)
+                closing = ray.get_actor(name, namespace=namespace).close_down.remote(within_s)
+                ray.get(closing, timeout=within_s + _ANSWER_S)
         ray.kill(ray.get_actor(name, namespace=namespace), no_restart=True)
     return sorted(names)
 

@@ -1,14 +1,15 @@
 """The scheduler as a Ray actor: detached, named, restarted by Ray; it hosts the loop.
 
-Whoever was here before, it begins the same way: take the lead, find the workers, read the live rows, turn. A
-scheduler that finds itself deposed ends and stays ended; any other trouble ends the process, and Ray starts
-it anew.
+Whoever was here before, it begins the same way: take the lead, find the workers, read the live rows, turn.
+Any trouble ends the process, that of being deposed too, and Ray starts it anew. One that Ray starts anew
+while another release leads stays ended: the two would depose each other for ever.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 
 import ray
@@ -21,14 +22,16 @@ from scheduler.cluster.ray_fleet import RayFleet, actor_name
 from scheduler.leader import Leader, lead
 from scheduler.logs import configure_logs
 from scheduler.recovery import collect_seldom
-from scheduler.settings import RELEASE, Settings
-from scheduler.store.leadership import Deposed
+from scheduler.settings import Settings
+from scheduler.store.lanes import Lane
+from scheduler.store.leadership import Deposed, present_holder
 from scheduler.updates import JobUpdate, QueueStatus, UpdateBatch
 
-CLOSE_DOWN_S = 10.0
-"""For steps to end and checkpoints to be stored, before workers are ended."""
-
 _log = structlog.get_logger()
+
+
+class AnotherLeads(Exception):
+    """The scheduler of another release leads, and lives: this one has nothing to do any more."""
 
 
 class StillStarting(Exception):
@@ -114,10 +117,13 @@ class SchedulerActor:
 
     async def _run(self) -> None:
         settings = self._settings
+        holder = actor_name("scheduler", release=settings.release)
         try:
+            if _started_anew():
+                await self._depose_if_another_leads(holder)
             async with lead(
                 dsn=self._dsn,
-                holder=actor_name("scheduler"),
+                holder=holder,
                 fleet=RayFleet(
                     worker=worker_settings(settings),
                     namespace=settings.ray.namespace,
@@ -125,23 +131,55 @@ class SchedulerActor:
                 ),
                 models=read_models(settings.models_file),
                 sweep_ms=settings.scheduling.sweep_ms,
+                drain_within_ms=settings.scheduling.drain_within_ms,
             ) as leader:
                 self._leader = leader
                 collect_seldom()
                 await leader.run()
-        except* Deposed as deposed:
-            _log.warning("deposed", reason=str(deposed.exceptions[0]))
+        except* AnotherLeads as another:
+            _log.warning("another release leads", reason=str(another.exceptions[0]))
             ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
+        except* Deposed as deposed:
+            # The actor itself may be well: where this process's node was taken for dead and woke up, Ray has
+            # started the actor elsewhere, and to end it would end the one that leads. Otherwise Ray starts it
+            # anew, and it finds that another release leads.
+            _log.warning("deposed", reason=str(deposed.exceptions[0]))
+            os._exit(1)
         except* Exception:
             _log.exception("scheduler failed; it is started anew")
             os._exit(1)
+
+    async def _depose_if_another_leads(self, name: str) -> None:
+        lane = Lane(self._dsn, name)
+        try:
+            holder = await lane.run(present_holder)
+        finally:
+            await lane.close()
+        if holder != name and await asyncio.to_thread(lives, holder, self._settings.ray.namespace):
+            raise AnotherLeads(f"{holder} leads")
+
+
+def _started_anew() -> bool:
+    with warnings.catch_warnings():
+        # Ray's own code uses there what it warns of.
+        warnings.simplefilter("ignore")
+        return bool(ray.get_runtime_context().was_current_actor_reconstructed)
+
+
+def lives(name: str, namespace: str) -> bool:
+    """Return whether there is an actor of this name, be it that Ray is just starting it anew."""
+    try:
+        ray.get_actor(name, namespace=namespace)
+    except ValueError:
+        return False  # Ray's way of saying that there is none
+    return True
 
 
 def worker_settings(settings: Settings) -> WorkerSettings:
     """Return what every worker is told; the fleet fills in each one's slot."""
     return WorkerSettings(
         worker_id="",
-        release=RELEASE,
+        release=settings.release,
         artifacts_url=settings.artifacts,
         cache_dir=settings.data_dir / "models",
         models_path=settings.models_file,

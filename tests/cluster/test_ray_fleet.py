@@ -15,9 +15,9 @@ from ray.exceptions import ActorUnavailableError, RayTaskError
 
 from gpu_worker.contract import Outcome, RenderKind, RenderRequest, RenderSpec, WorkerBusy
 from gpu_worker.settings import WorkerSettings
-from scheduler.cluster.ray_fleet import RayFleet, actor_name, interval_ms
+from scheduler.cluster.ray_fleet import RayFleet, actor_name, interval_ms, living_workers
 from scheduler.cluster.ray_session import stop_actors
-from scheduler.fleet import FleetFact, RenderRefused, WorkerFound, WorkerHeard
+from scheduler.fleet import FleetFact, RenderRefused, WorkerFound, WorkerGone, WorkerHeard
 from tests.cluster.small_ray import NAMESPACE, NODE
 
 _WORKER = f"{NODE}/gpu-0"
@@ -45,10 +45,10 @@ def a_request(*, tier: str = "fast", parks: str | None = None) -> RenderRequest:
     )
 
 
-def a_fleet(folder: Path, *, step_ms: int = 0) -> RayFleet:
+def a_fleet(folder: Path, *, step_ms: int = 0, release: str = "test") -> RayFleet:
     worker = WorkerSettings(
         worker_id="",
-        release="test",
+        release=release,
         artifacts_url=str(folder / "artifacts"),
         cache_dir=folder / "cache",
         engine="timed",
@@ -59,10 +59,10 @@ def a_fleet(folder: Path, *, step_ms: int = 0) -> RayFleet:
 
 
 @asynccontextmanager
-async def opened(fleet: RayFleet) -> AsyncIterator[asyncio.Queue[FleetFact]]:
+async def opened(fleet: RayFleet, *, epoch: int = 1) -> AsyncIterator[asyncio.Queue[FleetFact]]:
     """Run a fleet and yield its facts; then end its workers."""
     facts: asyncio.Queue[FleetFact] = asyncio.Queue()
-    await fleet.open(1, facts.put_nowait)
+    await fleet.open(epoch, facts.put_nowait)
     running = asyncio.create_task(fleet.run())
     try:
         async with asyncio.timeout(60):
@@ -73,13 +73,13 @@ async def opened(fleet: RayFleet) -> AsyncIterator[asyncio.Queue[FleetFact]]:
         stop_actors(NAMESPACE)
 
 
-@pytest.mark.ray
-@pytest.mark.usefixtures("local_ray")
 @pytest.mark.parametrize(("workers", "heard_within_ms"), [(1, 3_000), (1_000, 3_000), (10_000, 30_000)])
 def test_beyond_a_thousand_workers_each_is_heard_less_often(workers: int, heard_within_ms: int) -> None:
     assert interval_ms(3_000, workers) == heard_within_ms
 
 
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
 async def test_worker_that_no_slot_wants_is_ended_and_its_gpu_goes_to_one_that_is_wanted(
     tmp_path: Path,
 ) -> None:
@@ -141,6 +141,34 @@ async def test_run_that_is_parked_is_reported_and_goes_on(tmp_path: Path) -> Non
                         fleet.resume(worker_id, relax.attempt_id)
             assert not isinstance(fact, RenderRefused), fact
     assert ended == [fast.attempt_id, relax.attempt_id]
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+async def test_workers_of_another_release_are_gone_on_with_until_they_are_replaced(tmp_path: Path) -> None:
+    older, facts = a_fleet(tmp_path, release="0.1.0"), asyncio.Queue[FleetFact]()
+    await older.open(1, facts.put_nowait)
+    async with asyncio.timeout(60):
+        before = [await facts.get(), await facts.get()]
+    lives = {fact.report.incarnation for fact in before if isinstance(fact, WorkerFound)}
+    await older._close()  # as its scheduler ends once it is deposed
+
+    newer = a_fleet(tmp_path, release="0.2.0")
+    async with opened(newer, epoch=2) as later:
+        for _ in lives:
+            found = await later.get()
+            assert isinstance(found, WorkerFound)
+            assert found.outdated
+            assert found.report.incarnation in lives
+        newer.replace(_WORKER)
+        while not isinstance(fact := await later.get(), WorkerFound):
+            assert not isinstance(fact, WorkerGone) or fact.worker_id == _WORKER
+        assert not fact.outdated
+        assert (fact.report.worker_id, fact.report.release) == (_WORKER, "0.2.0")
+        assert living_workers(NAMESPACE) == {
+            _WORKER: [f"worker-0.2.0-{_WORKER}"],
+            f"{NODE}/gpu-1": [f"worker-0.1.0-{NODE}/gpu-1"],
+        }
 
 
 class Line:

@@ -155,7 +155,7 @@ class Stage:
 
     @asynccontextmanager
     async def leading(
-        self, fleet: LocalFleet, *, parameters: Parameters | None = None
+        self, fleet: LocalFleet, *, parameters: Parameters | None = None, drain_within_ms: int = 60_000
     ) -> AsyncIterator[Leader]:
         """Lead while the context is open; then die without a word, as a killed process would."""
         async with lead(
@@ -164,6 +164,7 @@ class Stage:
             fleet=fleet,
             models=read_models(None),
             sweep_ms=200,
+            drain_within_ms=drain_within_ms,
             parameters=parameters,
         ) as leader:
             self.link.leader = leader

@@ -18,6 +18,7 @@ import psutil
 from tests.service.process import ServiceProcess
 
 STOP_S = 60
+_STARTS = 3
 _RAY = str(Path(sys.executable).with_name("ray"))
 
 
@@ -29,6 +30,10 @@ class Node:
     address: str
     """Of the cluster, as its head names it; empty of other nodes."""
     process: subprocess.Popen[str]
+
+    def terminate(self) -> None:
+        """Send SIGTERM, as whoever drains a machine does."""
+        self.process.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
         """SIGKILL everything that runs on it, as if its power were cut."""
@@ -46,29 +51,39 @@ def cluster_environment(**more: str) -> dict[str, str]:
 @contextmanager
 def a_node(name: str, *arguments: str, environment: Mapping[str, str]) -> Iterator[Node]:
     """Run a node while the context is open; it may be killed meanwhile."""
-    process = subprocess.Popen(
+    process, said = _started(
         [_RAY, "start", *arguments, "--block", "--node-name", name, "--num-cpus", "1", "--num-gpus", "1"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
+        environment,
     )
+    joined = re.search(r"--address='([^']+)'", said)
     try:
-        with process:
-            assert process.stdout is not None
-            said = ""
-            for line in process.stdout:
-                said += line
-                if "--block" in line:  # the last thing it says: it waits from now on
-                    break
-            else:
-                raise AssertionError(f"the node {name} did not start:\n{said}")
-            joined = re.search(r"--address='([^']+)'", said)
-            yield Node(name=name, address=joined.group(1) if joined is not None else "", process=process)
-            process.send_signal(signal.SIGTERM)
-            process.communicate(timeout=STOP_S)
+        yield Node(name=name, address=joined.group(1) if joined is not None else "", process=process)
     finally:
-        process.kill()
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.communicate(timeout=STOP_S)
+        finally:
+            process.kill()
+
+
+def _started(command: list[str], environment: Mapping[str, str]) -> tuple[subprocess.Popen[str], str]:
+    """Start a node and return it with what it said.
+
+    Ray's processes give each other 30 s to come up: on a busy machine one of many starts fails, and is tried
+    again.
+    """
+    said = ""
+    for _ in range(_STARTS):
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        )
+        assert process.stdout is not None
+        for line in process.stdout:
+            said += line
+            if "--block" in line:  # the last thing it says: it waits from now on
+                return process, said
+        process.communicate(timeout=STOP_S)
+    raise AssertionError(f"the node did not start {_STARTS} times:\n{said}")
 
 
 @contextmanager
