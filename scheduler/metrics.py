@@ -97,6 +97,11 @@ class AdminAction(StrEnum):
     RESUME_WORKER = "resume_worker"
     PAUSE_TIER = "pause_tier"
     RESUME_TIER = "resume_tier"
+    UPDATE_RULES = "update_rules"
+    HIDE_JOB = "hide_job"
+    UNHIDE_JOB = "unhide_job"
+    BLOCK_ACCOUNT = "block_account"
+    UNBLOCK_ACCOUNT = "unblock_account"
 
 
 class AdminResult(StrEnum):

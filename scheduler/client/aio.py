@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import random
+import ssl
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -71,6 +72,7 @@ from billing.v1.billing_pb2_grpc import BillingServiceStub
 from scheduler.client.download import PartFile, announced_name
 from scheduler.client.errors import (
     CannotSave,
+    ConfigUnreadable,
     DarkroomError,
     JobCancelled,
     JobFailed,
@@ -135,6 +137,19 @@ from scheduler.v1.job_pb2 import (
     WatchJobResponse,
 )
 from scheduler.v1.job_pb2_grpc import JobServiceStub
+from scheduler.v1.moderation_pb2 import (
+    AccountBlock,
+    BlockAccountRequest,
+    HideJobRequest,
+    ListRulesRequest,
+    ListRulesResponse,
+    Rule,
+    RulesUpdate,
+    UnblockAccountRequest,
+    UnhideJobRequest,
+    UpdateRulesRequest,
+)
+from scheduler.v1.moderation_pb2_grpc import ModerationServiceStub
 
 ENDED: frozenset[JobState.ValueType] = frozenset(
     {job_pb2.JOB_STATE_SUCCEEDED, job_pb2.JOB_STATE_FAILED, job_pb2.JOB_STATE_CANCELLED}
@@ -142,6 +157,7 @@ ENDED: frozenset[JobState.ValueType] = frozenset(
 """States that nothing follows."""
 
 _DEADLINE_S = 15.0
+_RULES_A_PAGE = 1_000
 # A day of a large fleet is replayed in about a minute.
 _AUDIT_DEADLINE_S = 600.0
 # How long a service looks at its invariants that is not told.
@@ -234,6 +250,7 @@ class DarkroomClient:
         self._jobs = JobServiceStub(self._channel)
         self._accounts = AccountServiceStub(self._channel)
         self._fleet = FleetServiceStub(self._channel)
+        self._moderation = ModerationServiceStub(self._channel)
         self._billing = BillingServiceStub(self._channel)
         self._admin = AdminServiceStub(self._channel)
 
@@ -365,12 +382,17 @@ class DarkroomClient:
         return JobHandle(self, await self.get(job))
 
     async def jobs(
-        self, *, states: Sequence[JobState.ValueType] = (), page_size: int = 50
+        self, *, states: Sequence[JobState.ValueType] = (), account: str = "", page_size: int = 50
     ) -> AsyncIterator[Job]:
-        """Yield the account's jobs, newest first, asking for pages as they are needed."""
+        """Yield an account's jobs, newest first, asking for pages as they are needed; empty: the own one's.
+
+        Moderators may ask for any account's.
+        """
         token = ""
         while True:
-            request = ListJobsRequest(page_size=page_size, page_token=token, states=states)
+            request = ListJobsRequest(
+                parent=_account_or_own(account), page_size=page_size, page_token=token, states=states
+            )
             page = await self._call(self._jobs.ListJobs, request)
             for job in page.jobs:
                 yield job
@@ -378,13 +400,15 @@ class DarkroomClient:
             if not token:
                 return
 
-    async def feed(self, *, page_size: int = 50) -> AsyncIterator[Job]:
-        """Yield finished public upscales of all accounts, newest first, asking for pages as needed."""
+    async def feed(self, *, show_hidden: bool = False, page_size: int = 50) -> AsyncIterator[Job]:
+        """Yield finished public upscales of all accounts, newest first, asking for pages as needed.
+
+        Moderators may ask for the hidden ones too, which say so.
+        """
         token = ""
         while True:
-            page = await self._call(
-                self._jobs.ListFeed, ListFeedRequest(page_size=page_size, page_token=token)
-            )
+            request = ListFeedRequest(page_size=page_size, page_token=token, show_hidden=show_hidden)
+            page = await self._call(self._jobs.ListFeed, request)
             for job in page.jobs:
                 yield job
             token = page.next_page_token
@@ -687,6 +711,79 @@ class DarkroomClient:
         if end is not None:
             request.end_time.FromDatetime(end)
         return await self._call(self._fleet.AuditFairness, request, _AUDIT_DEADLINE_S)
+
+    # What moderators do. The reason is kept with the audit event.
+
+    async def rules(self, *, category: str = "") -> ListRulesResponse:
+        """Return the rules that prompts are held against, all pages as one; empty: of every category.
+
+        Its etag is of the first page: what changed while the others were read makes a change by it fail.
+        """
+        every = ListRulesResponse()
+        while True:
+            request = ListRulesRequest(
+                page_size=_RULES_A_PAGE, page_token=every.next_page_token, category=category
+            )
+            page = await self._call(self._moderation.ListRules, request)
+            every.rules.extend(page.rules)
+            every.etag = every.etag or page.etag
+            every.next_page_token = page.next_page_token
+            if not page.next_page_token:
+                return every
+
+    async def update_rules(
+        self,
+        *,
+        add: Sequence[Rule] = (),
+        remove: Sequence[str] = (),
+        reason: str,
+        etag: str = "",
+        validate_only: bool = False,
+    ) -> RulesUpdate:
+        """Remove the rules of these patterns and add others, all or none of them.
+
+        With an `etag`, of `rules` or of a preview, only if nobody has changed them since. With
+        `validate_only` nothing is changed, and the answer's `trial` says which of the newest prompts would
+        have been refused.
+        """
+        request = UpdateRulesRequest(
+            request_id=_new_request_id(),
+            reason=reason,
+            etag=etag,
+            add=add,
+            remove=remove,
+            validate_only=validate_only,
+        )
+        return await self._call(self._moderation.UpdateRules, request)
+
+    async def hide(self, job: str, *, category: str, reason: str) -> Job:
+        """Keep a job out of the feed; its owner is told the category."""
+        request = HideJobRequest(
+            name=job_name(job), request_id=_new_request_id(), category=category, reason=reason
+        )
+        return await self._call(self._moderation.HideJob, request)
+
+    async def unhide(self, job: str, *, reason: str) -> Job:
+        """Let the feed show a job again."""
+        request = UnhideJobRequest(name=job_name(job), request_id=_new_request_id(), reason=reason)
+        return await self._call(self._moderation.UnhideJob, request)
+
+    async def block_account(self, account: str, *, reason: str, validate_only: bool = False) -> AccountBlock:
+        """Let nobody in with any key of an account, and cancel its jobs; or say how many those would be."""
+        request = BlockAccountRequest(
+            name=account_name(account),
+            request_id=_new_request_id(),
+            reason=reason,
+            validate_only=validate_only,
+        )
+        return await self._call(self._moderation.BlockAccount, request)
+
+    async def unblock_account(self, account: str, *, reason: str) -> AccountBlock:
+        """Let an account in again; its jobs stay cancelled."""
+        request = UnblockAccountRequest(
+            name=account_name(account), request_id=_new_request_id(), reason=reason
+        )
+        return await self._call(self._moderation.UnblockAccount, request)
 
     # What admins do. The reason is kept with the audit event.
 
@@ -1010,6 +1107,20 @@ def _credentials(tls: Tls) -> grpc.ChannelCredentials:
     def content(path: Path | None) -> bytes | None:
         return path.read_bytes() if path is not None else None
 
+    if (tls.certificate_file is None) != (tls.private_key_file is None):
+        raise ConfigUnreadable("certificate_file and private_key_file go together: give both or neither.")
+    # gRPC would take anything, and then say of every call that it was cut off.
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    try:
+        if tls.ca_file is not None:
+            context.load_verify_locations(tls.ca_file)
+        if tls.certificate_file is not None:
+            # With a password, or it would ask the terminal for that of a key that has one.
+            context.load_cert_chain(tls.certificate_file, tls.private_key_file, password="")
+    except ssl.SSLError as wrong:
+        files = [tls.ca_file, tls.certificate_file, tls.private_key_file]
+        named = ", ".join(str(file) for file in files if file is not None)
+        raise ConfigUnreadable(f"These TLS files are no PEM that can be used together: {named}.") from wrong
     return grpc.ssl_channel_credentials(
         root_certificates=content(tls.ca_file),
         private_key=content(tls.private_key_file),

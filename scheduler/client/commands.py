@@ -139,6 +139,7 @@ def show(
 def jobs(
     context: typer.Context,
     state: Annotated[list[State] | None, typer.Option(help="Only jobs in this state; repeatable.")] = None,
+    account: Annotated[str, typer.Option(help="Of another account, for moderators.")] = "",
     limit: Limit = 20,
     as_json: Json = False,
 ) -> None:
@@ -148,7 +149,7 @@ def jobs(
 
     async def work(client: DarkroomClient) -> None:
         listed: list[Job] = []
-        async for job in client.jobs(states=states, page_size=min(limit, 100)):
+        async for job in client.jobs(states=states, account=account, page_size=min(limit, 100)):
             listed.append(job)
             if len(listed) == limit:
                 break
@@ -158,13 +159,18 @@ def jobs(
 
 
 @app.command()
-def feed(context: typer.Context, limit: Limit = 20, as_json: Json = False) -> None:
+def feed(
+    context: typer.Context,
+    hidden: Annotated[bool, typer.Option("--hidden", help="Also what is hidden, for moderators.")] = False,
+    limit: Limit = 20,
+    as_json: Json = False,
+) -> None:
     """List finished public upscales of all accounts, newest first."""
     printer = Printer(as_json=as_json)
 
     async def work(client: DarkroomClient) -> None:
         listed: list[Job] = []
-        async for job in client.feed(page_size=min(limit, 100)):
+        async for job in client.feed(show_hidden=hidden, page_size=min(limit, 100)):
             listed.append(job)
             if len(listed) == limit:
                 break
@@ -399,5 +405,6 @@ def _server_command(name: str, summary: str) -> None:
 _server_command("serve", "Run the service on this machine, or on a Ray cluster.")
 _server_command("demo", "Start everything, make four jobs of two accounts, show and explain them, stop.")
 _server_command("migrate", "Bring a database to this release.")
+_server_command("lead", "Let this release's scheduler lead on a Ray cluster: the way back to an older one.")
 _server_command("simulate", "Compare scheduling policies on a recorded or made-up workload.")
 _server_command("stop", "End the scheduler and the workers on a Ray cluster.")

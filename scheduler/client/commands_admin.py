@@ -13,6 +13,7 @@ import typer
 
 from scheduler.client.aio import DarkroomClient
 from scheduler.client.commands_ledger import add_to as add_ledger_to
+from scheduler.client.commands_moderation import moderation
 from scheduler.client.commands_plans import plans
 from scheduler.client.errors import ExitCode
 from scheduler.client.printing import Printer
@@ -23,11 +24,12 @@ from scheduler.v1.job_pb2 import Tier
 admin = typer.Typer(
     help=(
         "Accounts, keys, plans, grants and the books, for keys with the role admin; "
-        "workers and queues, for operators too."
+        "workers and queues, for operators too; moderation, for moderators too."
     ),
     no_args_is_help=True,
 )
 admin.add_typer(plans, name="plans")
+admin.add_typer(moderation, name="moderation")
 add_ledger_to(admin)
 
 Worker = Annotated[str, typer.Argument(metavar="WORKER", help="Worker's id, as `admin workers` lists it.")]

@@ -150,6 +150,13 @@ class SourceNotReady(Refusal):
     advice = "`darkroom show JOB` says where the source is; `darkroom watch JOB` waits for it."
 
 
+class PicturesExpired(Refusal):
+    """Its pictures were kept for as long as the account's plan says, and are gone."""
+
+    reason = "PICTURES_EXPIRED"
+    advice = "`darkroom reroll JOB` draws it anew."
+
+
 class PictureUnreadable(Refusal):
     """A picture to draw after could not be had from its address, or what came is not a picture."""
 
@@ -258,6 +265,16 @@ class AccountBlocked(Refusal):
 
     reason = "ACCOUNT_BLOCKED"
     advice = "Ask the people who run the service."
+
+
+class AccountProtected(Refusal):
+    """Accounts of admins cannot be blocked, and those of moderators and operators by admins alone."""
+
+    reason = "ACCOUNT_PROTECTED"
+    advice = (
+        "An admin revokes the key that the service names (`darkroom admin keys list ACCOUNT`), or blocks the "
+        "account."
+    )
 
 
 class PictureMissing(Refusal):
@@ -401,10 +418,23 @@ class ServiceUnreachable(DarkroomError):
     reason = "UNREACHABLE"
     advice = (
         "Check that the service runs (`darkroom serve`), that the address is right (`darkroom config show`), "
-        "and that both sides agree on TLS (--ca-file, --plain-text)."
+        "and that both sides agree on TLS: --plain-text for a service without, --certificate-file and "
+        "--private-key-file for one that wants to see a certificate."
     )
     exit_code = ExitCode.UNAVAILABLE
     retried = True
+
+
+class TlsFailed(DarkroomError):
+    """There is something at that address, but no connection to it that can be trusted."""
+
+    reason = "TLS_FAILED"
+    advice = (
+        "Name the authority that the service's certificate is of (--ca-file), and call it as its certificate "
+        "does; --plain-text is for where something else protects the way. `darkroom config show` says what "
+        "is in force."
+    )
+    exit_code = ExitCode.UNAVAILABLE
 
 
 class NoAnswerInTime(DarkroomError):
@@ -512,10 +542,24 @@ def raised_for(failure: AioRpcError, address: str) -> DarkroomError:
         known = REFUSALS.get(info.reason)
         return known(happened, details) if known else Refusal(happened, details, reason=info.reason)
     if failure.code() is grpc.StatusCode.UNAVAILABLE:
+        for mark, sentence in _TLS_TROUBLE:
+            if mark in happened:
+                return TlsFailed(f"{address} {sentence}.")
         return ServiceUnreachable(f"Cannot reach the service at {address} ({happened}).")
     if failure.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
         return NoAnswerInTime(f"No answer from {address} in time.")
     return ServiceFailed(f"{address} answered {failure.code().name}: {happened}")
+
+
+# What gRPC says of a connection, the narrower before the wider, and what it means of an address. Other
+# trouble with a handshake may be a service that restarts, which is asked again.
+_TLS_TROUBLE = (
+    ("WRONG_VERSION_NUMBER", "does not speak TLS"),
+    ("Hostname Verification Check failed", "shows a certificate that is another host's"),
+    ("certificate has expired", "shows a certificate that has expired"),
+    ("CERTIFICATE_VERIFY_FAILED", "shows a certificate of an authority that is not trusted here"),
+    ("certificate signature failure", "shows a certificate of an authority that is not trusted here"),
+)
 
 
 def _status(failure: AioRpcError) -> Status | None:

@@ -162,12 +162,17 @@ class Printer:
                 ("seed", str(job.seed) if job.uid else ""),  # a job that was only asked about has none
                 ("tier", tier_word(job.tier)),
                 ("visibility", visibility_word(job.visibility)),
+                ("hidden", _hidden(job)),
                 ("price", job.price.sentence),
                 ("submitted", when(job, "create_time")),
                 ("started", when(job, "start_time")),
                 ("ended", when(job, "end_time")),
                 ("failure", f"{job.failure.reason}: {job.failure.sentence}" if job.failure.reason else ""),
                 ("receipt", receipt_sentence(job) if job.state in ENDED and job.HasField("receipt") else ""),
+                (
+                    "pictures kept until" if job.images else "pictures were kept until",
+                    when(job, "pictures_expire_time"),
+                ),
                 *((f"picture {last_part(image.name)}", image.file_name) for image in job.images),
                 *((f"video {last_part(video.name)}", video.file_name) for video in job.videos),
             ]
@@ -279,7 +284,7 @@ class Printer:
         rows = [
             [
                 job.uid,
-                _state(job),
+                _state(job) + (", hidden" if job.HasField("hidden") else ""),
                 kind_word(job),
                 tier_word(job.tier),
                 when(job, "create_time"),
@@ -448,6 +453,10 @@ def _tag(tag_ms: int) -> str:
 def _state(job: Job) -> str:
     parked = job.state == job_pb2.JOB_STATE_RUNNING and job.HasField("queue_status")
     return "parked" if parked else state_word(job.state)
+
+
+def _hidden(job: Job) -> str:
+    return f"from the feed, by a moderator ({job.hidden.category})" if job.HasField("hidden") else ""
 
 
 def _delays(option: EstimateOption) -> str:

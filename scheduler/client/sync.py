@@ -46,6 +46,7 @@ from scheduler.v1.job_pb2 import (
     Visibility,
     WatchJobResponse,
 )
+from scheduler.v1.moderation_pb2 import AccountBlock, ListRulesResponse, Rule, RulesUpdate
 
 Result = TypeVar("Result")
 
@@ -209,13 +210,15 @@ class DarkroomClient:
         """Return a handle of a job that was submitted before."""
         return self._handle(self._client.handle(job))
 
-    def jobs(self, *, states: Sequence[JobState.ValueType] = (), page_size: int = 50) -> Iterator[Job]:
-        """Yield the account's jobs, newest first."""
-        return self._loop.iterate(self._client.jobs(states=states, page_size=page_size))
+    def jobs(
+        self, *, states: Sequence[JobState.ValueType] = (), account: str = "", page_size: int = 50
+    ) -> Iterator[Job]:
+        """Yield an account's jobs, newest first; empty: the own one's."""
+        return self._loop.iterate(self._client.jobs(states=states, account=account, page_size=page_size))
 
-    def feed(self, *, page_size: int = 50) -> Iterator[Job]:
-        """Yield finished public upscales of all accounts, newest first."""
-        return self._loop.iterate(self._client.feed(page_size=page_size))
+    def feed(self, *, show_hidden: bool = False, page_size: int = 50) -> Iterator[Job]:
+        """Yield finished public upscales of all accounts, newest first; for moderators also hidden ones."""
+        return self._loop.iterate(self._client.feed(show_hidden=show_hidden, page_size=page_size))
 
     def cancel(self, job: str) -> Job:
         """Cancel a waiting job at once, a running one at its next step; return it as it is now."""
@@ -338,6 +341,42 @@ class DarkroomClient:
     def resume_tier(self, tier: Tier.ValueType, *, reason: str) -> TierQueue:
         """Let jobs of a paused tier start again."""
         return self._loop.run(self._client.resume_tier(tier, reason=reason))
+
+    def rules(self, *, category: str = "") -> ListRulesResponse:
+        """Return the rules that prompts are held against; empty: of every category."""
+        return self._loop.run(self._client.rules(category=category))
+
+    def update_rules(
+        self,
+        *,
+        add: Sequence[Rule] = (),
+        remove: Sequence[str] = (),
+        reason: str,
+        etag: str = "",
+        validate_only: bool = False,
+    ) -> RulesUpdate:
+        """Remove rules and add others, or with `validate_only` say what they would have refused."""
+        return self._loop.run(
+            self._client.update_rules(
+                add=add, remove=remove, reason=reason, etag=etag, validate_only=validate_only
+            )
+        )
+
+    def hide(self, job: str, *, category: str, reason: str) -> Job:
+        """Keep a job out of the feed; its owner is told the category."""
+        return self._loop.run(self._client.hide(job, category=category, reason=reason))
+
+    def unhide(self, job: str, *, reason: str) -> Job:
+        """Let the feed show a job again."""
+        return self._loop.run(self._client.unhide(job, reason=reason))
+
+    def block_account(self, account: str, *, reason: str, validate_only: bool = False) -> AccountBlock:
+        """Let nobody in with any key of an account, and cancel its jobs; or say how many those would be."""
+        return self._loop.run(self._client.block_account(account, reason=reason, validate_only=validate_only))
+
+    def unblock_account(self, account: str, *, reason: str) -> AccountBlock:
+        """Let an account in again; its jobs stay cancelled."""
+        return self._loop.run(self._client.unblock_account(account, reason=reason))
 
     def create_account(self, *, plan: str, account_id: str = "", reason: str) -> AdminAccount:
         """Open an account on a plan; without an id it gets a random one."""

@@ -11,6 +11,8 @@ from billing import audit
 from billing.v1 import admin_pb2
 from scheduler.frontdoor import ledger_messages as messages
 from scheduler.frontdoor.fields import Violations, page_token, whole_number
+from scheduler.frontdoor.gate import caller
+from scheduler.frontdoor.moderation_service import ACTION_OF as ACTION_OF_MODERATOR
 from scheduler.store import invariants
 from scheduler.store.invariants import NOT_ASKED, InvariantResult
 from scheduler.store.ledger_replay import replayed
@@ -20,6 +22,7 @@ _USUAL_WITHIN_MS = 60_000
 _LONGEST_WITHIN_MS = 3_600_000
 _LONGEST_FILTER = 300
 _FIRST_FINDINGS = 3
+_DEEDS_OF_MODERATORS = [path.rpartition("/")[2] for path in ACTION_OF_MODERATOR]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +34,7 @@ class Records:
     async def audit_events(
         self, request: admin_pb2.ListAuditEventsRequest
     ) -> admin_pb2.ListAuditEventsResponse:
-        """Return a page of audit events, newest first."""
+        """Return a page of audit events, newest first: to admins all, to others those about moderation."""
         violations = Violations()
         limit = violations.ledger_page_size(request.page_size)
         since = violations.time("from", getattr(request, "from")) if request.HasField("from") else None
@@ -50,6 +53,7 @@ class Records:
                 actor=actor,
                 since=since,
                 until=until,
+                actions=None if caller().is_admin else _DEEDS_OF_MODERATORS,
                 before_id=before_id,
                 limit=limit + 1,
             )

@@ -118,6 +118,7 @@ def job_in_feed(stored: StoredJob) -> job_pb2.Job:
     """
     message = _job_without_money(stored)
     message.prompt = without_urls(stored.prompt)
+    message.ClearField("pictures_expire_time")  # by its account's plan
     return message
 
 
@@ -153,6 +154,10 @@ def _job_without_money(stored: StoredJob) -> job_pb2.Job:
         warnings=stored.warnings,
         upscale_algorithm=_ALGORITHM.get(stored.spec.kind, job_pb2.UPSCALE_ALGORITHM_UNSPECIFIED),
         videos=[video(stored, film) for film in stored.videos],
+        pictures_expire_time=timestamp(stored.expired_at or stored.kept_until),
+        hidden=None
+        if stored.hidden is None
+        else job_pb2.Hidden(category=stored.hidden.category, hide_time=timestamp(stored.hidden.at)),
     )
 
 

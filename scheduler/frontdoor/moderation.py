@@ -1,100 +1,72 @@
-"""What is not drawn here: a built-in list of words by category, and the rules that people add to it.
+"""What is not drawn here: prompts in which words of a rule stand, or which a classifier refuses.
 
-Matching is by whole words, whatever their case, accents, punctuation and the commonest disguises (`g0re`,
-`g.o.r.e`), so that "Scunthorpe", "classic" and "grape" pass. It catches words, not meanings.
+The rules are a table that moderators edit (`moderation_service`). Each front door looks for changes every two
+seconds, and after one of its own at once. How words are found is in `moderation_matcher`, what a classifier
+is in `moderation_classifier`.
 """
 
 from __future__ import annotations
 
-import re
-import unicodedata
-from collections.abc import Callable, Iterable, Mapping
-from functools import lru_cache
+import asyncio
+from collections.abc import Callable, Iterable
 
+from scheduler.frontdoor.moderation_classifier import Classification
+from scheduler.frontdoor.moderation_matcher import Matcher
 from scheduler.store import moderation as store
-from scheduler.store.moderation import Category, Rule
 from scheduler.store.pool import Pool
-
-_BUILT_IN: Mapping[Category, str] = {
-    Category.GORE: """
-        gore, gory, goriest, beheading, beheaded, decapitated, decapitation, disembowel, disemboweled,
-        disembowelment, dismember, dismembered, dismemberment, eviscerated, evisceration, entrails,
-        mutilated, mutilation, severed head, severed limb, severed limbs, severed arm, severed leg, severed
-        hand, slit throat, slit wrists, mangled corpse, rotting corpse, snuff film, guts spilling, brains
-        splattered, blood splatter""",
-    Category.ADULT: """
-        porn, porno, pornographic, pornography, nsfw, xxx, hentai, nude, nudes, nudity, naked, topless,
-        genitals, genitalia, penis, penises, vagina, vaginal, vulva, nipple, nipples, areola, masturbate,
-        masturbating, masturbation, orgasm, blowjob, handjob, cumshot, creampie, gangbang, threesome,
-        bondage, bdsm, fellatio, cunnilingus, sexual intercourse, sex scene, sex act, having sex, sexually
-        explicit, explicit sex, erotic, erotica, upskirt, striptease, lolicon, shotacon""",
-    Category.HARASSMENT: """
-        kill yourself, kys, go die, hang yourself, neck yourself, you should die, deserve to die, gas the
-        jews, heil hitler, sieg heil, ethnic cleansing, untermensch, retard, retarded, faggot, faggots,
-        nigger, niggers, kike, kikes, spics, wetback, tranny, trannies""",
-}
 
 _RULES_FRESH_S = 2.0
 
-_DISGUISES = str.maketrans("013457@$!|", "oieastasii")
-_LETTER = re.compile(r"[^\W\d_]")
-_NOT_WORD = re.compile(r"[\W_]+")
-
 
 class Moderation:
-    """Judges prompts. `now_s` is a monotonic clock in seconds; the table's rules are read every two."""
+    """Judges prompts. `now_s` is a monotonic clock in seconds."""
 
-    def __init__(self, pool: Pool, now_s: Callable[[], float]) -> None:
+    def __init__(
+        self, pool: Pool, now_s: Callable[[], float], classification: Classification | None = None
+    ) -> None:
         self._pool = pool
         self._now_s = now_s
+        self._classification = classification
+        self._reading = asyncio.Lock()
         self._read_s = float("-inf")
-        self._rules: tuple[Rule, ...] = ()
+        self._etag = ""
+        self._matcher = Matcher(())
 
-    async def category(self, prompt: str) -> Category | None:
-        """Return the category the prompt belongs to, None if it may be drawn. Raises Overloaded."""
-        now_s = self._now_s()
-        if now_s - self._read_s >= _RULES_FRESH_S:
-            async with self._pool.reading() as connection:
-                self._rules = await store.rules(connection)
-            self._read_s = now_s
-        return category_of(prompt, self._rules)
+    async def category(self, texts: Iterable[str], text: str) -> str | None:
+        """Return the category a prompt belongs to, None if it may be drawn. Raises Overloaded.
 
+        The rules are held against all `texts`; a classifier is asked about `text`.
+        """
+        matcher = await self._fresh()
+        for each in dict.fromkeys(texts):
+            rule = matcher.first(each)
+            if rule is not None:
+                return rule.category
+        return None if self._classification is None else await self._classification.category(text)
 
-def category_of(prompt: str, rules: Iterable[Rule] = ()) -> Category | None:
-    """Return the category of the first rule, built-in ones first, whose words stand in the prompt."""
-    views = (_words(prompt, within=" "), _words(prompt, within=""))
-    for category, pattern in _built_in():
-        if any(pattern in view for view in views):
-            return category
-    for rule in rules:
-        pattern = _words(rule.pattern, within=" ")
-        # A pattern of punctuation alone would be found in everything.
-        if pattern.strip() and any(pattern in view for view in views):
-            return rule.category
-    return None
+    def forget(self) -> None:
+        """Look at the rules afresh: they changed here, and whoever changed them may try at once."""
+        self._read_s = float("-inf")
 
+    async def _fresh(self) -> Matcher:
+        # One reads, and whoever comes meanwhile waits for that.
+        async with self._reading:
+            now_s = self._now_s()
+            if now_s - self._read_s >= _RULES_FRESH_S:
+                # Before it is true, so that whoever says meanwhile that there are others is not overheard.
+                self._read_s = now_s
+                try:
+                    await self._read()
+                except BaseException:
+                    self.forget()
+                    raise
+            return self._matcher
 
-@lru_cache(maxsize=1)
-def _built_in() -> tuple[tuple[Category, str], ...]:
-    return tuple(
-        (category, _words(pattern, within=" "))
-        for category, patterns in _BUILT_IN.items()
-        for pattern in patterns.split(",")
-    )
-
-
-def _words(text: str, *, within: str) -> str:
-    """Return the words in their plainest form with one space before, between and after.
-
-    Punctuation within a word becomes `within`: a space makes two words of "gore,blood", nothing makes one of
-    "g.o.r.e".
-    """
-    plain = unicodedata.normalize("NFKD", text).casefold()
-    plain = "".join(character for character in plain if not unicodedata.combining(character))
-    words = (_NOT_WORD.sub(within, _undisguised(word)) for word in plain.split())
-    return f" {' '.join(' '.join(words).split())} "
-
-
-def _undisguised(word: str) -> str:
-    # A number alone is a number: "455 nm" says nothing. At a word's end `!` shouts and is no letter.
-    return word.rstrip("!|").translate(_DISGUISES) if _LETTER.search(word) else word
+    async def _read(self) -> None:
+        async with self._pool.reading() as connection:
+            if await store.etag(connection) == self._etag:
+                return
+            rule_set = await store.rule_set(connection)
+        # Ten thousand rules take a moment, which others' calls need not wait for.
+        self._matcher = await asyncio.to_thread(Matcher, rule_set.rules)
+        self._etag = rule_set.etag

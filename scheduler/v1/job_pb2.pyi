@@ -242,6 +242,8 @@ class Job(_message.Message):
     WARNINGS_FIELD_NUMBER: _builtins.int
     UPSCALE_ALGORITHM_FIELD_NUMBER: _builtins.int
     VIDEOS_FIELD_NUMBER: _builtins.int
+    PICTURES_EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    HIDDEN_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """accounts/{account}/jobs/{uuid}"""
     uid: _builtins.str
@@ -302,6 +304,16 @@ class Job(_message.Message):
     def videos(self) -> _containers.RepeatedCompositeFieldContainer[Global___Video]:
         """Present once a job with --video has succeeded: the same as MP4 and as animated WebP."""
 
+    @_builtins.property
+    def pictures_expire_time(self) -> _timestamp_pb2.Timestamp:
+        """When its pictures and videos go, or went, as the account's plan keeps them for so long. Absent while nothing was
+        drawn, and where they are kept for ever. A change of plan changes it, until they are gone.
+        """
+
+    @_builtins.property
+    def hidden(self) -> Global___Hidden:
+        """Present if a moderator keeps it out of the feed."""
+
     def __init__(
         self,
         *,
@@ -333,14 +345,42 @@ class Job(_message.Message):
         warnings: _abc.Iterable[_builtins.str] | None = ...,
         upscale_algorithm: Global___UpscaleAlgorithm.ValueType = ...,
         videos: _abc.Iterable[Global___Video] | None = ...,
+        pictures_expire_time: _timestamp_pb2.Timestamp | None = ...,
+        hidden: Global___Hidden | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "failure", b"failure", "price", b"price", "queue_status", b"queue_status", "receipt", b"receipt", "start_time", b"start_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "failure", b"failure", "hidden", b"hidden", "pictures_expire_time", b"pictures_expire_time", "price", b"price", "queue_status", b"queue_status", "receipt", b"receipt", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel_requested", b"cancel_requested", "charge_mode", b"charge_mode", "create_time", b"create_time", "end_time", b"end_time", "event_sequence", b"event_sequence", "failure", b"failure", "height", b"height", "images", b"images", "kind", b"kind", "model", b"model", "name", b"name", "price", b"price", "prompt", b"prompt", "queue_status", b"queue_status", "receipt", b"receipt", "seed", b"seed", "source_image", b"source_image", "source_job", b"source_job", "start_time", b"start_time", "state", b"state", "steps", b"steps", "tier", b"tier", "uid", b"uid", "upscale_algorithm", b"upscale_algorithm", "videos", b"videos", "visibility", b"visibility", "warnings", b"warnings", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel_requested", b"cancel_requested", "charge_mode", b"charge_mode", "create_time", b"create_time", "end_time", b"end_time", "event_sequence", b"event_sequence", "failure", b"failure", "height", b"height", "hidden", b"hidden", "images", b"images", "kind", b"kind", "model", b"model", "name", b"name", "pictures_expire_time", b"pictures_expire_time", "price", b"price", "prompt", b"prompt", "queue_status", b"queue_status", "receipt", b"receipt", "seed", b"seed", "source_image", b"source_image", "source_job", b"source_job", "start_time", b"start_time", "state", b"state", "steps", b"steps", "tier", b"tier", "uid", b"uid", "upscale_algorithm", b"upscale_algorithm", "videos", b"videos", "visibility", b"visibility", "warnings", b"warnings", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Job: _TypeAlias = Job  # noqa: Y015
+
+@_typing.final
+class Hidden(_message.Message):
+    """Hidden says that a moderator keeps a job out of the feed: its owner and moderators see it, nobody else."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CATEGORY_FIELD_NUMBER: _builtins.int
+    HIDE_TIME_FIELD_NUMBER: _builtins.int
+    category: _builtins.str
+    """Why: a category of moderation, as MODERATION_REJECTED names it."""
+    @_builtins.property
+    def hide_time(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        category: _builtins.str = ...,
+        hide_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["hide_time", b"hide_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["category", b"category", "hide_time", b"hide_time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Hidden: _TypeAlias = Hidden  # noqa: Y015
 
 @_typing.final
 class QueueStatus(_message.Message):
@@ -1547,18 +1587,22 @@ class ListFeedRequest(_message.Message):
 
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    SHOW_HIDDEN_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
     """At most 100; 0 for 25."""
     page_token: _builtins.str
+    show_hidden: _builtins.bool
+    """Also what moderators have hidden, which says so; for keys with the role moderator, or one that includes it."""
     def __init__(
         self,
         *,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        show_hidden: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "show_hidden", b"show_hidden"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

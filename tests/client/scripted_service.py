@@ -24,7 +24,13 @@ from grpc_status import rpc_status
 from PIL import Image as Pictures
 
 from billing.v1 import admin_pb2_grpc, billing_pb2_grpc
-from scheduler.v1 import account_pb2_grpc, fleet_pb2_grpc, job_pb2, job_pb2_grpc
+from scheduler.v1 import (
+    account_pb2_grpc,
+    fleet_pb2_grpc,
+    job_pb2,
+    job_pb2_grpc,
+    moderation_pb2_grpc,
+)
 
 UID = "1b4e28ba-2fa1-4d3b-9f0c-51d2a6e8c7f4"
 JOB = f"accounts/ada/jobs/{UID}"
@@ -149,6 +155,9 @@ def scripted_service() -> Iterator[ScriptedService]:
         )
         admin_pb2_grpc.add_AdminServiceServicer_to_server(
             _servicer(admin_pb2_grpc.AdminServiceServicer, service), server
+        )
+        moderation_pb2_grpc.add_ModerationServiceServicer_to_server(
+            _servicer(moderation_pb2_grpc.ModerationServiceServicer, service), server
         )
         number = server.add_insecure_port("127.0.0.1:0")
         await server.start()

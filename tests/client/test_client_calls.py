@@ -11,7 +11,14 @@ from billing.v1 import admin_pb2
 from billing.v1.admin_pb2 import AdminAccount, ApiKey, ListPlansResponse, Plan
 from billing.v1.billing_pb2 import Balance
 from scheduler.client.aio import DarkroomClient, RetryPolicy
-from scheduler.client.errors import DarkroomError, JobCancelled, JobFailed, Overloaded, ServiceUnreachable
+from scheduler.client.errors import (
+    DarkroomError,
+    JobCancelled,
+    JobFailed,
+    Overloaded,
+    ServiceUnreachable,
+    TlsFailed,
+)
 from scheduler.v1 import job_pb2
 from scheduler.v1.account_pb2 import Account
 from scheduler.v1.job_pb2 import Failure, ListFeedResponse, ListJobsResponse
@@ -107,7 +114,7 @@ async def test_a_key_never_travels_in_plain_text_beyond_loopback_unasked(service
     retries = RetryPolicy(times=0)
     # 0.0.0.0 reaches the scripted service, which speaks plain text, but is not written like loopback.
     async with DarkroomClient(f"0.0.0.0:{port}", "dk_ada_secret", retries=retries) as client:
-        with pytest.raises(ServiceUnreachable):
+        with pytest.raises(TlsFailed, match="does not speak TLS"):
             await client.get(UID)
     assert service.metadata == []
     service.says("GetJob", a_job())

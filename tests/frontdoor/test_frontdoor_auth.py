@@ -25,7 +25,7 @@ def test_every_method_says_which_role_it_needs() -> None:
     every_method_has_a_role()
     assert METHODS.keys() == ROLE_NEEDED.keys()
     assert {path for path, role in ROLE_NEEDED.items() if role is Role.ADMIN} == {
-        path for path in METHODS if "AdminService" in path
+        path for path in METHODS if "AdminService" in path and not path.endswith("/ListAuditEvents")
     }
 
 

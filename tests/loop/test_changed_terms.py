@@ -104,7 +104,7 @@ async def test_an_account_is_erased_under_a_scheduler_that_has_its_jobs(stage: S
         waiting = await stage.submit("zoe", Tier.RELAX)
         later = datetime.now(UTC) + timedelta(seconds=1)
         async with stage.pool.transaction() as connection:
-            cancelled = await intake.withdraw_all(connection, "zoe", later)
+            cancelled = await intake.withdraw_all(connection, "zoe", later, "Erased.")
             await accounts.forget(connection, "zoe")
         assert set(cancelled) == {running, waiting}
         leader.jobs_changed(cancelled)
