@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 from billing.refusals import Refusal
 
@@ -274,6 +275,23 @@ class AccountBlocked(Refusal):
         return {}
 
 
+class AccountProtected(Refusal):
+    """The account has a key of somebody whom the caller may not lock out."""
+
+    reason = "ACCOUNT_PROTECTED"
+
+    def __init__(self, *, account_id: str, role: str) -> None:
+        self.account_id = account_id
+        self.role = role
+        super().__init__(
+            f"The account {account_id} has a key with the role {role}: an admin has to revoke that first."
+        )
+
+    def metadata(self) -> dict[str, str]:
+        """The account and the role of its key."""
+        return {"account": self.account_id, "role": self.role}
+
+
 class RateLimited(Refusal):
     """Too many requests a second, or too many open streams, with one key."""
 
@@ -300,6 +318,24 @@ class Overloaded(Refusal):
     def metadata(self) -> dict[str, str]:
         """When it is worth trying again."""
         return {"retry_after_ms": str(self.retry_after_ms)}
+
+
+class PicturesExpired(Refusal):
+    """The pictures of this job were kept for as long as its account's plan says, and are gone."""
+
+    reason = "PICTURES_EXPIRED"
+
+    def __init__(self, *, job_id: str, expired_at: datetime) -> None:
+        self.job_id = job_id
+        self.expired_at = expired_at
+        super().__init__(
+            f"The pictures of job {job_id} are gone: the account's plan kept them until "
+            f"{expired_at:%Y-%m-%d %H:%M} UTC. Reroll the job, or choose another."
+        )
+
+    def metadata(self) -> dict[str, str]:
+        """The job, and when its pictures went."""
+        return {"job": self.job_id, "expired_at": self.expired_at.isoformat()}
 
 
 class PictureMissing(Refusal):

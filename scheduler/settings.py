@@ -8,11 +8,13 @@ everything embedded, on this machine, on loopback.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 import platformdirs
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -21,19 +23,43 @@ from pydantic_settings import (
 )
 
 RELEASE = "0.1.0"
-"""Part of every actor's name, so that old and new can run side by side."""
+"""Of this package."""
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # Whatever is wrong is told without what was given, which may be a password.
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
 
 class Database(_Section):
     """PostgreSQL."""
 
-    dsn: str | None = None
-    """None: an embedded server under `data_dir`."""
+    dsn: str | None = Field(default=None, repr=False)
+    """None: an embedded server under `data_dir`. One with a password belongs into the environment: command
+    lines are shown to everybody on the machine."""
     pool_size: int = Field(default=8, ge=2, le=200)
+
+    @field_validator("dsn")
+    @classmethod
+    def _can_be_read(cls, dsn: str | None) -> str | None:
+        # A password with a bare `/`, `?` or `#` ends what is before the host, and the driver would show what
+        # it then takes for a port: the password.
+        if dsn is not None and not _is_dsn(dsn):
+            raise ValueError(
+                "must be postgresql://user:password@host:port/database; in a password, @ : / ? # and % have "
+                "to be written as %40 %3A %2F %3F %23 and %25"
+            )
+        return dsn
+
+
+def _is_dsn(dsn: str) -> bool:
+    try:
+        url = urlsplit(dsn)
+    except ValueError:
+        return False
+    hosts = url.netloc.rpartition("@")[2].split(",")
+    ports = (host.rpartition("]")[2].partition(":")[2] for host in hosts)
+    return url.scheme in ("postgresql", "postgres") and all(re.fullmatch("[0-9]*", port) for port in ports)
 
 
 class RayCluster(_Section):
@@ -61,12 +87,31 @@ class FrontDoor(_Section):
     requests_per_second: float = Field(default=50.0, gt=0)
     """Per API key, with bursts of four times as many."""
     streams_per_key: int = Field(default=20, ge=1)
+    calls_at_once: int = Field(default=256, ge=1)
+    """Calls in progress, without streams; more are told to come back. Few enough that each is answered
+    soon."""
+    submissions_at_once: int = Field(default=64, ge=1)
+    """Of these: what is submitted waits no longer than so many take one after the other."""
+    watches_at_once: int = Field(default=5_000, ge=1)
+    """Open watches. Each holds about 40 KB, most of it gRPC's."""
+    streams_per_connection: int = Field(default=10_000, ge=1)
+    """Calls that are open at once on one connection; others wait. A proxy brings many clients on one."""
+    connection_age_ms: int = Field(default=3_600_000, ge=1_000)
+    """After which a client is asked to connect anew, so that front doors that came later get their share.
+    Calls that are open go on."""
     max_message_bytes: int = Field(default=4 * 1024 * 1024, ge=64 * 1024)
+    stop_within_ms: int = Field(default=5_000, ge=0, le=3_600_000)
+    """For calls in progress when it stops, and long downloads among them; what is left breaks off, and
+    clients ask another front door."""
 
     @model_validator(mode="after")
     def _plain_text_only_on_loopback(self) -> FrontDoor:
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ValueError("tls_certificate and tls_key go together: set both or neither")
+        if self.tls_client_ca is not None and self.tls_certificate is None:
+            raise ValueError(
+                "tls_client_ca asks clients for certificates, which takes TLS: set tls_certificate"
+            )
         loopback = self.host in ("127.0.0.1", "::1", "localhost")
         if self.tls_certificate is None and not loopback and not self.insecure:
             raise ValueError(
@@ -87,6 +132,19 @@ class Pictures(_Section):
     """Of one file. A camera's picture of 24 megapixels fits, as JPEG."""
     pixels_max: int = Field(default=25_000_000, ge=1_000_000, le=80_000_000)
     """Of one picture; a camera's has 24 million. Decoding takes up to 17 bytes each, of two at once."""
+
+
+class Moderation(_Section):
+    """What judges prompts beside the rules, which are in the database: `darkroom admin moderation`."""
+
+    classifier: str | None = Field(default=None, pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+    """`module:function`, as in scheduler/frontdoor/moderation_classifier.py; None: no classifier."""
+    classifier_ms: int = Field(default=1_000, ge=10, le=30_000)
+    """For one prompt. A person waits for the answer meanwhile."""
+    classifier_permille: int = Field(default=500, ge=0, le=1_000)
+    """A prompt is refused from this score on."""
+    without_classifier: Literal["refuse", "pass"] = "refuse"
+    """What becomes of prompts while the classifier fails or takes longer: `refuse` asks clients to repeat."""
 
 
 class Ops(_Section):
@@ -118,8 +176,29 @@ class Scheduling(_Section):
 
     sweep_ms: int = Field(default=1_000, ge=50)
     """How often rows that nobody told the scheduler of are looked for."""
+    waiting_max: int = Field(default=1_000_000, ge=1)
+    """Jobs that may wait in this cell: the scheduler has all of them in memory, about 1 KB each. More or
+    less, since front doors count once a second."""
     drain_within_ms: int = Field(default=60_000, ge=0, le=24 * 3_600_000)
-    """How long a worker that drains has to finish what it has; what is left then goes on elsewhere."""
+    """How long a worker that drains has to finish what it has; what is left then goes on elsewhere. So has
+    one of another release, before one of this takes its GPU."""
+    close_down_within_ms: int = Field(default=10_000, ge=0, le=3_600_000)
+    """For steps to end and checkpoints to be stored when the workers are to end: a local service that is told
+    to stop, `darkroom stop`. What is not stored by then is drawn again from the checkpoint before."""
+
+
+class Lifetimes(_Section):
+    """How long what is written down stays; of all there is, scheduler/store/README.md has a table."""
+
+    ended_jobs_ms: int = Field(default=600_000, ge=60_000, le=24 * 3_600_000)
+    """How long a job that ended stays among those that live, which all that is done all day looks through.
+    Longer than people go on with a job that they watched, so that its row seldom moves under their hands."""
+    request_ids_days: int = Field(default=30, ge=1)
+    """How long a request that is sent again under its id gets its first answer instead of being done again.
+    Clients try for minutes, but somebody may start a batch of last week again."""
+    orphans_days: int = Field(default=7, ge=1)
+    """How long a file in the artifact store that no row names is noted before it is removed. Longer than any
+    attempt runs, and long enough to find out that the wrong backup of the database was restored."""
 
 
 class Settings(BaseSettings):
@@ -128,6 +207,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(
         frozen=True,
         extra="forbid",
+        hide_input_in_errors=True,
         env_prefix="DARKROOM_",
         env_nested_delimiter="__",
         toml_file="darkroom.toml",
@@ -139,15 +219,19 @@ class Settings(BaseSettings):
     """fsspec address of the artifact store (`s3://bucket/prefix`); None: a folder under `data_dir`."""
     models_file: Path | None = None
     """models.toml; None: the one that ships with the package."""
+    release: str = Field(default=RELEASE, pattern=r"^\d+\.\d+\.\d+$")
+    """Part of every actor's name. It differs from the package's own only where two are tried side by side."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Prompts are only logged at debug."""
     database: Database = Database()
     ray: RayCluster = RayCluster()
     frontdoor: FrontDoor = FrontDoor()
     pictures: Pictures = Pictures()
+    moderation: Moderation = Moderation()
     ops: Ops = Ops()
     worker: Worker = Worker()
     scheduling: Scheduling = Scheduling()
+    lifetimes: Lifetimes = Lifetimes()
 
     @classmethod
     def settings_customise_sources(

@@ -121,7 +121,8 @@ class Parameters:
 
     def _refuse_text_behind(self, takes: str, name: str, words: Sequence[str]) -> None:
         if words:
-            self._refuse(name, f"{takes}, but {shown(words[0])} follows it; text goes before parameters.")
+            # The word itself is left out: it is text, and errors end up where prompts must not.
+            self._refuse(name, f"{takes}, but more follows it; text goes before parameters.")
 
     def _refuse_unknown(self, typed: str, name: str) -> None:
         self._unknown += 1

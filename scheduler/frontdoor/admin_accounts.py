@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 from billing import accounts as ledger_accounts
 from billing import ledger
-from billing.refusals import UnknownAccount
+from billing.refusals import AccountErased, UnknownAccount
 from billing.v1 import admin_pb2
 from scheduler import intake
 from scheduler.frontdoor import ledger_messages as messages
 from scheduler.frontdoor.auth import Doorman
 from scheduler.frontdoor.deeds import Deed, Deeds
 from scheduler.frontdoor.deletions import Deletions
-from scheduler.frontdoor.fields import Violations, page_token
+from scheduler.frontdoor.fields import Violations, page_token, storable_text
 from scheduler.frontdoor.gate import caller
 from scheduler.frontdoor.messages import timestamp
 from scheduler.link import SchedulerLink
@@ -75,7 +76,7 @@ class AccountDeeds:
         plan = violations.plan("plan", request.plan) if request.plan else None
         limit = violations.ledger_page_size(request.page_size)
         binding = ("accounts", plan)
-        after = violations.page_token(request.page_token, binding, lambda token: str(token["account"]))
+        after = violations.page_token(request.page_token, binding, _account)
         violations.refuse()
         async with self.pool.reading() as connection:
             listed = await store.records(connection, plan=plan, after=after or "", limit=limit + 1)
@@ -90,7 +91,8 @@ class AccountDeeds:
     async def erase(self, request: admin_pb2.EraseAccountRequest) -> admin_pb2.AdminAccount:
         """Block an account, cancel its jobs and delete its keys; its jobs are deleted as they end.
 
-        With the last of them it loses its id. Repeated, it returns the account as it is now.
+        With the last of them it loses its id. Repeated, it returns the account as it is now; another request
+        finds nobody, or raises AccountErased where it names the account by its other id.
         """
         violations = Violations()
         request_id = violations.request_id(request.request_id)
@@ -104,7 +106,16 @@ class AccountDeeds:
         cancelled: list[str] = []
         async with self.deeds.open(AdminAction.ERASE_ACCOUNT, request, request_id) as deed:
             if deed.first_answer is None:
-                cancelled = await intake.withdraw_all(deed.connection, account_id, deed.at)
+                cancelled = await intake.withdraw_all(
+                    deed.connection,
+                    account_id,
+                    deed.at,
+                    "Cancelled before it started: its account was erased.",
+                )
+                record = await store.record(deed.connection, account_id)
+                assert record is not None, "withdraw_all has locked it"
+                if record.erased_at is not None:
+                    raise AccountErased(account_id=account_id)
                 await store.forget(deed.connection, account_id)
                 name = messages.account_name(account_id)
                 await deed.record(target=name, reason=reason, before=None, after={"erased": True})
@@ -187,3 +198,7 @@ class AccountDeeds:
             record = await store.record(connection, account_id)
         assert record is not None, "an account of the ledger is one of the scheduler"
         return messages.admin_account(record, balance)
+
+
+def _account(token: Mapping[str, Any]) -> str:
+    return storable_text(token["account"])

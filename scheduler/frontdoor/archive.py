@@ -7,6 +7,7 @@ The same files make the same bytes: every entry has the date at which ZIP's time
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncGenerator, AsyncIterable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -19,12 +20,19 @@ from scheduler.refusals import PictureMissing
 _MODE = 0o644 << 16
 
 
+_NAME = re.compile(r"[\w-][\w.-]{0,200}")
+
+
+class UnsafeName(ValueError):
+    """A name that is not plainly a file's."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Entry:
     """One file of an archive."""
 
     name: str
-    """In the archive; no two are alike."""
+    """In the archive, of letters, digits, dots, dashes and underscores; no two are alike."""
     chunks: AsyncGenerator[bytes, None]
     """Its bytes, up to 2 GiB. Raises PictureMissing before the first of them where there are none."""
 
@@ -59,6 +67,9 @@ async def zipped(entries: AsyncIterable[Entry]) -> AsyncGenerator[bytes, None]:
 
 
 def _info(name: str) -> ZipInfo:
+    # Some who unpack follow a name to wherever it leads. Ours are made of ids; a worker reports them.
+    if not _NAME.fullmatch(name):
+        raise UnsafeName(name)
     info = ZipInfo(name)
     info.external_attr = _MODE
     return info

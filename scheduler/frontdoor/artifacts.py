@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import uuid
 from collections.abc import AsyncGenerator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from typing import Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -17,9 +19,18 @@ from scheduler.refusals import Overloaded, PictureMissing
 # A gRPC message may have 4 MB by default, and flow control counts in 64 KB.
 CHUNK_BYTES = 64 * 1024
 
+_PATTERN = re.compile(r"[\x00*?\[\]]")
+
+
+class PathOutsideStore(ValueError):
+    """A path that is not plainly below the store's root. Ours are made of ids: it is a bug, or an attack."""
+
 
 class Artifacts:
-    """The artifact store at an fsspec address. Overloaded is any trouble that it has."""
+    """The artifact store at an fsspec address. Overloaded is any trouble that it has.
+
+    Paths are relative to its root and cannot leave it: PathOutsideStore is raised for those that would.
+    """
 
     def __init__(self, url: str) -> None:
         self._files, self._root = fsspec.core.url_to_fs(url)
@@ -28,7 +39,7 @@ class Artifacts:
         """Yield a file's bytes, up to 64 KiB at a time. Raises PictureMissing or Overloaded."""
         path = self._below_root(wanted.path)
         try:
-            file = await asyncio.to_thread(self._files.open, path, "rb")
+            file = await asyncio.to_thread(self._open, path)
             try:
                 while chunk := await asyncio.to_thread(file.read, CHUNK_BYTES):
                     yield chunk
@@ -36,6 +47,8 @@ class Artifacts:
                 await asyncio.to_thread(file.close)
         except FileNotFoundError as missing:
             raise PictureMissing(file_name=wanted.file_name) from missing
+        except PathOutsideStore:
+            raise
         except Exception as away:
             # Object stores have errors of their own libraries.
             raise _away() from away
@@ -54,6 +67,34 @@ class Artifacts:
         else:
             # One object is written whole or not at all by every object store.
             self._files.pipe_file(full_path, content)
+
+    async def listed(self, folder: str, prefix: str) -> list[str]:
+        """Return the paths of all files in a folder whose path in there begins with `prefix`. Raises
+        Overloaded.
+
+        The prefix is of a name in the folder itself, and keeps short what is read of a large one: of an
+        object store that can search by it, and of a local folder.
+        """
+        try:
+            return await asyncio.to_thread(self._listed, folder, prefix)
+        except Exception as away:
+            raise _away() from away
+
+    def _listed(self, folder: str, prefix: str) -> list[str]:
+        root = self._below_root(folder)
+        if isinstance(self._files, LocalFileSystem):
+            found = _files_in(Path(root), prefix)
+        else:
+            # What somebody else wrote or removed meanwhile is not in what was listed before.
+            self._files.invalidate_cache()
+            try:
+                found = self._files.find(root, prefix=prefix)
+            except FileNotFoundError:
+                found = []
+        # Stores that cannot search by it return all there is. Names that nothing here would write are
+        # somebody else's, who must not have other files removed by calling one `*`.
+        paths = [f"{folder}/{path.removeprefix(f'{root}/')}" for path in found]
+        return sorted(path for path in paths if path.startswith(f"{folder}/{prefix}") and _is_plain(path))
 
     async def delete_job(self, job_id: str) -> None:
         """Delete everything that any attempt at a job has stored. Raises Overloaded."""
@@ -76,15 +117,44 @@ class Artifacts:
             if self._files.exists(path):
                 raise
 
-    def _below_root(self, text: str) -> str:
-        path = PurePosixPath(text)
-        assert not path.is_absolute(), path
-        assert ".." not in path.parts, path
+    def _below_root(self, path: str) -> str:
+        if not _is_plain(path):
+            raise PathOutsideStore(path)
         return f"{self._root}/{path}"
+
+    def _open(self, path: str) -> Any:
+        # Workers write to the store as well. A link that one of them, taken over by whatever it draws, put
+        # there must not bring files of this machine to whoever asks for the picture.
+        if isinstance(self._files, LocalFileSystem) and not _is_below(Path(path), Path(self._root)):
+            raise PathOutsideStore(path)
+        return self._files.open(path, "rb")
+
+
+def _is_plain(path: str) -> bool:
+    # With brackets, stars and question marks a path is a pattern to some stores, which delete all it fits.
+    return not _PATTERN.search(path) and all(part not in ("", ".", "..") for part in path.split("/"))
+
+
+def _is_below(path: Path, root: Path) -> bool:
+    return path.resolve().is_relative_to(root.resolve())
 
 
 def _away() -> Overloaded:
     return Overloaded(sentence="The artifact store does not answer at the moment; try again.")
+
+
+def _files_in(folder: Path, prefix: str) -> list[str]:
+    try:
+        with os.scandir(folder) as entries:
+            chosen = [entry for entry in entries if entry.name.startswith(prefix)]
+    except FileNotFoundError:
+        return []
+    found = [entry.path for entry in chosen if not entry.is_dir(follow_symlinks=False)]
+    for entry in chosen:
+        # A folder that somebody removes meanwhile has nothing in it.
+        for inner, _, names in os.walk(entry.path) if entry.is_dir(follow_symlinks=False) else ():
+            found += [f"{inner}/{name}" for name in names]
+    return found
 
 
 def _write_atomically(path: Path, content: bytes) -> None:

@@ -3,13 +3,18 @@
 A key is `dk_<id>_<secret>` in the metadata `authorization: Bearer …`. Missing, malformed, wrong and revoked
 keys get the same answer. What a key may do is looked up at most once a second, so a key that another front
 door revoked works here for at most that long.
+
+Strangers cost the database little, however many they are: one query looks up all keys that are asked for
+while the one before it runs, known ones and made-up ones alike, so a flood of others keeps nobody out.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from google.protobuf.descriptor import ServiceDescriptor
@@ -19,7 +24,7 @@ from scheduler.refusals import AccountBlocked, RateLimited, RoleRequired, Unauth
 from scheduler.store import accounts
 from scheduler.store.accounts import ApiKey, Role
 from scheduler.store.pool import Pool
-from scheduler.v1 import account_pb2, fleet_pb2, job_pb2
+from scheduler.v1 import account_pb2, fleet_pb2, job_pb2, moderation_pb2
 
 ROLE_NEEDED: Mapping[str, Role] = {
     "/scheduler.v1.JobService/CreateJob": Role.USER,
@@ -42,6 +47,12 @@ ROLE_NEEDED: Mapping[str, Role] = {
     "/scheduler.v1.FleetService/PauseTier": Role.OPERATOR,
     "/scheduler.v1.FleetService/ResumeTier": Role.OPERATOR,
     "/scheduler.v1.FleetService/AuditFairness": Role.OPERATOR,
+    "/scheduler.v1.ModerationService/ListRules": Role.MODERATOR,
+    "/scheduler.v1.ModerationService/UpdateRules": Role.MODERATOR,
+    "/scheduler.v1.ModerationService/HideJob": Role.MODERATOR,
+    "/scheduler.v1.ModerationService/UnhideJob": Role.MODERATOR,
+    "/scheduler.v1.ModerationService/BlockAccount": Role.MODERATOR,
+    "/scheduler.v1.ModerationService/UnblockAccount": Role.MODERATOR,
     "/billing.v1.BillingService/GetBalance": Role.USER,
     "/billing.v1.BillingService/ListTransfers": Role.USER,
     "/billing.v1.BillingService/GetStatement": Role.USER,
@@ -62,15 +73,17 @@ ROLE_NEEDED: Mapping[str, Role] = {
     "/billing.v1.AdminService/RefundJob": Role.ADMIN,
     "/billing.v1.AdminService/UndoRefund": Role.ADMIN,
     "/billing.v1.AdminService/UndoPlanChange": Role.ADMIN,
-    "/billing.v1.AdminService/ListAuditEvents": Role.ADMIN,
+    "/billing.v1.AdminService/ListAuditEvents": Role.MODERATOR,
     "/billing.v1.AdminService/CheckInvariants": Role.ADMIN,
 }
-"""The least role that may call each method. Within the methods of a user, whose job it is decides."""
+"""The least role that may call each method. Within the methods of a user, whose job it is decides; of audit
+events, those who are no admins see what was done about moderation."""
 
 SERVICES: tuple[ServiceDescriptor, ...] = (
     job_pb2.DESCRIPTOR.services_by_name["JobService"],
     account_pb2.DESCRIPTOR.services_by_name["AccountService"],
     fleet_pb2.DESCRIPTOR.services_by_name["FleetService"],
+    moderation_pb2.DESCRIPTOR.services_by_name["ModerationService"],
     billing_pb2.DESCRIPTOR.services_by_name["BillingService"],
     admin_pb2.DESCRIPTOR.services_by_name["AdminService"],
 )
@@ -82,6 +95,9 @@ _KEY_FRESH_S = 1.0
 _MOST_KEPT = 10_000
 # Bursts of so many seconds' worth of requests are let through: a client that starts asks many things at once.
 _BURST_S = 4.0
+# Health checks that stay open, and reflection. Probes come one at a time.
+_STREAMS_OF_STRANGERS = 100
+_NO_HASH = bytes(32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,23 +149,29 @@ class Doorman:
         self._rate = requests_per_second
         self._streams_per_key = streams_per_key
         self._now_s = now_s
-        self._keys: dict[str, tuple[float, ApiKey | None]] = {}
+        self._keys: dict[str, _Kept] = {}
+        # By themselves: made-up ids, of which there is no end, push no key out that is in use.
+        self._unknown: dict[str, _Kept] = {}
+        self._wanted: dict[str, asyncio.Future[ApiKey | None]] = {}
+        self._reading: asyncio.Task[None] | None = None
+        self._changes = 0
+        self._strangers = 0
         self._buckets: dict[str, _Bucket] = {}
         self._streams: dict[str, int] = {}
 
     async def admit(self, path: str, metadata: Iterable[tuple[str, str | bytes]]) -> Principal:
         """Return who calls.
 
-        Raises Unauthenticated, AccountBlocked, RoleRequired or RateLimited, in this order: a stranger
-        learns nothing.
+        Raises Unauthenticated, RateLimited, AccountBlocked or RoleRequired, in this order: a stranger
+        learns nothing, and who is refused may not ask faster than others.
         """
         key = await self._valid_key(metadata)
+        self._take_token(key.key_id)
         if key.blocked:
             raise AccountBlocked
         needed = ROLE_NEEDED[path]
         if not key.role.reaches(needed):
             raise RoleRequired(role=needed.value)
-        self._take_token(key.key_id)
         return Principal(account_id=key.account_id, key_id=key.key_id, role=key.role)
 
     def forget(self, account_id: str) -> None:
@@ -157,8 +179,24 @@ class Doorman:
         self._keys = {
             key_id: kept
             for key_id, kept in self._keys.items()
-            if kept[1] is None or kept[1].account_id != account_id
+            if kept.key is None or kept.key.account_id != account_id
         }
+        # What is being read may be from before the change: whoever waits for it reads again.
+        self._changes += 1
+
+    @contextmanager
+    def stream_of_a_stranger(self) -> Iterator[None]:
+        """Count a stream of an open method while the context is open; raises RateLimited above the limit."""
+        if self._strangers >= _STREAMS_OF_STRANGERS:
+            raise RateLimited(
+                sentence="Too many callers without a key have a stream open: try again later.",
+                retry_after_ms=1_000,
+            )
+        self._strangers += 1
+        try:
+            yield
+        finally:
+            self._strangers -= 1
 
     def open_stream(self, key_id: str) -> None:
         """Count one more open stream of a key; raises RateLimited above the limit."""
@@ -182,21 +220,57 @@ class Doorman:
             raise Unauthenticated
         key_id, secret = match.groups()
         key = await self._look_up(key_id)
-        if key is None or not hmac.compare_digest(key.secret_hash, accounts.hash_secret(secret)):
+        # Compared also where there is no key: an id that exists takes no longer than one that does not.
+        stored = _NO_HASH if key is None else key.secret_hash
+        right = hmac.compare_digest(stored, accounts.hash_secret(secret))
+        if key is None or not right:
             raise Unauthenticated
         return key
 
     async def _look_up(self, key_id: str) -> ApiKey | None:
-        now_s = self._now_s()
-        kept = self._keys.get(key_id)
-        if kept is not None and now_s - kept[0] < _KEY_FRESH_S:
-            return kept[1]
-        async with self._pool.reading() as connection:
-            key = await accounts.find_key(connection, key_id)
-        if len(self._keys) >= _MOST_KEPT:
-            self._keys.clear()  # all of it is a second old at most: nothing worth choosing is lost
-        self._keys[key_id] = (now_s, key)
-        return key
+        kept = self._keys.get(key_id) or self._unknown.get(key_id)
+        if kept is not None and self._now_s() - kept.read_s < _KEY_FRESH_S:
+            return kept.key
+        found = self._wanted.get(key_id)
+        if found is None:
+            found = self._wanted[key_id] = asyncio.get_running_loop().create_future()
+        if self._reading is None:
+            self._reading = asyncio.create_task(self._read_wanted())
+        # Others may wait for the same key when this caller goes away.
+        return await asyncio.shield(found)
+
+    async def _read_wanted(self) -> None:
+        """Read what is wanted, all of it at once, until nothing is."""
+        try:
+            while self._wanted:
+                wanted, self._wanted = self._wanted, {}
+                try:
+                    keys = await self._read(list(wanted))
+                except Exception as trouble:
+                    # Each caller's own: a refusal if the database is away, a bug if it is one.
+                    for found in wanted.values():
+                        found.set_exception(trouble)
+                    continue
+                for key_id, found in wanted.items():
+                    found.set_result(keys.get(key_id))
+        finally:
+            self._reading = None
+
+    async def _read(self, key_ids: Sequence[str]) -> Mapping[str, ApiKey]:
+        while True:
+            changes, read_s = self._changes, self._now_s()
+            async with self._pool.reading() as connection:
+                keys = await accounts.find_keys(connection, key_ids)
+            if changes == self._changes:
+                break
+        for key_id in key_ids:
+            kept = _Kept(read_s=read_s, key=keys.get(key_id))
+            where, other = (self._unknown, self._keys) if kept.key is None else (self._keys, self._unknown)
+            if len(where) >= _MOST_KEPT:
+                where.clear()  # all of it is a second old at most: nothing worth choosing is lost
+            where[key_id] = kept
+            other.pop(key_id, None)
+        return keys
 
     def _take_token(self, key_id: str) -> None:
         now_s = self._now_s()
@@ -211,6 +285,14 @@ class Doorman:
                 sentence=f"This key sends more than {self._rate:g} requests a second: slow down.",
                 retry_after_ms=int(wait_s * 1000) + 1,
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Kept:
+    """What was found of a key id, and when."""
+
+    read_s: float
+    key: ApiKey | None
 
 
 @dataclass(kw_only=True)

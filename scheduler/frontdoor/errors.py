@@ -106,6 +106,7 @@ _TABLE: Mapping[type[Refusal], _Row] = {
     money.PlanLacksPrivate: _Row(code=grpc.StatusCode.FAILED_PRECONDITION, details=_of_plan),
     money.PlanLacksOverage: _Row(code=grpc.StatusCode.FAILED_PRECONDITION, details=_of_plan),
     refusals.SourceNotReady: _Row(code=grpc.StatusCode.FAILED_PRECONDITION),
+    refusals.PicturesExpired: _Row(code=grpc.StatusCode.FAILED_PRECONDITION),
     refusals.Impossible: _Row(code=grpc.StatusCode.FAILED_PRECONDITION),
     refusals.FastOnly: _Row(code=grpc.StatusCode.FAILED_PRECONDITION, details=_fast_only),
     refusals.JobNotFinished: _Row(code=grpc.StatusCode.FAILED_PRECONDITION),
@@ -119,6 +120,7 @@ _TABLE: Mapping[type[Refusal], _Row] = {
     money.NoRefundToUndo: _Row(code=grpc.StatusCode.FAILED_PRECONDITION),
     money.RefundSpent: _Row(code=grpc.StatusCode.FAILED_PRECONDITION),
     money.PlanNotSelfService: _Row(code=grpc.StatusCode.FAILED_PRECONDITION, details=_of_plan),
+    refusals.AccountProtected: _Row(code=grpc.StatusCode.FAILED_PRECONDITION),
     money.AccountErased: _Row(code=grpc.StatusCode.FAILED_PRECONDITION),
     refusals.InvalidRequest: _Row(
         code=grpc.StatusCode.INVALID_ARGUMENT, details=lambda r: (_bad_request(r.violations),)

@@ -281,6 +281,14 @@ def whole_number(value: object) -> int:
     return value
 
 
+def storable_text(value: object) -> str:
+    """Return a text of a page token; raises ValueError for what no row has: NUL, or half a character."""
+    if not isinstance(value, str) or "\0" in value:
+        raise ValueError("not a text that could be stored")
+    value.encode()
+    return value
+
+
 def read_request_id(text: str) -> str | None:
     """Return a request id in its one spelling, None if it is none."""
     return text.lower() if _IS_UUID.fullmatch(text) else None

@@ -1,7 +1,8 @@
 """Every call passes here: who is it, may they, count it, and turn what was refused into a status.
 
 The services behind it raise refusals and never see a status code. Whatever else they raise is a bug: the
-traceback goes to the log under an id, and the caller gets the id alone.
+traceback goes to the log under an id, and the caller gets the id alone. Bytes that are no message are refused
+like any other mistake; left to the library, anybody could fill the log with its tracebacks.
 """
 
 from __future__ import annotations
@@ -17,14 +18,16 @@ from typing import Any, NoReturn, TypeAlias, cast
 
 import grpc
 import structlog
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from google.rpc import status_pb2
 from grpc_status import rpc_status
 
 from billing.refusals import Refusal
+from scheduler.frontdoor.admission import Admission
 from scheduler.frontdoor.auth import Doorman, Principal, is_open
 from scheduler.frontdoor.errors import code_of, status_of, status_of_bug
 from scheduler.metrics import FrontDoorMetrics
+from scheduler.refusals import FieldViolation, InvalidRequest
 
 _log = structlog.get_logger()
 
@@ -37,6 +40,17 @@ _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Unreadable:
+    """Bytes that are no message of the method's kind."""
+
+    empty: Message
+    """What the message would be if it said nothing."""
+
+
+_Given: TypeAlias = "Message | _Unreadable"
+
+
 def caller() -> Principal:
     """Return who made the call that is being served."""
     return _caller.get()
@@ -46,9 +60,14 @@ class Gate(grpc.aio.ServerInterceptor):
     """Stands before every method but the open ones."""
 
     def __init__(
-        self, doorman: Doorman, metrics: FrontDoorMetrics, on_refusal: Mapping[str, OnRefusal]
+        self,
+        doorman: Doorman,
+        admission: Admission,
+        metrics: FrontDoorMetrics,
+        on_refusal: Mapping[str, OnRefusal],
     ) -> None:
         self._doorman = doorman
+        self._admission = admission
         self._metrics = metrics
         self._on_refusal = on_refusal
         self._guarded: dict[str, _Handler] = {}
@@ -62,34 +81,73 @@ class Gate(grpc.aio.ServerInterceptor):
         path = handler_call_details.method
         if path not in self._guarded:
             handler = await continuation(handler_call_details)
-            if handler is None or is_open(path):
-                return handler
-            self._guarded[path] = self._guard(path, handler)
+            if handler is None:
+                return None
+            self._guarded[path] = self._watch_over(handler) if is_open(path) else self._guard(path, handler)
         return self._guarded[path]
 
     def _guard(self, path: str, handler: _Handler) -> _Handler:
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(
                 self._guarded_stream(path, handler),
-                request_deserializer=handler.request_deserializer,
+                request_deserializer=_tolerant(handler),
                 response_serializer=handler.response_serializer,
             )
         return grpc.unary_unary_rpc_method_handler(
             self._guarded_unary(path, handler),
-            request_deserializer=handler.request_deserializer,
+            request_deserializer=_tolerant(handler),
             response_serializer=handler.response_serializer,
         )
 
+    def _watch_over(self, handler: _Handler) -> _Handler:
+        """Return the handler of an open method, with nothing around it but what keeps strangers harmless."""
+        behaviour: Any
+        if handler.request_streaming:
+            made, behaviour = grpc.stream_stream_rpc_method_handler, self._open_talk(handler)
+        elif handler.response_streaming:
+            made, behaviour = grpc.unary_stream_rpc_method_handler, self._open_stream(handler)
+        else:
+            made, behaviour = grpc.unary_unary_rpc_method_handler, _open_unary(handler)
+        return made(
+            behaviour,
+            request_deserializer=_tolerant(handler),
+            response_serializer=handler.response_serializer,
+        )
+
+    def _open_talk(self, handler: _Handler) -> Callable[[Any, _Context], AsyncIterator[Message]]:
+        serve: Any = handler.stream_stream
+
+        async def watched(given: AsyncIterator[_Given], context: _Context) -> AsyncIterator[Message]:
+            async with _refusals_told(context):
+                with self._doorman.stream_of_a_stranger():
+                    async with aclosing(serve(_all_read(given), context)) as responses:
+                        async for response in responses:
+                            yield response
+
+        return watched
+
+    def _open_stream(self, handler: _Handler) -> Callable[[_Given, _Context], Awaitable[None]]:
+        # Of the library's only one, the health watch, which writes to the context and yields nothing.
+        serve: Any = handler.unary_stream
+
+        async def watched(given: _Given, context: _Context) -> None:
+            async with _refusals_told(context):
+                with self._doorman.stream_of_a_stranger():
+                    await serve(_read(given), context)
+
+        return watched
+
     def _guarded_unary(
         self, path: str, handler: _Handler
-    ) -> Callable[[Message, _Context], Awaitable[Message]]:
+    ) -> Callable[[_Given, _Context], Awaitable[Message]]:
         # The stubs know only the handlers of threaded servers.
         serve = cast(Callable[[Message, _Context], Awaitable[Message]], handler.unary_unary)
         counters = _Counters.of(self._metrics, path, streaming=False)
 
-        async def guarded(request: Message, context: _Context) -> Message:
-            async with self._call(path, counters, request, context):
-                response = await serve(request, context)
+        async def guarded(given: _Given, context: _Context) -> Message:
+            async with self._call(path, counters, given, context) as principal:
+                with self._admission.entered(path, principal.account_id):
+                    response = await serve(_read(given), context)
                 counters.sent()
                 return response
 
@@ -97,16 +155,16 @@ class Gate(grpc.aio.ServerInterceptor):
 
     def _guarded_stream(
         self, path: str, handler: _Handler
-    ) -> Callable[[Message, _Context], AsyncIterator[Message]]:
+    ) -> Callable[[_Given, _Context], AsyncIterator[Message]]:
         serve = cast(Callable[[Message, _Context], AsyncGenerator[Message, None]], handler.unary_stream)
         counters = _Counters.of(self._metrics, path, streaming=True)
 
-        async def guarded(request: Message, context: _Context) -> AsyncIterator[Message]:
-            async with self._call(path, counters, request, context) as principal:
+        async def guarded(given: _Given, context: _Context) -> AsyncIterator[Message]:
+            async with self._call(path, counters, given, context) as principal:
                 self._doorman.open_stream(principal.key_id)
                 try:
                     # Closed here, not by the garbage collector: a dropped call ends what it started.
-                    async with aclosing(serve(request, context)) as responses:
+                    async with aclosing(serve(_read(given), context)) as responses:
                         async for response in responses:
                             counters.sent()
                             yield response
@@ -117,7 +175,7 @@ class Gate(grpc.aio.ServerInterceptor):
 
     @asynccontextmanager
     async def _call(
-        self, path: str, counters: _Counters, request: Message, context: _Context
+        self, path: str, counters: _Counters, given: _Given, context: _Context
     ) -> AsyncIterator[Principal]:
         began_s = time.perf_counter()
         counters.started()
@@ -130,7 +188,7 @@ class Gate(grpc.aio.ServerInterceptor):
             code = code_of(refusal)
             tell = self._on_refusal.get(path)
             if tell is not None:
-                tell(request, refusal)
+                tell(given.empty if isinstance(given, _Unreadable) else given, refusal)
             await _abort(context, status_of(refusal))
         except (asyncio.CancelledError, GeneratorExit):
             code = _why_cancelled(context)
@@ -142,6 +200,52 @@ class Gate(grpc.aio.ServerInterceptor):
             await _abort(context, status_of_bug(error_id))
         finally:
             counters.ended(code, time.perf_counter() - began_s)
+
+
+def _tolerant(handler: _Handler) -> Callable[[bytes], _Given]:
+    """Return a deserializer that never fails: the library makes UNKNOWN and a traceback of one that does."""
+    deserialize = handler.request_deserializer
+    assert deserialize is not None, "every method has messages"
+
+    def tolerant(wire: bytes) -> _Given:
+        try:
+            return cast(Message, deserialize(wire))
+        except DecodeError:
+            return _Unreadable(empty=cast(Message, deserialize(b"")))
+
+    return tolerant
+
+
+def _read(given: _Given) -> Message:
+    """Return the message that was given. Raises InvalidRequest if it was none."""
+    if isinstance(given, _Unreadable):
+        name = given.empty.DESCRIPTOR.full_name
+        raise InvalidRequest([FieldViolation(field="request", sentence=f"request is no {name}.")])
+    return given
+
+
+async def _all_read(given: AsyncIterator[_Given]) -> AsyncIterator[Message]:
+    async for each in given:
+        yield _read(each)
+
+
+def _open_unary(handler: _Handler) -> Callable[[_Given, _Context], Awaitable[Message]]:
+    serve: Any = handler.unary_unary
+
+    async def watched(given: _Given, context: _Context) -> Message:
+        async with _refusals_told(context):
+            return cast(Message, await serve(_read(given), context))
+        raise AssertionError("an abort does not return")
+
+    return watched
+
+
+@asynccontextmanager
+async def _refusals_told(context: _Context) -> AsyncIterator[None]:
+    try:
+        yield
+    except Refusal as refusal:
+        await _abort(context, status_of(refusal))
 
 
 async def _abort(context: _Context, status: status_pb2.Status) -> NoReturn:

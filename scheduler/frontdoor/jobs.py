@@ -10,12 +10,15 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import grpc
+import structlog
 from google.protobuf.message import Message
 
 from billing.refusals import FastTimeExhausted, PlanLacksPrivate, Refusal, SpendCapReached
 from gpu_worker.models import Models
+from gpu_worker.prompt import without_urls
 from scheduler import intake
 from scheduler.frontdoor import foresight, messages, remake, translate
+from scheduler.frontdoor.admission import QueueRoom
 from scheduler.frontdoor.auth import Principal
 from scheduler.frontdoor.deletions import Deletions
 from scheduler.frontdoor.downloads import Downloads
@@ -51,10 +54,12 @@ from scheduler.refusals import (
     Unauthenticated,
 )
 from scheduler.store import jobs as store
-from scheduler.store.accounts import Visibility
+from scheduler.store.accounts import Role, Visibility
 from scheduler.store.jobs import FeedPlace, JobState, StoredJob
 from scheduler.store.pool import Pool
 from scheduler.v1 import job_pb2, job_pb2_grpc
+
+_log = structlog.get_logger()
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -75,6 +80,7 @@ class JobService(job_pb2_grpc.JobServiceServicer):
     downloads: Downloads
     pictures: Pictures
     deletions: Deletions
+    room: QueueRoom
     parameters: Parameters
     clock: Callable[[], datetime]
 
@@ -84,6 +90,7 @@ class JobService(job_pb2_grpc.JobServiceServicer):
         first = await self._made_before(request, principal)
         if first is not None:
             return await self._message(first)
+        self.room.refuse_if_full()
         submission = await self._submission(request, principal)
         await self._moderate(submission)
         self._refuse_impossible(submission)
@@ -147,8 +154,10 @@ class JobService(job_pb2_grpc.JobServiceServicer):
         binding = (account_id, *request.states)
         before_arrival = violations.page_token(request.page_token, binding, _arrival)
         violations.refuse()
-        if account_id != principal.account_id and not principal.sees_all:
-            raise NotFoundOrNotYours
+        if account_id != principal.account_id:
+            if not principal.sees_all:
+                raise NotFoundOrNotYours
+            _log_look(principal, f"accounts/{account_id}")
         async with self.pool.reading() as connection:
             listed = await store.list_jobs(
                 connection,
@@ -266,8 +275,10 @@ class JobService(job_pb2_grpc.JobServiceServicer):
         violations.refuse()
         assert name is not None, "whatever made it None is a violation"
         if isinstance(name, AccountName):
-            if name.account_id != principal.account_id and not principal.sees_all:
-                raise NotFoundOrNotYours
+            if name.account_id != principal.account_id:
+                if not principal.sees_all:
+                    raise NotFoundOrNotYours
+                _log_look(principal, f"accounts/{name.account_id}")
             files = iter([await self.downloads.of_account(name.account_id)])
         else:
             files = self.downloads.of_job(await self._seen(name, principal, in_feed_too=True), name)
@@ -284,14 +295,19 @@ class JobService(job_pb2_grpc.JobServiceServicer):
         """Return a page of the public record."""
         violations = Violations()
         limit = violations.page_size(request.page_size)
-        after = violations.page_token(request.page_token, ("feed",), _feed_place)
+        binding = ("feed", request.show_hidden)
+        after = violations.page_token(request.page_token, binding, _feed_place)
         violations.refuse()
+        if request.show_hidden and not caller().sees_all:
+            raise RoleRequired(role=Role.MODERATOR.value)
         async with self.pool.reading() as connection:
-            listed = await store.feed(connection, after=after, limit=limit + 1)
+            listed = await store.feed(
+                connection, after=after, limit=limit + 1, hidden_too=request.show_hidden
+            )
         page = listed[:limit]
         return job_pb2.ListFeedResponse(
             jobs=[messages.job_in_feed(job) for job in page],
-            next_page_token=page_token(_feed_token(page[-1]), ("feed",)) if len(listed) > limit else "",
+            next_page_token=page_token(_feed_token(page[-1]), binding) if len(listed) > limit else "",
         )
 
     async def ExplainJob(  # noqa: N802
@@ -373,14 +389,14 @@ class JobService(job_pb2_grpc.JobServiceServicer):
                 return translate.nothing(request)
 
     async def _moderate(self, submission: Submission) -> None:
-        """Raise ModerationRejected for what is not drawn here.
+        """Raise ModerationRejected for what is not drawn here, also of a prompt that was drawn before.
 
         The prompt as it was typed, and its text alone: weights between words hide none of them.
         """
-        for text in (submission.prompt, submission.spec.prompt):
-            category = await self.moderation.category(text)
-            if category is not None:
-                raise ModerationRejected(category=category.value, field="prompt")
+        text = submission.spec.prompt
+        category = await self.moderation.category((without_urls(submission.prompt), text), text)
+        if category is not None:
+            raise ModerationRejected(category=category, field="prompt")
 
     def _refuse_impossible(self, submission: Submission) -> None:
         """Raise Impossible for what no worker that the scheduler has met could draw."""
@@ -436,12 +452,25 @@ class JobService(job_pb2_grpc.JobServiceServicer):
         # `-` means the caller's own account; for those who see all, whoever's it is.
         if not name.is_of(job.account_id):
             raise NotFoundOrNotYours
+        if not (mine or _in_feed(job)):
+            _log_look(principal, messages.job_name(job.account_id, job.job_id))
         return job
+
+
+def _log_look(principal: Principal, name: str) -> None:
+    """Note that somebody looks at what only its owner and moderators see.
+
+    It changes nothing, so it is no deed with a reason in the audit record; but it can be found out.
+    """
+    _log.info("moderator looked", by=principal.actor, at=name)
 
 
 def _in_feed(job: StoredJob) -> bool:
     return (
-        job.state is JobState.SUCCEEDED and job.visibility is Visibility.PUBLIC and job.spec.kind.is_upscale
+        job.state is JobState.SUCCEEDED
+        and job.visibility is Visibility.PUBLIC
+        and job.spec.kind.is_upscale
+        and job.hidden is None
     )
 
 

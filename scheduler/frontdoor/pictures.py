@@ -29,7 +29,8 @@ PICTURES_MAX = 5
 _REQUESTS_AT_ONCE = 8
 # Beside those: a request that waits holds the files that came with it.
 _WAITING_AT_MOST = 8
-# Of either kind: whatever one account sends, the others' pictures are read.
+# Of either kind: whatever one account sends, the others' pictures are read. Once some have to wait, one: so a
+# few accounts together do not take all the places.
 _OF_AN_ACCOUNT = 2
 # Each takes up to 17 bytes a pixel (an animated WebP; a PNG with alpha 13) and a core for about a second.
 _DECODED_AT_ONCE = 2
@@ -95,9 +96,10 @@ class Pictures:
 
     @asynccontextmanager
     async def _turn(self, account_id: str) -> AsyncIterator[None]:
-        if self._requests[account_id] >= _OF_AN_ACCOUNT:
+        crowded = self._requests.total() >= _REQUESTS_AT_ONCE
+        if self._requests[account_id] >= (1 if crowded else _OF_AN_ACCOUNT):
             raise Overloaded(
-                sentence="Pictures of two other requests of yours are being read; try again in a moment."
+                sentence="Pictures of other requests of yours are being read; try again in a moment."
             )
         if self._requests.total() >= _REQUESTS_AT_ONCE + _WAITING_AT_MOST:
             raise _too_many()

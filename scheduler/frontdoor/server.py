@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -26,6 +26,7 @@ from scheduler.frontdoor.admin_accounts import AccountDeeds
 from scheduler.frontdoor.admin_balances import BalanceDeeds
 from scheduler.frontdoor.admin_plans import PlanDeeds
 from scheduler.frontdoor.admin_records import Records
+from scheduler.frontdoor.admission import Admission, QueueRoom
 from scheduler.frontdoor.artifacts import Artifacts
 from scheduler.frontdoor.auth import SERVICES, Doorman, every_method_has_a_role
 from scheduler.frontdoor.billing import BillingService
@@ -37,10 +38,16 @@ from scheduler.frontdoor.fleet import ACTION_OF as ACTION_OF_OPERATOR
 from scheduler.frontdoor.fleet import FleetService
 from scheduler.frontdoor.gate import Gate, OnRefusal
 from scheduler.frontdoor.jobs import JobService, submission_refused
+from scheduler.frontdoor.lifetimes import Lifetimes
 from scheduler.frontdoor.moderation import Moderation
+from scheduler.frontdoor.moderation_classifier import classification
+from scheduler.frontdoor.moderation_service import ACTION_OF as ACTION_OF_MODERATOR
+from scheduler.frontdoor.moderation_service import ModerationService
+from scheduler.frontdoor.orphans import Orphans
 from scheduler.frontdoor.pictures import Pictures
 from scheduler.frontdoor.renewals import Renewals
 from scheduler.frontdoor.standings import Standings
+from scheduler.frontdoor.tls import TlsFiles
 from scheduler.frontdoor.watch import Watches
 from scheduler.link import SchedulerLink
 from scheduler.metrics import FrontDoorMetrics
@@ -49,11 +56,11 @@ from scheduler.refusals import Overloaded
 from scheduler.settings import FrontDoor as FrontDoorSettings
 from scheduler.settings import Settings
 from scheduler.store.pool import Pool
-from scheduler.v1 import account_pb2_grpc, fleet_pb2_grpc, job_pb2_grpc
+from scheduler.v1 import account_pb2_grpc, fleet_pb2_grpc, job_pb2_grpc, moderation_pb2_grpc
 
 _LOOK_AT_DATABASE_EVERY_S = 1.0
-# Calls in progress are given this long when the service stops. None of the unary ones takes a tenth of it.
-_GRACE_S = 5.0
+# Above all streams that may be open, and a bound all the same: each takes some KB.
+_MOST_PENDING = 20_000
 
 
 class CannotListen(OSError):
@@ -93,7 +100,8 @@ async def serve(
 ) -> AsyncIterator[FrontDoor]:
     """Answer calls while the context is open; then let those in progress end, and watches resume elsewhere.
 
-    `clock` is the ledger's time, `monotonic_s` that of rate limits and caches. Raises CannotListen.
+    `clock` is the ledger's time, `monotonic_s` that of rate limits and caches. Raises CannotListen,
+    TlsUnusable and ClassifierUnusable.
     """
     every_method_has_a_role()
     doorman = Doorman(
@@ -106,17 +114,21 @@ async def serve(
         "/scheduler.v1.JobService/CreateJob": submission_refused(metrics),
         **{
             path: deed_refused(metrics, action)
-            for path, action in (*ACTION_OF_ADMIN.items(), *ACTION_OF_OPERATOR.items())
+            for actions in (ACTION_OF_ADMIN, ACTION_OF_OPERATOR, ACTION_OF_MODERATOR)
+            for path, action in actions.items()
         },
     }
     deeds = Deeds(pool=pool, metrics=metrics, clock=clock)
+    moderation = Moderation(pool, monotonic_s, classification(settings.moderation))
     standings = Standings(pool, link, clock)
-    watches = Watches(pool, link, standings)
+    watches = Watches(pool, link, standings, settings.frontdoor.watches_at_once)
+    room = QueueRoom(pool, settings.scheduling.waiting_max)
     estimates = Estimates(pool, models)
     artifacts = Artifacts(settings.artifacts)
     deletions = Deletions(pool, artifacts, clock)
     server = grpc.aio.server(
-        interceptors=[Gate(doorman, metrics, on_refusal)], options=_options(settings.frontdoor)
+        interceptors=[Gate(doorman, Admission(settings.frontdoor), metrics, on_refusal)],
+        options=_options(settings.frontdoor),
     )
     job_pb2_grpc.add_JobServiceServicer_to_server(
         JobService(
@@ -125,12 +137,13 @@ async def serve(
             metrics=metrics,
             models=models,
             estimates=estimates,
-            moderation=Moderation(pool, monotonic_s),
+            moderation=moderation,
             standings=standings,
             watches=watches,
             downloads=Downloads(pool, artifacts),
             pictures=Pictures(artifacts, settings.pictures),
             deletions=deletions,
+            room=room,
             parameters=Parameters(),
             clock=clock,
         ),
@@ -163,6 +176,17 @@ async def serve(
         ),
         server,
     )
+    moderation_pb2_grpc.add_ModerationServiceServicer_to_server(
+        ModerationService(
+            pool=pool,
+            link=link,
+            deeds=deeds,
+            doorman=doorman,
+            moderation=moderation,
+            standings=standings,
+        ),
+        server,
+    )
     healths = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(healths, server)
     reflection.enable_server_reflection(
@@ -175,23 +199,40 @@ async def serve(
     await _tell_health(pool, healths)
     await server.start()
     background = asyncio.create_task(
-        _background(standings, estimates, deletions, Renewals(pool, link, clock), pool, healths)
+        _background(
+            standings,
+            room,
+            estimates,
+            deletions,
+            Lifetimes(pool, clock, settings.lifetimes),
+            Orphans(pool, artifacts, clock, timedelta(days=settings.lifetimes.orphans_days)),
+            Renewals(pool, link, clock),
+            pool,
+            healths,
+        )
     )
     try:
         yield FrontDoor(host=settings.frontdoor.host, port=port, background=background)
     finally:
         await healths.enter_graceful_shutdown()
         watches.close()
-        await server.stop(_GRACE_S)
-        background.cancel()
-        with suppress(asyncio.CancelledError):
-            await background
+        try:
+            await server.stop(settings.frontdoor.stop_within_ms / 1000)
+        finally:
+            # Who cannot wait for that cancels it, and the calls in progress with it.
+            await server.stop(None)
+            background.cancel()
+            with suppress(asyncio.CancelledError):
+                await background
 
 
 async def _background(
     standings: Standings,
+    room: QueueRoom,
     estimates: Estimates,
     deletions: Deletions,
+    lifetimes: Lifetimes,
+    orphans: Orphans,
     renewals: Renewals,
     pool: Pool,
     healths: health.aio.HealthServicer,
@@ -200,6 +241,9 @@ async def _background(
         group.create_task(standings.run())
         group.create_task(estimates.run())
         group.create_task(deletions.run())
+        group.create_task(lifetimes.run())
+        group.create_task(orphans.run())
+        group.create_task(room.run())
         group.create_task(renewals.run())
         group.create_task(_keep_telling_health(pool, healths))
 
@@ -211,6 +255,12 @@ def _options(settings: FrontDoorSettings) -> list[tuple[str, int]]:
         ("grpc.max_receive_message_length", settings.max_message_bytes),
         ("grpc.max_send_message_length", settings.max_message_bytes),
         ("grpc.max_metadata_size", 16 * 1024),
+        ("grpc.max_concurrent_streams", settings.streams_per_connection),
+        # Of calls that came faster than Python takes them, the library drops some beyond 1,000, as CANCELLED,
+        # which no client retries. We refuse what is too much ourselves.
+        ("grpc.server.max_pending_requests", _MOST_PENDING),
+        ("grpc.server.max_pending_requests_hard_limit", _MOST_PENDING),
+        ("grpc.max_connection_age_ms", settings.connection_age_ms),
         # Clients ping to keep a quiet watch alive through middleboxes. The defaults answer that with GOAWAY.
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
@@ -224,15 +274,11 @@ def _options(settings: FrontDoorSettings) -> list[tuple[str, int]]:
 def _listen(server: grpc.aio.Server, settings: FrontDoorSettings) -> int:
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     address = f"{host}:{settings.port}"
+    tls = TlsFiles.of(settings)
+    credentials = None if tls is None else tls.credentials()
     try:
-        if settings.tls_certificate is None or settings.tls_key is None:
+        if credentials is None:
             return server.add_insecure_port(address)
-        client_ca = None if settings.tls_client_ca is None else settings.tls_client_ca.read_bytes()
-        credentials = grpc.ssl_server_credentials(
-            [(settings.tls_key.read_bytes(), settings.tls_certificate.read_bytes())],
-            root_certificates=client_ca,
-            require_client_auth=client_ca is not None,
-        )
         return server.add_secure_port(address, credentials)
     except RuntimeError as error:
         raise CannotListen(

@@ -1,11 +1,13 @@
 """Why a job does not move: the scheduler's word, or, until it has said one, what the account's own jobs say.
 
-All watches of this front door share one question a second.
+All watches of this front door share one question a second. It is about so many jobs at most; of more, all
+have their turn.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -20,6 +22,8 @@ from scheduler.store.pool import Pool
 from scheduler.updates import QueueReason, QueueStatus
 
 _ASK_EVERY_S = 1.0
+# The scheduler works out the place of each, and decides nothing meanwhile.
+_MOST_ASKED = 500
 _PARKED = QueueStatus(
     reason=QueueReason.PARKED,
     sentence="A fast job has its GPU for the moment; your job goes on from where it is.",
@@ -56,10 +60,17 @@ class Standings:
         """Tell the listeners what the scheduler says, once a second while there are any, until cancelled."""
         while True:
             await self._wanted.wait()
-            for job_id, status in (await self._link.queue_statuses(list(self._listeners))).items():
-                for tell in self._listeners.get(job_id, ()):
-                    tell(status)
+            await self.ask()
             await asyncio.sleep(_ASK_EVERY_S)
+
+    async def ask(self) -> None:
+        """Ask the scheduler once, and tell the listeners."""
+        asked = list(itertools.islice(self._listeners, _MOST_ASKED))
+        for job_id in asked:
+            self._listeners[job_id] = self._listeners.pop(job_id)  # behind those not asked about
+        for job_id, status in (await self._link.queue_statuses(asked)).items():
+            for tell in self._listeners.get(job_id, ()):
+                tell(status)
 
     @contextmanager
     def listen(self, job_id: str, tell: Tell) -> Iterator[None]:

@@ -25,6 +25,10 @@ from scheduler.v1 import job_pb2
 # Updates of the scheduler tell when to look at the database; looking also without them finds what it could
 # not tell, for instance a cancellation while it was away.
 _LOOK_ANYWAY_S = 10.0
+# Watches of a front door that do so in a second: of many, each looks less often.
+_LOOKS_A_SECOND = 100
+# At once, when all have news: the rest of the pool is for others.
+_LOOK_AT_ONCE = 4
 
 # A watch may reach the worker before the order to render does, and then hears nothing: so it asks again.
 _ASK_AGAIN_S = 0.5
@@ -33,17 +37,21 @@ _ASK_AGAIN_S = 0.5
 class Watches:
     """The open watches of this front door."""
 
-    def __init__(self, pool: Pool, link: SchedulerLink, standings: Standings) -> None:
+    def __init__(self, pool: Pool, link: SchedulerLink, standings: Standings, most: int) -> None:
         self._pool = pool
         self._link = link
         self._standings = standings
         self._open: set[_News] = set()
+        self._closed = False
+        self._most = most
+        self._turns = asyncio.Semaphore(_LOOK_AT_ONCE)
 
     def __len__(self) -> int:
         return len(self._open)
 
     def close(self) -> None:
         """Let every watch end with Overloaded: its client resumes at another front door."""
+        self._closed = True
         for news in self._open:
             news.leave()
 
@@ -51,7 +59,13 @@ class Watches:
         self, job_id: str, after_sequence: int, *, previews: bool
     ) -> AsyncGenerator[job_pb2.WatchJobResponse, None]:
         """Yield what happens to a job until it has ended. Raises NotFoundOrNotYours or Overloaded."""
+        if len(self._open) >= self._most:
+            raise Overloaded(
+                sentence="Too many jobs are watched at this front door; watch again from the last sequence "
+                "number."
+            )
         news = _News()
+        news.leaving = self._closed
         self._open.add(news)
         try:
             async with aclosing(
@@ -66,12 +80,17 @@ class Watches:
         self, job_id: str, after_sequence: int
     ) -> tuple[list[JobEvent], StoredJob, QueueStatus | None]:
         """Return the events behind `after_sequence`, the job, no older than they are, and why it waits."""
-        async with self._pool.reading() as connection:
+        async with self._turns, self._pool.reading() as connection:
             events = await jobs.events_after(connection, job_id, after_sequence)
             job = await jobs.read_job(connection, job_id)
         if job is None:
             raise NotFoundOrNotYours
         return events, job, (await self._standings.of([job])).get(job_id)
+
+    @property
+    def look_anyway_s(self) -> float:
+        """How long a watch goes without looking at the database."""
+        return max(_LOOK_ANYWAY_S, len(self._open) / _LOOKS_A_SECOND)
 
     async def follow(self, job_id: str, news: _News) -> None:
         """Say on every update of the scheduler that the database has something new."""
@@ -128,11 +147,11 @@ class _News:
         self.progress = progress
         self._arrived.set()
 
-    async def wait(self) -> None:
+    async def wait(self, look_anyway_s: float) -> None:
         """Return when there is something to say, or when it is time to look anyway."""
         try:
             # Not wait_for: in Python 3.11 it loses a cancellation that comes together with the event.
-            async with asyncio.timeout(_LOOK_ANYWAY_S):
+            async with asyncio.timeout(look_anyway_s):
                 await self._arrived.wait()
         except TimeoutError:
             self.look = True
@@ -183,7 +202,7 @@ class _Watch:
                         self._news.stands(status)
                 for response in self._unsaid():
                     yield response
-                await self._news.wait()
+                await self._news.wait(self._watches.look_anyway_s)
         finally:
             self._stop_queue()
             tasks = [following, *([self._progress] if self._progress is not None else [])]

@@ -13,6 +13,8 @@ from gpu_worker.models import Models, read_models
 from scheduler.frontdoor.server import serve
 from scheduler.metrics import FrontDoorMetrics
 from scheduler.settings import FrontDoor as FrontDoorSettings
+from scheduler.settings import Moderation as ModerationSettings
+from scheduler.settings import Scheduling as SchedulingSettings
 from scheduler.settings import Settings
 from scheduler.store import invariants
 from scheduler.store.pool import open_pool
@@ -34,6 +36,18 @@ def frontdoor_settings() -> FrontDoorSettings:
 
 
 @pytest.fixture
+def scheduling_settings() -> SchedulingSettings:
+    """Settings of the cell; a test module may ask for others."""
+    return SchedulingSettings()
+
+
+@pytest.fixture
+def moderation_settings() -> ModerationSettings:
+    """How prompts are judged; a test module may ask for a classifier."""
+    return ModerationSettings()
+
+
+@pytest.fixture
 def dsn(database: str) -> str:
     """Where the door finds its database; a test module may put something in between."""
     return database
@@ -49,12 +63,23 @@ def models(tmp_path: Path) -> Models:
 
 @pytest.fixture
 async def door(
-    dsn: str, tmp_path: Path, models: Models, frontdoor_settings: FrontDoorSettings
+    dsn: str,
+    tmp_path: Path,
+    models: Models,
+    frontdoor_settings: FrontDoorSettings,
+    moderation_settings: ModerationSettings,
+    scheduling_settings: SchedulingSettings,
 ) -> AsyncIterator[Door]:
     """A front door that answers."""
     artifacts = tmp_path / "artifacts"
     artifacts.mkdir()
-    settings = Settings(data_dir=tmp_path, artifacts_url=f"file://{artifacts}", frontdoor=frontdoor_settings)
+    settings = Settings(
+        data_dir=tmp_path,
+        artifacts_url=f"file://{artifacts}",
+        frontdoor=frontdoor_settings,
+        moderation=moderation_settings,
+        scheduling=scheduling_settings,
+    )
     pool = await open_pool(dsn, 4)
     scheduler, metrics, clock = SmallScheduler(), FrontDoorMetrics.create(PLANS), Clock()
     async with AsyncExitStack() as stack:

@@ -37,7 +37,14 @@ from scheduler.store.accounts import Role
 from scheduler.store.jobs import JobReceipt
 from scheduler.store.pool import Pool
 from scheduler.updates import Abilities, JobUpdate, QueueStatus
-from scheduler.v1 import account_pb2, account_pb2_grpc, fleet_pb2_grpc, job_pb2, job_pb2_grpc
+from scheduler.v1 import (
+    account_pb2,
+    account_pb2_grpc,
+    fleet_pb2_grpc,
+    job_pb2,
+    job_pb2_grpc,
+    moderation_pb2_grpc,
+)
 
 PLANS = ("basic", "standard", "pro")
 MODELS = """
@@ -247,6 +254,7 @@ class Caller:
     jobs: job_pb2_grpc.JobServiceAsyncStub
     accounts: account_pb2_grpc.AccountServiceAsyncStub
     fleet: fleet_pb2_grpc.FleetServiceAsyncStub
+    moderation: moderation_pb2_grpc.ModerationServiceAsyncStub
     billing: billing_pb2_grpc.BillingServiceAsyncStub
     admin: admin_pb2_grpc.AdminServiceAsyncStub
 
@@ -362,6 +370,7 @@ class Door:
             jobs=job_pb2_grpc.JobServiceStub(channel),  # type: ignore[arg-type]
             accounts=account_pb2_grpc.AccountServiceStub(channel),  # type: ignore[arg-type]
             fleet=fleet_pb2_grpc.FleetServiceStub(channel),  # type: ignore[arg-type]
+            moderation=moderation_pb2_grpc.ModerationServiceStub(channel),  # type: ignore[arg-type]
             billing=billing_pb2_grpc.BillingServiceStub(channel),  # type: ignore[arg-type]
             admin=admin_pb2_grpc.AdminServiceStub(channel),  # type: ignore[arg-type]
         )

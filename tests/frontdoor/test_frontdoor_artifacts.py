@@ -9,7 +9,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from gpu_worker.contract import ImageFile
-from scheduler.frontdoor.artifacts import Artifacts
+from scheduler.frontdoor.artifacts import Artifacts, PathOutsideStore
 from scheduler.refusals import Overloaded
 
 PICTURE = ImageFile(
@@ -62,5 +62,5 @@ async def test_trouble_of_an_object_store_is_a_refusal_to_try_again_after(artifa
 async def test_a_path_that_leaves_the_store_is_a_bug_and_no_trouble_of_the_store(
     artifacts: Artifacts,
 ) -> None:
-    with pytest.raises(AssertionError):
+    with pytest.raises(PathOutsideStore):
         await artifacts.put("../a.png", b"x")

@@ -292,7 +292,7 @@ def test_all_violations_are_reported_together_in_the_order_of_the_text() -> None
         ("fog --w ٢٥٦", "--w", "multiple of 64"),
         ("fog --w " + "9" * 5000, "--w", "multiple of 64"),
         ("fog --w", "--w", "needs a value"),
-        ("fog --w 64 64", "--w", "takes one value, but 64 follows it"),
+        ("fog --w 64 64", "--w", "takes one value, but more follows it"),
         ("fog --w 64 --W 64", "--w", "more than once"),
         (f"fog --seed {MAX_SEED + 1}", "--seed", "from 0 to 4294967295, not 4294967296."),
         ("fog --seed 99999999999", "--seed", "from 0 to 4294967295, not 99999999999."),

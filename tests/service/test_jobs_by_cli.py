@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pty
+import socket
 import subprocess
 import tempfile
 import uuid
@@ -116,9 +117,22 @@ def test_a_picture_to_draw_after_and_its_weight(ann: Artist, picture: str) -> No
 
 
 def test_an_address_that_is_no_picture_to_be_had_is_refused_with_what_to_do(ann: Artist) -> None:
-    refused = ann.refusal("imagine", "https://127.0.0.1/inside.png", "a", "boat")
+    refused = ann.refusal("imagine", "https://nowhere.invalid/a.png", "a", "boat")
     assert refused["reason"] == "PICTURE_UNREADABLE"
     assert refused["violations"]
+
+
+def test_an_address_inside_is_not_connected_to(ann: Artist) -> None:
+    try:
+        inside = socket.create_server(("127.0.0.78", 443))
+    except OSError as closed:
+        pytest.skip(f"ports below 1024 are not this user's to open: {closed}")
+    with inside:
+        inside.setblocking(False)
+        refused = ann.refusal("imagine", "https://127.0.0.78/inside.png", "a", "boat")
+        assert refused["reason"] == "PICTURE_UNREADABLE"
+        with pytest.raises(BlockingIOError):  # nobody came
+            inside.accept()
 
 
 def test_stop_shows_it_as_it_is_then(ann: Artist, grid: dict[str, Any]) -> None:

@@ -32,6 +32,12 @@ def test_every_requirement_is_pinned_to_a_version_it_allows() -> None:
         assert requirement.specifier.contains(pinned[name]), f"{requirement} excludes {pinned[name]}"
 
 
+def test_nothing_is_installed_that_is_not_pinned() -> None:
+    # What CONTRIBUTING has looked up in lists of unsafe versions is what is run, and all of it.
+    installed = {canonicalize_name(found.metadata["Name"]) for found in metadata.distributions()}
+    assert installed - pins().keys() <= {"darkroom", "pip"}
+
+
 def test_torch_is_one_exact_version() -> None:
     assert re.fullmatch(r"[\d.]+", pins()["torch"])
 

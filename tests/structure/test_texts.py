@@ -17,7 +17,17 @@ from scheduler.frontdoor.errors import code_of
 from scheduler.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
-TEXTS = sorted({*ROOT.glob("*.md"), *(ROOT / "proto").glob("*.md"), *ROOT.glob("*/README.md")})
+TEXTS = sorted(
+    {
+        *ROOT.glob("*.md"),
+        *(
+            text
+            for folder in ("proto", "deploy", "scheduler/store/migrations")
+            for text in (ROOT / folder).glob("*.md")
+        ),
+        *ROOT.glob("*/README.md"),
+    }
+)
 
 
 def blocks(language: str) -> list[str]:
@@ -35,20 +45,20 @@ def test_links_inside_the_repository_lead_somewhere(text: Path) -> None:
 
 
 def test_the_readmes_plans_file_can_be_read(tmp_path: Path) -> None:
-    plans, _, _ = blocks("toml")
+    plans, _, _, _ = blocks("toml")
     path = tmp_path / "plans.toml"
     path.write_text(plans)
     (edit,) = read_file(path)
-    assert set(edit.values) == {"minutes", "running", "self_service"}
+    assert set(edit.values) == {"minutes", "running", "self_service", "keep_days"}
 
 
 def test_the_readmes_settings_are_settings() -> None:
-    _, settings, _ = blocks("toml")
-    Settings(**tomllib.loads(settings))
+    _, settings, _, moderation = blocks("toml")
+    Settings(**tomllib.loads(settings + moderation))
 
 
 def test_the_readmes_models_file_can_be_read(tmp_path: Path) -> None:
-    _, _, models = blocks("toml")
+    _, _, models, _ = blocks("toml")
     path = tmp_path / "models.toml"
     path.write_text(models)
     assert read_models(path).default.name == "sdxl"
