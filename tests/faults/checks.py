@@ -1,0 +1,348 @@
+"""What must be so when a run is over: each check returns a sentence for everything that is not.
+
+They go by the rows, the files and what clients wrote down, and trust nothing that the service says of itself,
+but for `memory_is_the_database`, which compares just that with the rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter, defaultdict
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from io import BytesIO
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+from PIL import Image
+
+from billing import auditor
+from scheduler.client.aio import DarkroomClient
+from scheduler.clock import to_ms
+from scheduler.policy.auditing.audit import audit
+from scheduler.policy.auditing.findings import Bound, Finding, Verdict
+from scheduler.policy.events import FairShare
+from scheduler.policy.ids import AccountId, Tier
+from scheduler.policy.parameters import Parameters
+from scheduler.store import invariants, journal
+from scheduler.v1 import fleet_pb2, job_pb2
+from tests.faults.crowd import Deed, Promise
+
+ENDED = ("succeeded", "failed", "cancelled")
+_PLAN_RUNNING, _PLAN_RELAX_RUNNING = 3, 2
+"""Of every plan of the first release."""
+FAIRNESS = (Bound.B7, Bound.B9, Bound.B10, Bound.B11, Bound.B14, Bound.TAGS)
+"""Bounds that hold whatever fails. The others are about waits and orders, which a fault may bend."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """All that a check may look at."""
+
+    connection: asyncpg.Connection
+    """Past every proxy. The service is at rest."""
+    promises: Sequence[Promise]
+    undisturbed: Mapping[int, tuple[str, ...]]
+    """Digests of each picture of the gallery, drawn before anything went wrong."""
+    store: Path
+
+
+Check = Callable[[Evidence], Awaitable[list[str]]]
+
+
+# --- jobs -----------------------------------------------------------------------------------------------
+
+
+async def nothing_is_lost(evidence: Evidence) -> list[str]:
+    """Every job that was acknowledged has ended."""
+    rows = await evidence.connection.fetch("SELECT job_id::text, state FROM scheduler.job")
+    states = {row["job_id"]: row["state"] for row in rows}
+    return [
+        f"job {job_id} of {account_id} was acknowledged and is {states.get(job_id, 'not there')}"
+        for job_id, account_id in _acknowledged(evidence.promises).items()
+        if states.get(job_id) not in ENDED
+    ]
+
+
+async def nothing_is_doubled(evidence: Evidence) -> list[str]:
+    """A request made one job, and every job was made by one request; nobody was told of two."""
+    told: defaultdict[str, set[str]] = defaultdict(set)
+    for promise in evidence.promises:
+        if promise.deed is Deed.CREATED:
+            told[promise.request_id].add(promise.job_id)
+    found = [
+        f"request {request_id} was answered with jobs {', '.join(sorted(jobs))}"
+        for request_id, jobs in told.items()
+        if len(jobs) > 1
+    ]
+    rows = await evidence.connection.fetch(
+        """SELECT job_id::text, count(idempotency) AS requests
+             FROM scheduler.job
+                  LEFT JOIN billing.idempotency
+                            ON method = 'CreateJob' AND outcome ->> 'job_id' = job_id::text
+            GROUP BY job_id HAVING count(idempotency) <> 1"""
+    )
+    return found + [f"job {row['job_id']} is of {row['requests']} requests" for row in rows]
+
+
+async def what_was_seen_is_so(evidence: Evidence) -> list[str]:
+    """An end that somebody saw is the end there is; what was deleted is gone; a cancelled job ended."""
+    rows = {
+        row["job_id"]: row
+        for row in await evidence.connection.fetch(
+            """SELECT job_id::text, state, tier, images, deleted_at IS NOT NULL AS deleted,
+                      cancel_wanted FROM scheduler.job"""
+        )
+    }
+    found = []
+    moved: dict[str, Promise] = {}
+    for promise in evidence.promises:
+        row = rows.get(promise.job_id)
+        if row is None:
+            found.append(f"job {promise.job_id}, which {promise.account_id} {promise.deed}, is not there")
+            continue
+        match promise.deed:
+            case Deed.SAW_END if promise.state != row["state"]:
+                found.append(f"job {promise.job_id} was seen {promise.state} and is {row['state']}")
+            case Deed.SAW_END if not row["deleted"] and _digests(row) != promise.sha256:
+                found.append(f"job {promise.job_id} has other pictures than were seen")
+            case Deed.DELETED if not row["deleted"]:
+                found.append(f"job {promise.job_id} was deleted and is there")
+            case Deed.MOVED:
+                moved[promise.job_id] = promise
+    return found + [
+        f"job {job_id} was moved to {promise.tier} and is {rows[job_id]['tier']}"
+        for job_id, promise in moved.items()
+        if rows[job_id]["tier"] != promise.tier
+    ]
+
+
+async def caps_held(evidence: Evidence) -> list[str]:
+    """At no time did an account run more than its plan allows, as the rows of all attempts tell it."""
+    rows = await evidence.connection.fetch(
+        """SELECT account_id, tier, attempt.started_at, attempt.ended_at
+             FROM scheduler.attempt JOIN scheduler.job USING (job_id)
+            WHERE attempt.ended_at > attempt.started_at"""
+    )
+    steps = sorted(
+        chain.from_iterable(
+            ((row["started_at"], 1, row), (row["ended_at"], 0, row))
+            for row in rows  # ends before starts
+        ),
+        key=lambda step: step[:2],
+    )
+    running: Counter[str] = Counter()
+    relax: Counter[str] = Counter()
+    found = []
+    for at, starts, row in steps:
+        change = 1 if starts else -1
+        running[row["account_id"]] += change
+        relax[row["account_id"]] += change * (row["tier"] == "relax")
+        if running[row["account_id"]] > _PLAN_RUNNING or relax[row["account_id"]] > _PLAN_RELAX_RUNNING:
+            found.append(
+                f"{row['account_id']} ran {running[row['account_id']]} jobs at {at}, "
+                f"{relax[row['account_id']]} of them relax"
+            )
+    return found
+
+
+# --- money ----------------------------------------------------------------------------------------------
+
+
+async def nobody_is_billed_wrongly(evidence: Evidence) -> list[str]:
+    """By the ledger's journal alone: a job was paid once at most, and only where its owner had of it."""
+    rows = await evidence.connection.fetch(
+        """SELECT job.job_id::text, job.state, job.tier,
+                  (job.receipt ->> 'billed_gpu_ms')::bigint AS receipt_ms,
+                  count(DISTINCT transfer.attempt_id) AS paid_by,
+                  COALESCE(sum(transfer.amount), 0) AS paid_ms
+             FROM scheduler.job
+                  LEFT JOIN billing.transfer ON transfer.job_id = job.job_id AND transfer.unit = 'gpu_ms'
+                       AND transfer.kind IN ('post', 'post_pending') AND transfer.credit_account = 'consumed'
+            GROUP BY job.job_id, job.state, job.tier, job.receipt"""
+    )
+    found = []
+    for row in rows:
+        job = f"job {row['job_id']}, {row['state']} in {row['tier']},"
+        if row["paid_by"] > 1:
+            found.append(f"{job} was paid {row['paid_by']} times")
+        if row["paid_ms"] and (row["state"] == "failed" or row["tier"] == "relax"):
+            found.append(f"{job} was billed {row['paid_ms']} ms")
+        if row["state"] == "succeeded" and (row["receipt_ms"] or 0) != row["paid_ms"]:
+            found.append(f"{job} was billed {row['paid_ms']} ms, and its receipt says {row['receipt_ms']}")
+    return found
+
+
+async def the_ledger_holds(evidence: Evidence) -> list[str]:
+    """Every invariant, those of a service at rest too, and the second auditor's replay."""
+    every = [*invariants.INVARIANTS, *invariants.AT_REST]
+    broken = await invariants.check(evidence.connection, invariants=every)
+    return [f"invariant broken: {one}" for one in broken] + [
+        f"the auditor: {finding}" for finding in await auditor.replay(evidence.connection)
+    ]
+
+
+# --- fairness -------------------------------------------------------------------------------------------
+
+
+async def the_order_was_kept(evidence: Evidence) -> list[str]:
+    """The journal of all schedulers, replayed by the fairness auditor, and held against what is stored."""
+    now = datetime.now(UTC) + timedelta(seconds=1)
+    period = await journal.read(evidence.connection, start=now - timedelta(days=1), end=now)
+    closing: defaultdict[AccountId, dict[Tier, FairShare]] = defaultdict(dict)
+    for row in await evidence.connection.fetch("SELECT * FROM scheduler.fair_share"):
+        closing[AccountId(row["account_id"])][Tier(row["tier"])] = FairShare(
+            finish_tag=row["finish_tag"], tag=row["tag"], usage=row["usage"]
+        )
+    findings = audit(replace(period.journal, closing=closing, ended_ms=to_ms(now)), Parameters())
+    return [
+        _sentence(finding)
+        for finding in findings
+        if finding.bound in FAIRNESS and finding.verdict is Verdict.VIOLATED
+    ]
+
+
+def _sentence(finding: Finding) -> str:
+    return (
+        f"{finding.bound} ({finding.promise.sentence}) was broken {finding.violations} times in "
+        f"{finding.cases}, by {finding.worst_margin} {finding.promise.unit}: {finding.worst}"
+    )
+
+
+# --- files ----------------------------------------------------------------------------------------------
+
+
+async def pictures_are_whole_and_exact(evidence: Evidence) -> list[str]:
+    """Each picture is there, can be read, and is the one that is drawn when nothing goes wrong."""
+    asked = {one.job_id: one.picture for one in evidence.promises if one.deed is Deed.CREATED}
+    rows = await evidence.connection.fetch(
+        """SELECT job_id::text, images FROM scheduler.job
+            WHERE state = 'succeeded' AND deleted_at IS NULL ORDER BY job_id"""
+    )
+    found = []
+    for row in rows:
+        for image in json.loads(row["images"]):
+            wrong = _wrong_with(evidence.store / image["path"], image)
+            if wrong:
+                found.append(f"picture {image['index']} of job {row['job_id']} {wrong}")
+        if row["job_id"] in asked and _digests(row) != evidence.undisturbed[asked[row["job_id"]]]:
+            found.append(f"job {row['job_id']} has other pictures than one that nothing disturbed")
+    # Those of jobs that were deleted since, too.
+    seen = [one for one in evidence.promises if one.deed is Deed.SAW_END and one.state == "succeeded"]
+    return found + [
+        f"job {one.job_id} had other pictures than one that nothing disturbed"
+        for one in seen
+        if one.sha256 != evidence.undisturbed[one.picture]
+    ]
+
+
+def _wrong_with(path: Path, image: Mapping[str, Any]) -> str:
+    if not path.exists():
+        return "is not in the store"
+    content = path.read_bytes()
+    if len(content) != image["size_bytes"] or hashlib.sha256(content).hexdigest() != image["sha256"]:
+        return "is another file"
+    with Image.open(BytesIO(content)) as picture:
+        picture.load()
+        return "" if picture.size == (image["width"], image["height"]) else f"is {picture.size} large"
+
+
+async def no_file_is_left_over(evidence: Evidence) -> list[str]:
+    """Everything in the store is named by a row: a picture or latents of a job that is not deleted."""
+    rows = await evidence.connection.fetch(
+        "SELECT images, videos, latents_path FROM scheduler.job WHERE deleted_at IS NULL"
+    )
+    named: set[str | None] = set()
+    for row in rows:
+        named.update(one["path"] for one in _json(row["images"]) + _json(row["videos"]))
+        named.add(row["latents_path"])
+    there = {str(path.relative_to(evidence.store)) for path in evidence.store.rglob("*") if path.is_file()}
+    return [f"no row names {path}" for path in sorted(there.difference(named))]
+
+
+# --- memory ---------------------------------------------------------------------------------------------
+
+
+async def memory_is_the_database(
+    admin: DarkroomClient, connection: asyncpg.Connection, exposition: str
+) -> list[str]:
+    """What the scheduler says of queues, workers and metrics is what the rows say. Jobs may wait."""
+    rows = await connection.fetch(
+        """SELECT tier, count(*) FILTER (WHERE state = 'queued') AS waiting,
+                  count(*) FILTER (WHERE state = 'running') AS running
+             FROM scheduler.job WHERE state IN ('queued', 'running') GROUP BY tier"""
+    )
+    in_rows = dict.fromkeys(("fast", "relax"), (0, 0)) | {
+        row["tier"]: (row["waiting"], row["running"]) for row in rows
+    }
+    queues = {
+        job_pb2.Tier.Name(queue.tier).removeprefix("TIER_").lower(): queue
+        for queue in (await admin.queues()).tiers
+    }
+    found = []
+    for tier, (waiting, running) in in_rows.items():
+        queue = queues[tier]
+        # Held ones wait too; parked ones run.
+        said = (queue.waiting + queue.held, queue.running + queue.parked)
+        if said != (waiting, running):
+            found.append(f"of {tier} {waiting} wait and {running} run, and the scheduler says {said}")
+        gauges = (_gauge(exposition, "jobs_queued", tier), _gauge(exposition, "jobs_running", tier))
+        if gauges != (waiting, running):
+            found.append(f"of {tier} {waiting} wait and {running} run, and its metrics say {gauges}")
+    workers = await admin.workers()
+    found += [
+        f"{worker.name} has {worker.active.job or len(worker.parked)} in hand, and no row says so"
+        for worker in workers
+        if worker.active.job or worker.parked
+    ]
+    found += [
+        f"{worker.name} is {fleet_pb2.WorkerState.Name(worker.state)}"
+        for worker in workers
+        if worker.state not in (fleet_pb2.WORKER_STATE_IDLE, fleet_pb2.WORKER_STATE_ABSENT)
+    ]
+    if _gauge(exposition, "billing_holds", "") != 0:
+        found.append("its metrics say that something is held")
+    return found
+
+
+def _gauge(exposition: str, name: str, tier: str) -> int | None:
+    for line in exposition.splitlines():
+        named = line.startswith((f"darkroom_{name}{{", f"darkroom_{name} "))
+        if named and (not tier or f'tier="{tier}"' in line):
+            return int(float(line.rpartition(" ")[2]))
+    return None
+
+
+CHECKS: Sequence[Check] = (
+    nothing_is_lost,
+    nothing_is_doubled,
+    what_was_seen_is_so,
+    caps_held,
+    nobody_is_billed_wrongly,
+    the_ledger_holds,
+    the_order_was_kept,
+    pictures_are_whole_and_exact,
+    no_file_is_left_over,
+)
+"""Those that need the rows, the files and the promises alone."""
+
+
+async def findings(evidence: Evidence, checks: Iterable[Check] = CHECKS) -> list[str]:
+    """Return what any check finds; nothing is what is hoped for."""
+    return [f"{check.__name__}: {one}" for check in checks for one in await check(evidence)]
+
+
+def _acknowledged(promises: Iterable[Promise]) -> dict[str, str]:
+    return {one.job_id: one.account_id for one in promises if one.deed is Deed.CREATED}
+
+
+def _digests(row: asyncpg.Record) -> tuple[str, ...]:
+    return tuple(image["sha256"] for image in _json(row["images"]))
+
+
+def _json(column: str | None) -> list[dict[str, Any]]:
+    return [] if column is None else json.loads(column)
