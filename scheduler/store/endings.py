@@ -193,8 +193,9 @@ async def _rows_of_jobs(
         f"""SELECT attempt.attempt_id::text, attempt.job_id::text, attempt.number, attempt.state,
                   attempt.worker_id, attempt.started_at, attempt.predicted_ms, attempt.charged_at_ms,
                   attempt.weight_milli, attempt.gpu_ms, attempt.parked_at, attempt.parked_ms,
-                  attempt.drawn_at, attempt.kept_ms, job.account_id, job.tier, job.pricing, job.spec,
-                  job.checkpoint, job.state AS job_state, job.event_seq, job.cancel_wanted, job.losses,
+                  attempt.drawn_at, attempt.kept_ms, attempt.counts_as_loss, job.account_id, job.tier,
+                  job.pricing, job.spec, job.checkpoint, job.state AS job_state, job.event_seq,
+                  job.cancel_wanted, job.losses,
                   job.created_at, job.started_at AS job_started_at,
                   -- Asked once: behind an old transaction the row has many versions to go through.
                   (SELECT decay_origin_ms FROM scheduler.cell WHERE tier = 'relax') AS decay_origin_ms
@@ -224,6 +225,7 @@ def _settled_before(row: asyncpg.Record) -> Settled:
         absorbed_ms=0,
         billed_ms=0,
         released_ms=0,
+        counts_as_loss=row["counts_as_loss"],
     )
 
 
@@ -407,11 +409,11 @@ async def _close_attempts(connection: asyncpg.Connection, closings: Sequence[_Cl
     done = await connection.execute(
         """UPDATE scheduler.attempt
            SET state = new.state, ended_at = $5, gpu_ms = new.gpu_ms, times = new.times,
-               kept_ms = new.kept_ms, parked_at = NULL,
+               kept_ms = new.kept_ms, parked_at = NULL, counts_as_loss = new.counts_as_loss,
                reported_token = new.token, reported_incarnation = new.incarnation
            FROM unnest($1::uuid[], $2::text[], $3::integer[], $4::jsonb[], $6::integer[], $7::uuid[],
-                       $8::text[])
-                AS new (attempt_id, state, gpu_ms, times, kept_ms, token, incarnation)
+                       $8::text[], $9::boolean[])
+                AS new (attempt_id, state, gpu_ms, times, kept_ms, token, incarnation, counts_as_loss)
            WHERE attempt.attempt_id = new.attempt_id AND attempt.state = 'running'""",
         [closing.end.attempt_id for closing in closings],
         [closing.verdict.value for closing in closings],
@@ -421,6 +423,7 @@ async def _close_attempts(connection: asyncpg.Connection, closings: Sequence[_Cl
         [closing.kept.gpu_ms for closing in closings],
         [closing.end.token for closing in closings],
         [closing.end.incarnation for closing in closings],
+        [closing.counts_as_loss for closing in closings],
     )
     # They were read as running in this transaction, and are locked since.
     assert done == f"UPDATE {len(closings)}", f"{done}, not {len(closings)}: two settlements of one attempt"

@@ -355,3 +355,41 @@ async def test_batch_whose_answer_was_lost_is_not_started_twice(stage: Stage) ->
         stage.connection, epoch=lead.epoch, ends=[forged], parameters=Parameters(), now_ms=lead.now_ms
     )
     assert isinstance(nothing, endings.Unknown)
+
+
+@pytest.mark.parametrize("counts", [True, False])
+async def test_loss_whose_answer_was_lost_is_the_same_loss_when_it_is_told_again(
+    stage: Stage, counts: bool
+) -> None:
+    await stage.open_account("ada")
+    job_id = await stage.submit("ada", Tier.FAST)
+    lead = await leadership.take_lead(stage.connection, "test")
+    await stage.connection.execute("UPDATE scheduler.cell SET decay_origin_ms = $1", lead.now_ms)
+    planned = a_planned_attempt(job_id, lead.now_ms)
+    await dispatch.start_attempts(
+        stage.connection,
+        epoch=lead.epoch,
+        planned=[planned],
+        tags=[],
+        running=[],
+        parameters=Parameters(),
+        now_ms=lead.now_ms,
+        again=False,
+    )
+    end = endings.AttemptEnd(
+        attempt_id=planned.attempt_id,
+        token=planned.token,
+        verdict=endings.Verdict.LOST,
+        gpu_ms=None,
+        counts=counts,
+    )
+    for _ in range(2):
+        (outcome,) = await endings.settle_attempts(
+            stage.connection, epoch=lead.epoch, ends=[end], parameters=Parameters(), now_ms=lead.now_ms
+        )
+        assert isinstance(outcome, endings.Settled)
+        assert (outcome.job_state, outcome.counts_as_loss) == ("queued", counts)
+    losses = await stage.connection.fetchval(
+        "SELECT losses FROM scheduler.job WHERE job_id = $1", uuid.UUID(job_id)
+    )
+    assert losses == counts
