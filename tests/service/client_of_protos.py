@@ -36,14 +36,23 @@ with tempfile.TemporaryDirectory(prefix="dr-") as generated:
     )
     sys.path.insert(0, generated)
     from billing.v1 import admin_pb2, admin_pb2_grpc, billing_pb2, billing_pb2_grpc
-    from scheduler.v1 import account_pb2, account_pb2_grpc, fleet_pb2, fleet_pb2_grpc, job_pb2, job_pb2_grpc
+    from scheduler.v1 import (
+        account_pb2,
+        account_pb2_grpc,
+        fleet_pb2,
+        fleet_pb2_grpc,
+        job_pb2,
+        job_pb2_grpc,
+        moderation_pb2,
+        moderation_pb2_grpc,
+    )
 
 PATIENCE_S = 60
 CHUNK_BYTES = 64 * 1024
 PNG = b"\x89PNG\r\n\x1a\n"
 EVERY_SERVICE = {
     service.full_name: file
-    for file in (job_pb2, account_pb2, fleet_pb2, billing_pb2, admin_pb2)
+    for file in (job_pb2, account_pb2, fleet_pb2, moderation_pb2, billing_pb2, admin_pb2)
     for service in file.DESCRIPTOR.services_by_name.values()
 }
 
@@ -55,6 +64,7 @@ class Api:
         self.jobs = job_pb2_grpc.JobServiceStub(channel)
         self.accounts = account_pb2_grpc.AccountServiceStub(channel)
         self.fleet = fleet_pb2_grpc.FleetServiceStub(channel)
+        self.moderation = moderation_pb2_grpc.ModerationServiceStub(channel)
         self.billing = billing_pb2_grpc.BillingServiceStub(channel)
         self.admin = admin_pb2_grpc.AdminServiceStub(channel)
         self.call = {"metadata": [("authorization", f"Bearer {key}")], "timeout": PATIENCE_S}
@@ -472,6 +482,52 @@ def the_fleet(admin: Api, owner: Api) -> None:
     print("FleetService, ExplainJob, UpdateJob: what waits is explained and moved")
 
 
+def moderating(admin: Api, owner: Api, upscale: job_pb2.Job) -> None:
+    """Make a rule and take it back, hide a job from the feed, and block an account for a while."""
+    deed = {"reason": "a test"}
+    prompt = job_pb2.Imagine(prompt="a zeppelin over a harbour")
+    before = admin.moderation.ListRules(moderation_pb2.ListRulesRequest(), **admin.call)
+    rule = moderation_pb2.Rule(pattern="zeppelin", category="airships")
+    made = admin.moderation.UpdateRules(
+        moderation_pb2.UpdateRulesRequest(request_id=new_id(), etag=before.etag, add=[rule], **deed),
+        **admin.call,
+    )
+    request = job_pb2.CreateJobRequest(request_id=new_id(), imagine=prompt)
+    details = refused(
+        owner, owner.jobs.CreateJob, request, StatusCode.INVALID_ARGUMENT, "MODERATION_REJECTED"
+    )
+    assert details["ErrorInfo"].metadata["category"] == "airships"
+    stale = moderation_pb2.UpdateRulesRequest(
+        request_id=new_id(), etag=before.etag, remove=["zeppelin"], **deed
+    )
+    refused(admin, admin.moderation.UpdateRules, stale, StatusCode.ABORTED, "ETAG_MISMATCH")
+    stale.etag = made.etag
+    assert admin.moderation.UpdateRules(stale, **admin.call).removed == ["zeppelin"]
+    hidden = admin.moderation.HideJob(
+        moderation_pb2.HideJobRequest(name=upscale.name, request_id=new_id(), category="adult", **deed),
+        **admin.call,
+    )
+    assert hidden.hidden.category == "adult"
+    feed = job_pb2.ListFeedRequest()
+    assert upscale.uid not in str(owner.jobs.ListFeed(feed, **owner.call))
+    shown = admin.moderation.UnhideJob(
+        moderation_pb2.UnhideJobRequest(name=upscale.name, request_id=new_id(), **deed), **admin.call
+    )
+    assert not shown.HasField("hidden")
+    assert upscale.uid in str(owner.jobs.ListFeed(feed, **owner.call))
+    account = owner.accounts.GetAccount(account_pb2.GetAccountRequest(), **owner.call).name
+    blocked = admin.moderation.BlockAccount(
+        moderation_pb2.BlockAccountRequest(name=account, request_id=new_id(), **deed), **admin.call
+    )
+    assert blocked.blocked
+    refused(owner, owner.jobs.CreateJob, request, StatusCode.PERMISSION_DENIED, "ACCOUNT_BLOCKED")
+    admin.moderation.UnblockAccount(
+        moderation_pb2.UnblockAccountRequest(name=account, request_id=new_id(), **deed), **admin.call
+    )
+    assert owner.balance()
+    print("ModerationService: a rule, a hidden job, a blocked account, and all of it taken back")
+
+
 def the_account_itself(owner: Api, plan: admin_pb2.Plan) -> None:
     """Change what the mask names, and nothing else."""
     account = owner.accounts.GetAccount(account_pb2.GetAccountRequest(), **owner.call)
@@ -526,6 +582,7 @@ def main() -> None:
         downloads(owner, relax)
         stranger = an_account(channel, admin, plan)
         lists(owner, stranger, [relax, fast, *derived, *upscales])
+        moderating(admin, owner, upscales[0])
         deleting(owner, stranger, upscales[0])
         cancelling(owner)
         the_fleet(admin, owner)
