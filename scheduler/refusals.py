@@ -42,12 +42,16 @@ class ModerationRejected(Refusal):
 
     reason = "MODERATION_REJECTED"
 
-    def __init__(self, *, category: str, field: str) -> None:
+    def __init__(self, *, category: str, field: str, hidden_job: str | None = None) -> None:
+        """`hidden_job`: one that a moderator hides, of which, or in place of which, another is asked for."""
         self.category = category
         self.field = field
         super().__init__(
             f"The prompt was rejected by moderation ({category}). Leave out what belongs to that category, "
             "or ask the people who run this service if you think it is a mistake."
+            if hidden_job is None
+            else f"A moderator has hidden job {hidden_job} ({category}): no other is made of it or like it. "
+            "Ask the people who run this service if you think it is a mistake."
         )
 
     def metadata(self) -> dict[str, str]:

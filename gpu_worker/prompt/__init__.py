@@ -20,11 +20,12 @@ from dataclasses import dataclass, field
 from gpu_worker.contract import WHOLE_PPM, TextPart
 from gpu_worker.prompt.findings import CONTROL, Findings, PromptRefused, Violation
 from gpu_worker.prompt.parameters import Parameters
-from gpu_worker.prompt.texts import pieces, shows, texts, urls, warn_of_unread
+from gpu_worker.prompt.texts import BLANK, pieces, shows, texts, urls, warn_of_unread
 from gpu_worker.prompt.weights import decimal, in_one_unit, shares_ppm
 from gpu_worker.prompt.words import FIRST_URL, MAX_SEED, SIDE_STEP
 
 __all__ = [
+    "BLANK",
     "MAX_CHARACTERS",
     "MAX_PARTS",
     "MAX_SEED",

@@ -14,7 +14,7 @@ from gpu_worker.prompt.words import parameter_name, refuse_misplaced
 _WORDS_READ = 60
 _UNSEEN = frozenset(("Cc", "Cf", "Cs", "Me", "Mn", "Zl", "Zp", "Zs"))
 # Fillers of Hangul, and Braille without a dot: letters and symbols that leave a space.
-_BLANK = "\u115f\u1160\u2800\u3164\uffa0"
+BLANK = frozenset("\u115f\u1160\u2800\u3164\uffa0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class WeightedText:
 def shows(text: str) -> bool:
     """Return whether anything of a text can be seen: marks, joiners and blank letters alone say nothing."""
     return any(
-        unicodedata.category(character) not in _UNSEEN and character not in _BLANK for character in text
+        unicodedata.category(character) not in _UNSEEN and character not in BLANK for character in text
     )
 
 

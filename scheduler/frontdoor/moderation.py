@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from scheduler.frontdoor.moderation_classifier import Classification
 from scheduler.frontdoor.moderation_matcher import Matcher
@@ -16,6 +18,8 @@ from scheduler.store import moderation as store
 from scheduler.store.pool import Pool
 
 _RULES_FRESH_S = 2.0
+# In characters. As long as nearly all are, a prompt takes a millisecond; the longest take twenty.
+_LONG = 1_000
 
 
 class Moderation:
@@ -31,6 +35,8 @@ class Moderation:
         self._read_s = float("-inf")
         self._etag = ""
         self._matcher = Matcher(())
+        # One: whoever sends long ones waits for other long ones, and nobody else does.
+        self._long_ones = ThreadPoolExecutor(1, thread_name_prefix="moderation")
 
     async def category(self, texts: Iterable[str], text: str) -> str | None:
         """Return the category a prompt belongs to, None if it may be drawn. Raises Overloaded.
@@ -39,7 +45,11 @@ class Moderation:
         """
         matcher = await self._fresh()
         for each in dict.fromkeys(texts):
-            rule = matcher.first(each)
+            if len(each) < _LONG:
+                rule = matcher.first(each)
+            else:
+                found = partial(matcher.first, each)
+                rule = await asyncio.get_running_loop().run_in_executor(self._long_ones, found)
             if rule is not None:
                 return rule.category
         return None if self._classification is None else await self._classification.category(text)

@@ -17,6 +17,7 @@ import structlog
 
 from scheduler.refusals import Overloaded
 from scheduler.settings import Moderation as ModerationSettings
+from scheduler.store.moderation import is_category
 
 _log = structlog.get_logger()
 
@@ -30,9 +31,14 @@ class Verdict:
     """What a classifier makes of a prompt."""
 
     category: str
-    """Is named to whoever sent the prompt: lower-case letters, digits and `-`."""
+    """Is named to whoever sent the prompt: as a rule's, up to 40 lower-case letters, digits and `-`, of
+    which the first is a letter. Any other counts as no answer."""
     score_permille: int
     """How sure it is that the prompt belongs there: 0 to 1000."""
+
+
+class _NoCategory(ValueError):
+    """What a classifier calls a category cannot be one."""
 
 
 class Classifier(Protocol):
@@ -57,6 +63,9 @@ class Classification:
         try:
             async with asyncio.timeout(self.settings.classifier_ms / 1000):
                 verdict = await self.classify(text)
+            if verdict is not None and not is_category(verdict.category):
+                # It is shown to whoever sent the prompt, and may be anything, the prompt too.
+                raise _NoCategory
         except Exception as trouble:
             # Whatever it raises is its own; of its answer nothing is known.
             passes = self.settings.without_classifier == "pass"

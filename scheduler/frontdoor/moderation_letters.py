@@ -3,22 +3,27 @@
 `plain` takes away what does not change a word: case, accents, styles of letters (`𝐠`, `ｇ`, `ⓖ`), and what is
 not seen, as joiners and soft hyphens. `look_alike` also takes a letter for the Latin one that it looks like,
 as a Cyrillic `о` for an `o`, and `spellings` a digit for the letter that people write it for (`g0re`).
+
+What a character becomes is found out once, and is of four letters at most: no text grows by more than that.
 """
 
 from __future__ import annotations
 
 import re
+import string
 import unicodedata
 from collections.abc import Callable
 from itertools import groupby
 
+from gpu_worker.prompt import BLANK
+
 # Letters of other alphabets that are taken for Latin ones, of the alphabets that people have the letters of:
 # confusables.txt of Unicode Technical Standard 39, single letters only, both cases of those whose small form
-# is the large one in small, and the Greek ones that are commonly written for others.
+# is the large one in small, and the Greek and Icelandic ones that are commonly written for others.
 _LOOK_ALIKES: dict[str, str] = {
     letter: latin
     for letters, latins in (
-        ("ƄƍƖƦƽǀɑɣɩꞟꞳꞴꭇ", "bglrslayiuxbr"),
+        ("ÐðÞþƄƍƖƦƽǀɑɣɩꞟꞳꞴꭇ", "ddppbglrslayiuxbr"),
         (
             "ͿΑΒΕΖΗΙΚΜΝΟΡΤΥΧαβγεηικμνορστυχωϜϳϺᴦ",
             "jabezhikmnoptyxabyenikuvopotuxwfjmr",
@@ -41,8 +46,12 @@ _NAMED_FOR_LATIN = re.compile(
 )
 
 _NOT_SEEN = frozenset(("Cf", "Me", "Mn"))
-# Fillers of Hangul, and Braille without a dot: letters and symbols that leave a space.
-_BLANK = frozenset("\u115f\u1160\u2800\u3164\uffa0")
+# Private and unassigned: there are a million, and none means anything to anybody.
+_NOBODYS = frozenset(("Cn", "Co"))
+# Most signs there are, and each is what it is.
+_IDEOGRAPH = "CJK UNIFIED IDEOGRAPH"
+# One ligature unfolds into 18 letters, and a prompt of nothing else into a text of a hundred thousand.
+_LETTERS_AT_MOST = 4
 
 _DIGITS = str.maketrans("03456789", "oeasgtbg")
 _ONE = "1"
@@ -56,6 +65,8 @@ _SHOWN_BACKWARDS = re.compile("\u202e([^\u202c]*)\u202c?")
 _STRETCHED = re.compile(r"(.)\1\1+")
 _A_RUN = re.compile(r"(.)\1+")
 _A_LETTER = re.compile(r"[^\W\d_]")
+# With less beside the digits it is a name of something: mp3, ss1.
+_LEAST_BESIDE_DIGITS = 3
 
 
 def plain(text: str) -> str:
@@ -83,9 +94,18 @@ def spellings(word: str) -> tuple[str, ...]:
     return (word, word.translate(_DIGITS))
 
 
+def with_and_without_number(word: str) -> tuple[str, ...]:
+    """Return a word as it is, and without a number that it begins with, or ends with, and without both."""
+    if word.isalpha():
+        return (word,)
+    both = (word.lstrip(string.digits), word.rstrip(string.digits), word.strip(string.digits))
+    bare = (left for left in both if left != word and len(left) >= _LEAST_BESIDE_DIGITS)
+    return (word, *dict.fromkeys(bare))
+
+
 def is_unclear(word: str) -> bool:
     """Return whether a word may be meant as another: for a 1, or letters that are stretched as in no word."""
-    return _ONE in word or _STRETCHED.search(word) is not None
+    return _ONE in word or (len(word) > 2 and _STRETCHED.search(word) is not None)
 
 
 def sketch(word: str) -> str:
@@ -127,24 +147,25 @@ def _runs(word: str) -> list[tuple[str, int]]:
 class _Table(dict[int, str]):
     """For str.translate: what each character becomes, found out when it is first met."""
 
-    # There are a million characters, and whoever sends them all must not fill the memory.
-    _MOST_KEPT = 20_000
-
     def __init__(self, folded: Callable[[str], str]) -> None:
         super().__init__()
         self._folded = folded
 
     def __missing__(self, code: int) -> str:
+        character = chr(code)
+        # Not kept, so that whoever sends all characters there are does not fill the memory. Of the others,
+        # there are fifty thousand.
+        if unicodedata.category(character) in _NOBODYS or unicodedata.name(character, "").startswith(
+            _IDEOGRAPH
+        ):
+            return character
         folded = "".join(
             self._folded(part)
-            for part in unicodedata.normalize("NFKD", chr(code))
+            for part in unicodedata.normalize("NFKD", character)
             if unicodedata.category(part) not in _NOT_SEEN
         )
-        if chr(code) in _BLANK:
-            folded = " "
-        if len(self) < self._MOST_KEPT:
-            self[code] = folded
-        return folded
+        self[code] = " " if character in BLANK else folded[:_LETTERS_AT_MOST]
+        return self[code]
 
 
 def _latin(part: str) -> str:

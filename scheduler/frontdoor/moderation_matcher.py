@@ -1,10 +1,10 @@
 """Finds the rules whose words stand in a text, however they are disguised, and only as whole words.
 
 Disguises: case, accents and styles of letters; what is not seen between letters, and marks that turn their
-order round; look-alike letters and digits (`g0re`, `gоre`); punctuation and spaces between letters
-(`g.o.r.e`, `g o r e`); letters repeated three times or more (`goooore`). Not found: words with spaces
-elsewhere than between all letters (`go re`: or "the pen is" would be found too), words that run into
-others, other words for the same.
+order round; look-alike letters and digits (`g0re`, `gоre`); a number before or behind (`gore1`); punctuation
+and spaces between letters (`g.o.r.e`, `g+o+r+e`, `g o r e`); letters repeated three times or more
+(`goooore`). Not found: words with spaces elsewhere than between all letters (`go re`: or "the pen is" would
+be found too), words that run into others, other words for the same.
 
 Nobody writes the scripts of China, Japan and South-East Asia with spaces, so there each character is a word.
 
@@ -28,6 +28,7 @@ from scheduler.frontdoor.moderation_letters import (
     plain,
     sketch,
     spellings,
+    with_and_without_number,
     with_ones,
 )
 from scheduler.store.moderation import Rule
@@ -90,8 +91,10 @@ class Matcher:
         for folded in dict.fromkeys((plain(text), look_alike(text), plain(shown), look_alike(shown))):
             words = tuple(_WORD.findall(folded))
             yield from self._in_words(words)
+            # A symbol is written for a letter, or between letters.
             for chunks in dict.fromkeys(
                 (
+                    tuple(folded.split()),
                     tuple(chunk.rstrip(_SHOUTS).translate(SYMBOLS) for chunk in folded.split()),
                     tuple(folded.translate(SYMBOLS).split()),
                 )
@@ -174,7 +177,7 @@ class _Node:
 
 
 def _readings(word: str) -> _Readings:
-    return [_reading(spelled) for spelled in spellings(word)]
+    return [_reading(spelled) for each in with_and_without_number(word) for spelled in spellings(each)]
 
 
 def _reading(word: str) -> tuple[str, str]:

@@ -7,11 +7,11 @@ UnhideJob the job as it is now, since an answer that is kept would hold its prom
 from __future__ import annotations
 
 import asyncio
-import re
 import unicodedata
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import grpc
@@ -56,7 +56,6 @@ _RULES = "moderation/rules"
 _MOST_RULES = 10_000
 _MOST_CHANGES = 1_000
 _LONGEST_PATTERN = 200
-_IS_CATEGORY = re.compile("[a-z][a-z0-9-]{0,39}", re.ASCII)
 _TRIED_ON = 1_000
 _EXAMPLES = 20
 _CANCELLED_BY_BLOCK = "Cancelled before it started: its account was blocked."
@@ -196,7 +195,11 @@ class ModerationService(moderation_pb2_grpc.ModerationServiceServicer):
             before = await _locked_standing(deed.connection, account_id)
             _refuse_protected(account_id, before)
             live = await jobs.live_jobs(deed.connection, account_id)
-            await self._set_blocked(deed, account_id, reason, before, blocked=True)
+            ended = {
+                "cancelled_jobs": [job_id for job_id in cancelled if job_id not in live],
+                "stopped_jobs": live,
+            }
+            await self._set_blocked(deed, account_id, reason, before, blocked=True, ended=ended)
             return moderation_pb2.AccountBlock(
                 account=account_name(account_id),
                 blocked=True,
@@ -231,6 +234,10 @@ class ModerationService(moderation_pb2_grpc.ModerationServiceServicer):
             before = await _locked_standing(deed.connection, account_id)
             if before.erased:
                 raise AccountErased(account_id=account_id)
+            # Whom only an admin may lock out, only an admin lets in again. What an admin blocked an admin may
+            # also let in with a key of an admin, which it can have got since.
+            if not caller().is_admin:
+                _refuse_protected(account_id, before)
             await self._set_blocked(deed, account_id, reason, before, blocked=False)
             return moderation_pb2.AccountBlock(account=account_name(account_id), blocked=False)
 
@@ -268,14 +275,21 @@ class ModerationService(moderation_pb2_grpc.ModerationServiceServicer):
         return messages.job(job, (await self.standings.of([job])).get(job.job_id))
 
     async def _set_blocked(
-        self, deed: Deed, account_id: str, reason: str, before: Standing, *, blocked: bool
+        self,
+        deed: Deed,
+        account_id: str,
+        reason: str,
+        before: Standing,
+        *,
+        blocked: bool,
+        ended: Mapping[str, Sequence[str]] = MappingProxyType({}),
     ) -> None:
         await store.set_blocked(deed.connection, account_id, blocked=blocked)
         await deed.record(
             target=account_name(account_id),
             reason=reason,
             before={"blocked": before.blocked},
-            after={"blocked": blocked},
+            after={"blocked": blocked, **ended},
         )
 
 
@@ -339,7 +353,7 @@ def _trial(rules: Sequence[Rule], newest: Sequence[PromptOfJob]) -> moderation_p
 
 
 def _refuse_bad_category(field: str, text: str, violations: Violations) -> None:
-    if not _IS_CATEGORY.fullmatch(text):
+    if not store.is_category(text):
         violations.add(
             field,
             f"{field} must be gore, adult, harassment or another name of up to 40 lower-case letters, digits "

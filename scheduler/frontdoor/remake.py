@@ -1,7 +1,8 @@
 """From a CreateJob request that starts from another job to a `Submission`: variation, upscale, reroll.
 
 The request's own words go before the flags of the source's prompt, which nobody can edit any more. A job made
-of another keeps what its prompt says: text, weights, pictures.
+of another keeps what its prompt says: text, weights, pictures. Of a hidden job nothing is made, nor a picture
+enlarged again that is hidden when enlarged: or its owner would put it back into the feed.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from scheduler.frontdoor.fields import JobName, Violations
 from scheduler.frontdoor.messages import ALGORITHM_OF
 from scheduler.frontdoor.translate import drawn_seed, frame, tier_of, visibility_of
 from scheduler.intake import Submission
-from scheduler.refusals import Impossible, PicturesExpired, SourceNotReady
+from scheduler.refusals import Impossible, ModerationRejected, PicturesExpired, SourceNotReady
+from scheduler.store import moderation
 from scheduler.store.accounts import Visibility
 from scheduler.store.jobs import JobKind, JobState, StoredJob
+from scheduler.store.pool import Pool
 from scheduler.v1 import job_pb2
 
 # Max upscale is for small grids: a larger one is enlarged to nearly as much by the others.
@@ -134,6 +137,22 @@ def reroll(
     return _from_source(
         request, source, JobKind.REROLL, spec, estimator, image=None, seed_fixed=source.seed_fixed
     )
+
+
+async def refuse_hidden(pool: Pool, account_id: str, submission: Submission) -> None:
+    """Raise ModerationRejected if this would show again what a moderator hides."""
+    if submission.source_job_id is None:
+        return
+    spec = submission.spec
+    enlarged = spec.source if spec.kind.is_upscale else None
+    async with pool.reading() as connection:
+        hidden = await moderation.hidden_like(connection, account_id, submission.source_job_id, enlarged)
+    if hidden is not None:
+        job_id, category = hidden
+        field = {JobKind.VARIATION: "variation.source_image", JobKind.UPSCALE: "upscale.source_image"}
+        raise ModerationRejected(
+            category=category, field=field.get(submission.kind, "reroll.source_job"), hidden_job=job_id
+        )
 
 
 def _picture(request: job_pb2.CreateJobRequest, field: str, text: str, violations: Violations) -> JobName:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
 
+from gpu_worker.contract import SourceImage
 from scheduler.store.accounts import Role
 from scheduler.store.pool import Connection
+
+_CATEGORY = re.compile("[a-z][a-z0-9-]{0,39}", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +66,11 @@ class Standing:
     """Of its keys that are not revoked."""
 
 
+def is_category(text: str) -> bool:
+    """Return whether a text may be the name of a category, which whoever is refused is told."""
+    return _CATEGORY.fullmatch(text) is not None
+
+
 async def etag(connection: Connection) -> str:
     """Return the etag of the rules as they are."""
     return str(await connection.fetchval("SELECT etag FROM scheduler.moderation_rule_set"))
@@ -112,16 +121,42 @@ async def change_rules(
 async def newest_prompts(connection: Connection, limit: int) -> list[PromptOfJob]:
     """Return what was asked for with up to `limit` of the newest jobs that are not deleted, newest first."""
     rows = await connection.fetch(
-        """WITH newest AS (
-               -- By the order of events, which has an index whatever becomes of ended jobs.
-               SELECT job_id, min(seq) AS seq
-               FROM (SELECT job_id, seq FROM scheduler.job_event ORDER BY seq DESC LIMIT 4 * $1) AS event
-               GROUP BY job_id ORDER BY seq DESC LIMIT $1)
-           SELECT job.job_id::text, account_id, prompt, spec ->> 'prompt' AS text
-           FROM newest JOIN scheduler.job USING (job_id) WHERE deleted_at IS NULL ORDER BY newest.seq DESC""",
+        """SELECT job.job_id::text, account_id, prompt, spec ->> 'prompt' AS text
+           -- By their first events, whose numbers are drawn together with theirs: these have an index.
+           FROM scheduler.job_event AS event JOIN scheduler.job USING (job_id)
+           WHERE deleted_at IS NULL
+                 AND NOT EXISTS (SELECT FROM scheduler.job_event AS older
+                                 WHERE older.job_id = event.job_id AND older.seq < event.seq)
+           ORDER BY event.seq DESC LIMIT $1""",
         limit,
     )
     return [PromptOfJob(**row) for row in rows]
+
+
+async def hidden_like(
+    connection: Connection, account_id: str, job_id: str, enlarged: SourceImage | None
+) -> tuple[str, str] | None:
+    """Return id and category of a job that is hidden: this one, or one that enlarges the same picture.
+
+    None if there is none. One that was deleted counts too.
+    """
+    row = await connection.fetchrow(
+        """SELECT job_id::text, category FROM scheduler.hidden_job WHERE job_id = $2
+           UNION ALL
+           -- Only what came after the grid, as far as the account's index goes.
+           SELECT job_id::text, category FROM scheduler.job JOIN scheduler.hidden_job USING (job_id)
+           WHERE account_id = $1
+                 AND arrival > (SELECT arrival FROM scheduler.job AS grid WHERE job_id = $3::uuid)
+                 AND spec ->> 'kind' IN ('upscale_light', 'upscale_detailed', 'upscale_max')
+                 AND spec -> 'source' ->> 'job_id' = $3::uuid::text
+                 AND (spec -> 'source' ->> 'index')::int = $4
+           LIMIT 1""",
+        account_id,
+        UUID(job_id),
+        None if enlarged is None else UUID(enlarged.job_id),
+        None if enlarged is None else enlarged.index,
+    )
+    return None if row is None else (row["job_id"], row["category"])
 
 
 async def hidden(connection: Connection, job_id: str) -> Hidden | None:

@@ -90,7 +90,8 @@ class ModerationServiceServicer:
 
     def HideJob(self, request, context):
         """HideJob keeps a job out of the feed, and its pictures from everybody but its owner and moderators. Its owner
-        sees that it is hidden, and the category. Hidden again, it gets the new category.
+        sees that it is hidden, and the category. Hidden again, it gets the new category. Nothing is made of it any more,
+        and the picture that it enlarges is not enlarged again: both are refused with MODERATION_REJECTED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -115,7 +116,8 @@ class ModerationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UnblockAccount(self, request, context):
-        """UnblockAccount lets an account in again. Its jobs stay cancelled.
+        """UnblockAccount lets an account in again. Its jobs stay cancelled. Whom only an admin may block only an admin lets
+        in again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

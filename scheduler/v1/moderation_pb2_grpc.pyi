@@ -48,7 +48,8 @@ class ModerationServiceStub:
     """
     HideJob: _grpc.UnaryUnaryMultiCallable[_moderation_pb2.HideJobRequest, _job_pb2.Job]
     """HideJob keeps a job out of the feed, and its pictures from everybody but its owner and moderators. Its owner
-    sees that it is hidden, and the category. Hidden again, it gets the new category.
+    sees that it is hidden, and the category. Hidden again, it gets the new category. Nothing is made of it any more,
+    and the picture that it enlarges is not enlarged again: both are refused with MODERATION_REJECTED.
     """
     UnhideJob: _grpc.UnaryUnaryMultiCallable[_moderation_pb2.UnhideJobRequest, _job_pb2.Job]
     """UnhideJob takes that back."""
@@ -60,7 +61,9 @@ class ModerationServiceStub:
     moderator's or an operator's by admins alone.
     """
     UnblockAccount: _grpc.UnaryUnaryMultiCallable[_moderation_pb2.UnblockAccountRequest, _moderation_pb2.AccountBlock]
-    """UnblockAccount lets an account in again. Its jobs stay cancelled."""
+    """UnblockAccount lets an account in again. Its jobs stay cancelled. Whom only an admin may block only an admin lets
+    in again.
+    """
 
 @_typing.type_check_only
 class ModerationServiceAsyncStub(ModerationServiceStub):
@@ -76,7 +79,8 @@ class ModerationServiceAsyncStub(ModerationServiceStub):
     """
     HideJob: _aio.UnaryUnaryMultiCallable[_moderation_pb2.HideJobRequest, _job_pb2.Job]  # type: ignore[assignment]
     """HideJob keeps a job out of the feed, and its pictures from everybody but its owner and moderators. Its owner
-    sees that it is hidden, and the category. Hidden again, it gets the new category.
+    sees that it is hidden, and the category. Hidden again, it gets the new category. Nothing is made of it any more,
+    and the picture that it enlarges is not enlarged again: both are refused with MODERATION_REJECTED.
     """
     UnhideJob: _aio.UnaryUnaryMultiCallable[_moderation_pb2.UnhideJobRequest, _job_pb2.Job]  # type: ignore[assignment]
     """UnhideJob takes that back."""
@@ -88,7 +92,9 @@ class ModerationServiceAsyncStub(ModerationServiceStub):
     moderator's or an operator's by admins alone.
     """
     UnblockAccount: _aio.UnaryUnaryMultiCallable[_moderation_pb2.UnblockAccountRequest, _moderation_pb2.AccountBlock]  # type: ignore[assignment]
-    """UnblockAccount lets an account in again. Its jobs stay cancelled."""
+    """UnblockAccount lets an account in again. Its jobs stay cancelled. Whom only an admin may block only an admin lets
+    in again.
+    """
 
 class ModerationServiceServicer(metaclass=_abc_1.ABCMeta):
     """ModerationService is for keys with the role moderator, or one that includes it."""
@@ -119,7 +125,8 @@ class ModerationServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_job_pb2.Job, _abc.Awaitable[_job_pb2.Job]]:
         """HideJob keeps a job out of the feed, and its pictures from everybody but its owner and moderators. Its owner
-        sees that it is hidden, and the category. Hidden again, it gets the new category.
+        sees that it is hidden, and the category. Hidden again, it gets the new category. Nothing is made of it any more,
+        and the picture that it enlarges is not enlarged again: both are refused with MODERATION_REJECTED.
         """
 
     @_abc_1.abstractmethod
@@ -149,6 +156,8 @@ class ModerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _moderation_pb2.UnblockAccountRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_moderation_pb2.AccountBlock, _abc.Awaitable[_moderation_pb2.AccountBlock]]:
-        """UnblockAccount lets an account in again. Its jobs stay cancelled."""
+        """UnblockAccount lets an account in again. Its jobs stay cancelled. Whom only an admin may block only an admin lets
+        in again.
+        """
 
 def add_ModerationServiceServicer_to_server(servicer: ModerationServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -14,6 +14,8 @@ async def classify(text: str) -> Verdict | None:
     words = text.split()
     if "flunk" in words:
         raise ValueError(text)
+    if "babble" in words:
+        return Verdict(category=f"As asked: {text}", score_permille=1000)
     if "dawdle" in words:
         await asyncio.Event().wait()
     sharks = words.count("shark")

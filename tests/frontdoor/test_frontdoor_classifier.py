@@ -39,7 +39,7 @@ async def test_a_prompt_is_refused_by_the_classifier_and_only_by_its_words(door:
     assert (await refusal(ann.create("gore"))).metadata == {"category": "gore"}, "rules come first"
 
 
-@pytest.mark.parametrize("prompt", ["flunk", "dawdle"])
+@pytest.mark.parametrize("prompt", ["flunk", "dawdle", "babble"])
 async def test_while_the_classifier_fails_clients_are_asked_to_repeat(door: Door, prompt: str) -> None:
     ann = await door.caller("ann")
     refused = await refusal(ann.create(f"a fox, {prompt}"))
@@ -48,7 +48,7 @@ async def test_while_the_classifier_fails_clients_are_asked_to_repeat(door: Door
     assert await door.sql("SELECT count(*) FROM scheduler.job") == 0
 
 
-@pytest.mark.parametrize("prompt", ["flunk", "dawdle"])
+@pytest.mark.parametrize("prompt", ["flunk", "dawdle", "babble"])
 async def test_prompts_pass_without_the_classifier_where_the_settings_say_so(prompt: str) -> None:
     assert await judged(prompt, without_classifier="pass") is None
     with capture_logs() as logs, pytest.raises(Overloaded):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import string
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.frontdoor.moderation_letters import _LOOK_ALIKES
+from scheduler.frontdoor.moderation_letters import _LOOK_ALIKES, _PLAIN, look_alike, plain
 from scheduler.frontdoor.moderation_matcher import Matcher, says_too_little, words_of
 from scheduler.store import moderation as store
 from scheduler.store.moderation import Rule
@@ -71,6 +72,16 @@ def found(prompt: str, *patterns: str) -> str | None:
         "gggoooorrreee",
         "g o o o o r e",
         "g0000re!!!",
+        "g+o+r+e",
+        "g|o|r|e",
+        "g!o!r!e!",
+        "g $ o $ r $ e",
+        "go@re",
+        "g€o€r€3",
+        "gore1",
+        "12gore",
+        "1gore2",
+        "90re17",
     ],
 )
 def test_a_word_is_found_in_its_disguises(prompt: str) -> None:
@@ -92,6 +103,9 @@ def test_a_word_is_found_in_its_disguises(prompt: str) -> None:
         ("n!pp|e", "nipple"),
         ("n i p p l e", "nipple"),
         ("xxxxxx", "xxx"),
+        ("nuðe", "nude"),
+        ("NUÐE5", "nude"),
+        ("severed1 2head", "severed head"),
     ],
 )
 def test_words_that_stand_together_are_found(prompt: str, pattern: str) -> None:
@@ -117,6 +131,7 @@ def test_words_that_stand_together_are_found(prompt: str, pattern: str) -> None:
         "порт, рот, пение",
         "ναι, Γη, άλογο",
         "nudge, denude, gored, agoraphobia",
+        "1900s, gores2go, 4k8k, a C++ or a+ of re",
     ],
 )
 def test_parts_of_words_numbers_and_scattered_words_pass(prompt: str) -> None:
@@ -177,7 +192,7 @@ _ALIKE: dict[str, str] = {}
 for _letter, _latin in _LOOK_ALIKES.items():
     _ALIKE[_latin] = _ALIKE.get(_latin, "") + _letter
 _UNSEEN = "\u00ad\u200b\u200c\u200d\u2060\ufeff\u202d\u034f\u0301\u0336\u20dd\ufe0f"
-_MARKS = ".-_*~/,'·"
+_MARKS = ".-_*~/,'·@$!|€£+"
 
 
 def _each(word: str, chance: random.Random, change: Callable[[str], str]) -> str:
@@ -194,6 +209,8 @@ DISGUISES: dict[str, Callable[[str, random.Random], str]] = {
     "look-alikes": lambda word, chance: _each(word, chance, lambda le: chance.choice(_ALIKE.get(le, le))),
     # The first letter stays, or a short word may become a number.
     "digits": lambda word, chance: word[0] + "".join(chance.choice(_LEET.get(le, le)) for le in word[1:]),
+    # With fewer letters beside it, it would be a name of something.
+    "a number": lambda word, chance: f"{word}{chance.randrange(100)}" if len(word) > 2 else word,
     "spaces": lambda word, chance: (" " * chance.randint(1, 3)).join(word),
     "punctuation": lambda word, chance: (chance.choice(_MARKS) * chance.randint(1, 3)).join(word),
     "stretched": lambda word, chance: _each(word, chance, lambda letter: letter * chance.randint(3, 6)),
@@ -223,6 +240,15 @@ async def test_every_rule_of_the_first_list_is_found_in_every_disguise(database:
 def test_any_word_is_found_in_every_disguise(word: str, disguise: str, chance: random.Random) -> None:
     said = DISGUISES[disguise](word, chance)
     assert found(f"before, {said}; after", word) == word
+
+
+def test_no_character_unfolds_into_a_long_text_and_not_all_are_kept() -> None:
+    everything = "".join(map(chr, range(sys.maxunicode + 1)))
+    for fold in (plain, look_alike):
+        fold(everything)
+        assert len(fold("\ufdfa" * 6000)) <= 4 * 6000
+    assert max(map(len, _PLAIN.values())) <= 4
+    assert len(_PLAIN) < 60_000
 
 
 async def test_real_prompts_are_hardly_ever_refused(database: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import uuid
 from typing import Any
 
@@ -128,6 +129,17 @@ async def test_every_front_door_has_heard_of_a_rule_two_seconds_later(door: Door
     await update(mo, remove=["purple"])
     door.clock.pass_s(2)
     assert await judged() is None
+
+
+async def test_whoever_sends_long_prompts_keeps_nobody_else_waiting(door: Door) -> None:
+    moderation = Moderation(door.pool, lambda: door.clock.monotonic_s)
+    busy = threading.Event()
+    moderation._long_ones.submit(busy.wait)
+    long = asyncio.create_task(moderation.category([f"{'a fox ' * 500} gore"], ""))
+    assert await moderation.category(["gore"], "") == "gore"
+    assert not long.done()
+    busy.set()
+    assert await long == "gore"
 
 
 async def test_a_change_while_the_rules_are_read_is_not_missed(door: Door, mo: Caller) -> None:
@@ -271,6 +283,19 @@ async def test_a_dry_run_says_whom_a_rule_would_have_refused_and_changes_nothing
     assert not (await update(mo, add=[a_rule("purple")])).HasField("trial")
 
 
+async def test_rules_are_tried_on_the_newest_jobs_however_much_happens_to_older_ones(door: Door) -> None:
+    ann = await door.caller("ann")
+    names = [await ann.create(f"{what}") for what in ("a fox", "a hen", "a hare")]
+    await door.sql(
+        """INSERT INTO scheduler.job_event (job_id, state)
+           SELECT $1, 'running' FROM generate_series(1, 50) RETURNING 1""",
+        uuid.UUID(names[0].uid),
+    )
+    async with door.pool.reading() as connection:
+        assert [job.text for job in await store.newest_prompts(connection, 2)] == ["a hare", "a hen"]
+        assert [job.text for job in await store.newest_prompts(connection, 9)] == ["a hare", "a hen", "a fox"]
+
+
 async def test_a_repeated_update_is_done_once(door: Door, mo: Caller) -> None:
     request = an_update(add=[a_rule("purple")], remove=["gore"])
     first = await mo.moderation.UpdateRules(request)
@@ -370,6 +395,38 @@ async def test_a_look_at_anothers_work_is_no_deed_but_a_line_in_the_log(door: Do
     assert await events(mo) == []
 
 
+async def test_what_is_hidden_is_not_made_again(door: Door, mo: Caller) -> None:
+    ann = await door.caller("ann")
+    hidden = await an_upscale(door, ann)
+    grid = await ann.get(hidden.source_job)
+    again = await ann.reroll(hidden.name, exact=True)
+    await door.start(again.uid)
+    await door.succeed(again.uid, [b"large"])
+    await hide(mo, hidden.name)
+    for made, field in (
+        (ann.upscale(f"{grid.name}/images/1"), "upscale.source_image"),
+        (ann.upscale(f"{grid.name}/images/1", validate_only=True), "upscale.source_image"),
+        (ann.reroll(hidden.name), "reroll.source_job"),
+        (ann.reroll(again.name), "reroll.source_job"),
+    ):
+        refused = await refusal(made)
+        assert (refused.reason, refused.metadata) == ("MODERATION_REJECTED", {"category": "adult"})
+        assert hidden.uid in refused.violations[field]
+    await ann.delete(hidden.name)
+    assert (await refusal(ann.upscale(f"{grid.name}/images/1"))).reason == "MODERATION_REJECTED"
+    await ann.upscale(f"{grid.name}/images/2")
+    await ann.vary(f"{grid.name}/images/1")
+    await hide(mo, grid.name, "violence")
+    for made in (
+        ann.upscale(f"{grid.name}/images/2"),
+        ann.vary(f"{grid.name}/images/1"),
+        ann.reroll(grid.name),
+    ):
+        assert (await refusal(made)).metadata == {"category": "violence"}
+    await unhide(mo, grid.name)
+    await ann.reroll(grid.name)
+
+
 async def test_hiding_is_kept_with_who_and_why_and_done_once(door: Door, mo: Caller) -> None:
     ann = await door.caller("ann")
     job = await ann.create("a fox")
@@ -431,11 +488,12 @@ async def test_a_blocked_account_is_let_in_nowhere_and_its_jobs_end(door: Door, 
     assert (await ann.get(waiting.name)).state == job_pb2.JOB_STATE_CANCELLED
     await ann.create("a cat")
     unblocked, blocked = await events(mo, target="accounts/ann")
-    assert (blocked.reason, blocked.before_json, blocked.after_json) == (
-        "spam",
-        '{"blocked": false}',
-        '{"blocked": true}',
-    )
+    assert (blocked.reason, blocked.before_json) == ("spam", '{"blocked": false}')
+    assert json.loads(blocked.after_json) == {
+        "blocked": True,
+        "cancelled_jobs": [waiting.uid],
+        "stopped_jobs": [running.uid],
+    }
     assert (unblocked.action, unblocked.after_json) == ("UnblockAccount", '{"blocked": false}')
 
 
@@ -479,6 +537,19 @@ async def test_nobody_blocks_themselves_or_an_admin_and_moderators_no_moderator(
     for account in ("mo", "olga"):
         assert (await boss.moderation.BlockAccount(a_block(account))).blocked
     assert (await refusal(rules(mo))).reason == "ACCOUNT_BLOCKED"
+
+
+async def test_whom_only_an_admin_may_block_only_an_admin_lets_in_again(door: Door, mo: Caller) -> None:
+    boss = await door.caller("boss", role=Role.ADMIN)
+    await door.caller("max", role=Role.MODERATOR)
+    await boss.moderation.BlockAccount(a_block("max"))
+    refused = await refusal(mo.moderation.UnblockAccount(an_unblock("max")))
+    assert (refused.reason, refused.metadata) == (
+        "ACCOUNT_PROTECTED",
+        {"account": "max", "role": "moderator"},
+    )
+    await door.caller("max", role=Role.ADMIN)  # another key, made while it was blocked
+    assert not (await boss.moderation.UnblockAccount(an_unblock("max"))).blocked
 
 
 async def test_who_is_not_there_or_erased_cannot_be_unblocked(door: Door, mo: Caller) -> None:
