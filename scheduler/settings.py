@@ -98,7 +98,7 @@ class FrontDoor(_Section):
     """Calls that are open at once on one connection; others wait. A proxy brings many clients on one."""
     connection_age_ms: int = Field(default=3_600_000, ge=1_000)
     """After which a client is asked to connect anew, so that front doors that came later get their share.
-    Calls that are open go on."""
+    Calls that are open go on, but for health checks without a key, which end after as long."""
     max_message_bytes: int = Field(default=4 * 1024 * 1024, ge=64 * 1024)
     stop_within_ms: int = Field(default=5_000, ge=0, le=3_600_000)
     """For calls in progress when it stops, and long downloads among them; what is left breaks off, and
@@ -194,8 +194,9 @@ class Lifetimes(_Section):
     """How long a job that ended stays among those that live, which all that is done all day looks through.
     Longer than people go on with a job that they watched, so that its row seldom moves under their hands."""
     request_ids_days: int = Field(default=30, ge=1)
-    """How long a request that is sent again under its id gets its first answer instead of being done again.
-    Clients try for minutes, but somebody may start a batch of last week again."""
+    """How long a request that is sent again under its id gets its first answer. Later it is done again, or
+    refused (REQUEST_ID_REUSED) where it adjusted a balance, changed a plan or refunded: those ids are kept
+    for ever. Clients try for minutes, but somebody may start a batch of last week again."""
     orphans_days: int = Field(default=7, ge=1)
     """How long a file in the artifact store that no row names is noted before it is removed. Longer than any
     attempt runs, and long enough to find out that the wrong backup of the database was restored."""

@@ -105,7 +105,8 @@ class RayLink:
                 self._newest.setdefault(job_id, known)
             while True:
                 newest = self._newest.get(job_id)
-                if newest is not None and newest != told:
+                # Not by what they say: of two that only tell to look again, the second counts too.
+                if newest is not None and newest is not told:
                     told = newest
                     yield newest
                 else:

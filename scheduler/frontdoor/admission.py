@@ -3,7 +3,8 @@
 A server that takes on whatever comes does all of it late: what was accepted waits behind what will be given
 up. So the calls in progress are counted, and the number of those that may be is small enough that the last of
 them is answered soon. No account has more than a share of it, or one whose calls take long would keep all
-others out. To refuse costs little: it takes nothing of the database.
+others out; and some places only moderators and those above take, so that a few accounts together do not keep
+out whoever could block them. To refuse costs little: it takes nothing of the database.
 """
 
 from __future__ import annotations
@@ -14,15 +15,19 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from scheduler.frontdoor.auth import Principal
 from scheduler.refusals import Overloaded
 from scheduler.settings import FrontDoor as FrontDoorSettings
 from scheduler.store import jobs
+from scheduler.store.accounts import Role
 from scheduler.store.pool import Pool
 
 _SUBMIT = "/scheduler.v1.JobService/CreateJob"
 
 # One in so many of the calls in progress may be an account's.
 _SHARE = 4
+# And one in so many is left to moderators and those above.
+_KEPT_SHARE = 16
 # Who was refused comes back within this time, not all in the same moment.
 _RETRY_MS = (500, 1_500)
 
@@ -37,35 +42,38 @@ class Admission:
     """Counts the calls in progress, and the submissions among them."""
 
     def __init__(self, settings: FrontDoorSettings) -> None:
-        self._calls = _Places(settings.calls_at_once)
-        self._submissions = _Places(settings.submissions_at_once)
+        self._calls = _Places(settings.calls_at_once, kept=settings.calls_at_once // _KEPT_SHARE)
+        self._submissions = _Places(settings.submissions_at_once, kept=0)
 
     @contextmanager
-    def entered(self, path: str, account_id: str) -> Iterator[None]:
+    def entered(self, path: str, principal: Principal) -> Iterator[None]:
         """Count a call while the context is open. Raises Overloaded where too many are in progress."""
-        with self._calls.taken(account_id):
+        with self._calls.taken(principal):
             if path == _SUBMIT:
-                with self._submissions.taken(account_id):
+                with self._submissions.taken(principal):
                     yield
             else:
                 yield
 
 
 class _Places:
-    """So many of one kind of call may be in progress."""
+    """So many of one kind of call may be in progress, `kept` of them only of moderators and those above."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, *, kept: int) -> None:
         self._most = most
+        self._most_of_users = most - kept
         self._most_of_an_account = max(1, most // _SHARE)
         self._taken = 0
         self._of_accounts: Counter[str] = Counter()
 
     @contextmanager
-    def taken(self, account_id: str) -> Iterator[None]:
+    def taken(self, principal: Principal) -> Iterator[None]:
         """Take a place while the context is open; raises Overloaded."""
+        account_id = principal.account_id
+        most = self._most if principal.role.reaches(Role.MODERATOR) else self._most_of_users
         if self._of_accounts[account_id] >= self._most_of_an_account:
             raise _overloaded("Too many calls of your account are in progress at once.")
-        if self._taken >= self._most:
+        if self._taken >= most:
             raise _overloaded("More is asked of this front door than it can do at once.")
         self._taken += 1
         self._of_accounts[account_id] += 1

@@ -13,9 +13,12 @@ from __future__ import annotations
 import asyncio
 import hmac
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from ipaddress import IPv6Address, IPv6Network, ip_address
+from urllib.parse import unquote
 
 from google.protobuf.descriptor import ServiceDescriptor
 
@@ -97,6 +100,10 @@ _MOST_KEPT = 10_000
 _BURST_S = 4.0
 # Health checks that stay open, and reflection. Probes come one at a time.
 _STREAMS_OF_STRANGERS = 100
+# Of these: one machine does not take them all from the others. Whoever has ten machines does.
+_STREAMS_OF_AN_ADDRESS = 10
+# What one household or machine is given of IPv6, all of it its own.
+_ONE_ADDRESS_BITS = 64
 _NO_HASH = bytes(32)
 
 
@@ -155,7 +162,8 @@ class Doorman:
         self._wanted: dict[str, asyncio.Future[ApiKey | None]] = {}
         self._reading: asyncio.Task[None] | None = None
         self._changes = 0
-        self._strangers = 0
+        self._strangers: Counter[str] = Counter()
+        """Streams without a key, by where they come from."""
         self._buckets: dict[str, _Bucket] = {}
         self._streams: dict[str, int] = {}
 
@@ -185,18 +193,28 @@ class Doorman:
         self._changes += 1
 
     @contextmanager
-    def stream_of_a_stranger(self) -> Iterator[None]:
-        """Count a stream of an open method while the context is open; raises RateLimited above the limit."""
-        if self._strangers >= _STREAMS_OF_STRANGERS:
+    def stream_of_a_stranger(self, peer: str) -> Iterator[None]:
+        """Count a stream of an open method while the context is open; raises RateLimited above a limit.
+
+        `peer` is as gRPC names it.
+        """
+        address = _address_of(peer)
+        if self._strangers[address] >= _STREAMS_OF_AN_ADDRESS:
+            raise RateLimited(
+                sentence=f"Your address has {_STREAMS_OF_AN_ADDRESS} streams open without a key, the most it "
+                "may: close one.",
+                retry_after_ms=1_000,
+            )
+        if self._strangers.total() >= _STREAMS_OF_STRANGERS:
             raise RateLimited(
                 sentence="Too many callers without a key have a stream open: try again later.",
                 retry_after_ms=1_000,
             )
-        self._strangers += 1
+        self._strangers[address] += 1
         try:
             yield
         finally:
-            self._strangers -= 1
+            self._strangers -= Counter((address,))  # which drops an address that has none left
 
     def open_stream(self, key_id: str) -> None:
         """Count one more open stream of a key; raises RateLimited above the limit."""
@@ -285,6 +303,17 @@ class Doorman:
                 sentence=f"This key sends more than {self._rate:g} requests a second: slow down.",
                 retry_after_ms=int(wait_s * 1000) + 1,
             )
+
+
+def _address_of(peer: str) -> str:
+    """Return where a peer is, without its port: `ipv4:192.0.2.7:50123`, `ipv6:%5B2001:db8::7%5D:50123`."""
+    kind, _, rest = unquote(peer).partition(":")
+    if kind not in ("ipv4", "ipv6"):
+        return kind  # a socket of this machine: whoever may open it, may take all of ours
+    address = ip_address(rest.rpartition(":")[0].strip("[]").partition("%")[0])
+    if isinstance(address, IPv6Address):
+        return str(address.ipv4_mapped or IPv6Network((address, _ONE_ADDRESS_BITS), strict=False))
+    return str(address)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ from scheduler.frontdoor.admission import Admission
 from scheduler.frontdoor.auth import Doorman, Principal, is_open
 from scheduler.frontdoor.errors import code_of, status_of, status_of_bug
 from scheduler.metrics import FrontDoorMetrics
-from scheduler.refusals import FieldViolation, InvalidRequest
+from scheduler.refusals import FieldViolation, InvalidRequest, Overloaded
 
 _log = structlog.get_logger()
 
@@ -57,7 +57,7 @@ def caller() -> Principal:
 
 
 class Gate(grpc.aio.ServerInterceptor):
-    """Stands before every method but the open ones."""
+    """Stands before every method but the open ones. Of these, a stream is open for `strangers_streams_s`."""
 
     def __init__(
         self,
@@ -65,11 +65,14 @@ class Gate(grpc.aio.ServerInterceptor):
         admission: Admission,
         metrics: FrontDoorMetrics,
         on_refusal: Mapping[str, OnRefusal],
+        *,
+        strangers_streams_s: float,
     ) -> None:
         self._doorman = doorman
         self._admission = admission
         self._metrics = metrics
         self._on_refusal = on_refusal
+        self._strangers_streams_s = strangers_streams_s
         self._guarded: dict[str, _Handler] = {}
 
     async def intercept_service(
@@ -119,9 +122,15 @@ class Gate(grpc.aio.ServerInterceptor):
 
         async def watched(given: AsyncIterator[_Given], context: _Context) -> AsyncIterator[Message]:
             async with _refusals_told(context):
-                with self._doorman.stream_of_a_stranger():
+                with self._doorman.stream_of_a_stranger(context.peer()):
+                    ends_s = asyncio.get_running_loop().time() + self._strangers_streams_s
                     async with aclosing(serve(_all_read(given), context)) as responses:
-                        async for response in responses:
+                        while True:
+                            # Not around the yield: what is cancelled there is the library.
+                            async with _until(ends_s):
+                                response = await anext(responses, None)
+                            if response is None:
+                                break
                             yield response
 
         return watched
@@ -132,8 +141,9 @@ class Gate(grpc.aio.ServerInterceptor):
 
         async def watched(given: _Given, context: _Context) -> None:
             async with _refusals_told(context):
-                with self._doorman.stream_of_a_stranger():
-                    await serve(_read(given), context)
+                with self._doorman.stream_of_a_stranger(context.peer()):
+                    async with _until(asyncio.get_running_loop().time() + self._strangers_streams_s):
+                        await serve(_read(given), context)
 
         return watched
 
@@ -146,7 +156,7 @@ class Gate(grpc.aio.ServerInterceptor):
 
         async def guarded(given: _Given, context: _Context) -> Message:
             async with self._call(path, counters, given, context) as principal:
-                with self._admission.entered(path, principal.account_id):
+                with self._admission.entered(path, principal):
                     response = await serve(_read(given), context)
                 counters.sent()
                 return response
@@ -227,6 +237,21 @@ def _read(given: _Given) -> Message:
 async def _all_read(given: AsyncIterator[_Given]) -> AsyncIterator[Message]:
     async for each in given:
         yield _read(each)
+
+
+@asynccontextmanager
+async def _until(ends_s: float) -> AsyncIterator[None]:
+    """Leave the context at a time of the event loop. Raises Overloaded then."""
+    limit = asyncio.timeout_at(ends_s)
+    try:
+        async with limit:
+            yield
+    except TimeoutError as late:
+        if not limit.expired():
+            raise
+        raise Overloaded(
+            sentence="Streams without a key end after a while, so that others get a turn: open another."
+        ) from late
 
 
 def _open_unary(handler: _Handler) -> Callable[[_Given, _Context], Awaitable[Message]]:

@@ -93,6 +93,7 @@ class JobService(job_pb2_grpc.JobServiceServicer):
         self.room.refuse_if_full()
         submission = await self._submission(request, principal)
         await self._moderate(submission)
+        await remake.refuse_hidden(self.pool, principal.account_id, submission)
         self._refuse_impossible(submission)
         if request.validate_only:
             foreseen = await intake.rehearse(
@@ -258,8 +259,9 @@ class JobService(job_pb2_grpc.JobServiceServicer):
         if request.after_sequence < 0:
             violations.add("after_sequence", "after_sequence must not be negative; 0 is for all events.")
         violations.refuse()
-        job = await self._seen(name, caller())
-        with self.metrics.watch_streams.track_inprogress():
+        with self.watches.place(), self.metrics.watch_streams.track_inprogress():
+            async with self.watches.turn:
+                job = await self._seen(name, caller())
             watch = self.watches.watch(job.job_id, request.after_sequence, previews=request.previews)
             async with aclosing(watch) as responses:
                 async for response in responses:

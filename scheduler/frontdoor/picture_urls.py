@@ -14,11 +14,12 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
-from typing import TypeAlias
+from typing import Any, TypeAlias
+from weakref import WeakValueDictionary
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
@@ -30,11 +31,15 @@ from scheduler.settings import Pictures as PictureSettings
 
 Address: TypeAlias = IPv4Address | IPv6Address
 Reachable: TypeAlias = Callable[[Address], bool]
+_Found: TypeAlias = tuple[int, int, int, str, tuple[Any, ...]]
+LookUp: TypeAlias = Callable[..., Sequence[_Found]]
 
 _REDIRECTS_MAX = 3
 _REDIRECTS = (301, 302, 303, 307, 308)
 _PORTS = (443, 80)
-_NAMES_AT_ONCE = 8
+# A name server that does not answer keeps a thread for longer than anybody waits for it.
+_NAMES_AT_ONCE = 32
+_NAMES_OF_AN_ACCOUNT = 2
 # Stores of files that know no better say octet-stream; what it is, the first bytes tell.
 _CONTENT_TYPES = (
     "image/png",
@@ -106,13 +111,14 @@ class PictureUrls:
         self._settings = settings
         self._schemes = ("https", "http") if settings.http_allowed else ("https",)
         self._reachable = reachable
-        self._resolver = resolver or _Resolver()
+        self._resolver = resolver
+        self._names = SystemNames()
         self._tls = ssl.create_default_context()
 
-    async def content(self, url: str) -> bytes:
-        """Return what is at a URL, if it may be a picture. Raises Unreadable."""
+    async def content(self, url: str, account_id: str) -> bytes:
+        """Return what is at a URL that an account names, if it may be a picture. Raises Unreadable."""
         try:
-            async with asyncio.timeout(self._settings.fetch_ms / 1_000), self._session() as session:
+            async with asyncio.timeout(self._settings.fetch_ms / 1_000), self._session(account_id) as session:
                 return await self._follow(session, url)
         except TimeoutError as late:
             raise Unreadable(
@@ -130,10 +136,10 @@ class PictureUrls:
                 "cannot be reached: it must be on a public host on the internet; or upload it."
             ) from away
 
-    def _session(self) -> aiohttp.ClientSession:
+    def _session(self, account_id: str) -> aiohttp.ClientSession:
         return aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
-                resolver=self._resolver,
+                resolver=self._resolver or self._names.asked_by(account_id),
                 use_dns_cache=False,
                 ssl=self._tls,
                 socket_factory=self._socket,
@@ -202,17 +208,42 @@ class PictureUrls:
         return Unreadable(f"is larger than {self._settings.bytes_max / 1024**2:g} MiB: make it smaller.")
 
 
-class _Resolver(AbstractResolver):
-    """The system's, in threads of its own: a name server that never answers holds up nothing but pictures."""
+class SystemNames:
+    """The system's resolver, in threads of its own: a name server that never answers holds up nothing but
+    pictures, and of those only the pictures of whoever named it.
 
-    def __init__(self) -> None:
+    `look_up` is as `socket.getaddrinfo`.
+    """
+
+    def __init__(self, look_up: LookUp = socket.getaddrinfo) -> None:
+        self._look_up = look_up
         self._threads = ThreadPoolExecutor(_NAMES_AT_ONCE, thread_name_prefix="picture-names")
+        self._turns: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
+
+    def asked_by(self, account_id: str) -> AbstractResolver:
+        """Return a resolver that looks up an account's names, two at once."""
+        return _Resolver(partial(self._found, account_id))
+
+    async def _found(self, account_id: str, host: str, port: int, family: int) -> Sequence[_Found]:
+        turns = self._turns.setdefault(account_id, asyncio.Semaphore(_NAMES_OF_AN_ACCOUNT))
+        await turns.acquire()
+        found = asyncio.get_running_loop().run_in_executor(
+            self._threads, partial(self._look_up, host, port, family=family, type=socket.SOCK_STREAM)
+        )
+        # Not when whoever asks gives up: the thread is free when the name server has answered.
+        found.add_done_callback(lambda _: turns.release())
+        return await asyncio.shield(found)
+
+
+class _Resolver(AbstractResolver):
+    """What the library asks for addresses."""
+
+    def __init__(self, found: Callable[[str, int, int], Awaitable[Sequence[_Found]]]) -> None:
+        self._found = found
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
-        look_up = partial(socket.getaddrinfo, host, port, family=family, type=socket.SOCK_STREAM)
-        found = await asyncio.get_running_loop().run_in_executor(self._threads, look_up)
         return [
             ResolveResult(
                 hostname=host,
@@ -222,8 +253,8 @@ class _Resolver(AbstractResolver):
                 proto=protocol,
                 flags=socket.AI_NUMERICHOST | socket.AI_NUMERICSERV,
             )
-            for of, _, protocol, _, address in found
+            for of, _, protocol, _, address in await self._found(host, port, family)
         ]
 
     async def close(self) -> None:
-        self._threads.shutdown(wait=False)
+        """Do nothing: the threads are everybody's."""

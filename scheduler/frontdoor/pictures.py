@@ -75,12 +75,17 @@ class Pictures:
                 tasks = [
                     *(
                         group.create_task(
-                            self._png(upload, f"imagine.pictures[{index}]", f"Uploaded picture {index + 1}")
+                            self._png(
+                                account_id,
+                                upload,
+                                f"imagine.pictures[{index}]",
+                                f"Uploaded picture {index + 1}",
+                            )
                         )
                         for index, upload in enumerate(uploads)
                     ),
                     *(
-                        group.create_task(self._png(url, "prompt", f"Picture URL {index + 1}"))
+                        group.create_task(self._png(account_id, url, "prompt", f"Picture URL {index + 1}"))
                         for index, url in enumerate(urls)
                     ),
                 ]
@@ -123,9 +128,11 @@ class Pictures:
         finally:
             self._turns.release()
 
-    async def _png(self, given: bytes | str, field: str, name: str) -> bytes | FieldViolation:
+    async def _png(
+        self, account_id: str, given: bytes | str, field: str, name: str
+    ) -> bytes | FieldViolation:
         try:
-            content = await self._urls.content(given) if isinstance(given, str) else given
+            content = await self._urls.content(given, account_id) if isinstance(given, str) else given
             return await asyncio.get_running_loop().run_in_executor(
                 self._decoders, as_stored, content, self._settings.pixels_max
             )

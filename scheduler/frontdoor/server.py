@@ -127,7 +127,15 @@ async def serve(
     artifacts = Artifacts(settings.artifacts)
     deletions = Deletions(pool, artifacts, clock)
     server = grpc.aio.server(
-        interceptors=[Gate(doorman, Admission(settings.frontdoor), metrics, on_refusal)],
+        interceptors=[
+            Gate(
+                doorman,
+                Admission(settings.frontdoor),
+                metrics,
+                on_refusal,
+                strangers_streams_s=settings.frontdoor.connection_age_ms / 1_000,
+            )
+        ],
         options=_options(settings.frontdoor),
     )
     job_pb2_grpc.add_JobServiceServicer_to_server(

@@ -1,7 +1,8 @@
 """Why a job does not move: the scheduler's word, or, until it has said one, what the account's own jobs say.
 
 All watches of this front door share one question a second. It is about so many jobs at most; of more, all
-have their turn.
+have their turn. So do watches that begin, or look again all at once because another scheduler leads: what
+one asks while another's question is on its way goes with the next.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TypeAlias
 from billing import accounts as ledger_accounts
 from scheduler.intake import expected_status
 from scheduler.link import SchedulerLink
+from scheduler.refusals import Overloaded
 from scheduler.store import jobs
 from scheduler.store.jobs import JobState, StoredJob
 from scheduler.store.pool import Pool
@@ -31,7 +33,18 @@ _PARKED = QueueStatus(
 )
 _STARTING_SENTENCE = "The scheduler is starting; the job keeps its place."
 
+_AWAY_SENTENCE = "The database does not answer at the moment; watch again from the last sequence number."
+
 Tell: TypeAlias = Callable[[QueueStatus], None]
+
+
+class _Question:
+    """What several ask together."""
+
+    def __init__(self) -> None:
+        self.about: dict[str, StoredJob] = {}
+        self.answer: Mapping[str, QueueStatus] | None = None
+        self.trouble: Overloaded | None = None
 
 
 class Standings:
@@ -42,6 +55,8 @@ class Standings:
         self._link = link
         self._clock = clock
         self._listeners: dict[str, list[Tell]] = {}
+        self._gathered = _Question()
+        self._asking = asyncio.Lock()
         self._wanted = asyncio.Event()
 
     async def of(self, listed: Sequence[StoredJob]) -> Mapping[str, QueueStatus]:
@@ -55,6 +70,30 @@ class Standings:
         if unknown:
             known |= await self._expected(unknown)
         return known | parked
+
+    async def of_watched(self, job: StoredJob) -> QueueStatus | None:
+        """Return of one job what `of` does, by a question that is shared with all who ask meanwhile.
+
+        Raises Overloaded.
+        """
+        if job.state is not JobState.QUEUED:
+            return (await self.of([job])).get(job.job_id)
+        if len(self._gathered.about) == _MOST_ASKED:
+            self._gathered = _Question()
+        question = self._gathered
+        question.about[job.job_id] = job
+        async with self._asking:
+            # Whoever comes first asks for all; if it is cancelled meanwhile, the next does.
+            if question.answer is None and question.trouble is None:
+                if self._gathered is question:
+                    self._gathered = _Question()
+                try:
+                    question.answer = await self.of(list(question.about.values()))
+                except Overloaded as trouble:
+                    question.trouble = trouble
+        if question.answer is None:
+            raise Overloaded(sentence=_AWAY_SENTENCE) from question.trouble
+        return question.answer.get(job.job_id)
 
     async def run(self) -> None:
         """Tell the listeners what the scheduler says, once a second while there are any, until cancelled."""

@@ -8,8 +8,8 @@ a watch never makes anything grow.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Coroutine
-from contextlib import ExitStack, aclosing
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
+from contextlib import ExitStack, aclosing, contextmanager
 
 from gpu_worker.contract import Progress
 from scheduler.frontdoor import messages
@@ -44,6 +44,7 @@ class Watches:
         self._open: set[_News] = set()
         self._closed = False
         self._most = most
+        self._places = 0
         self._turns = asyncio.Semaphore(_LOOK_AT_ONCE)
 
     def __len__(self) -> int:
@@ -55,15 +56,32 @@ class Watches:
         for news in self._open:
             news.leave()
 
-    async def watch(
-        self, job_id: str, after_sequence: int, *, previews: bool
-    ) -> AsyncGenerator[job_pb2.WatchJobResponse, None]:
-        """Yield what happens to a job until it has ended. Raises NotFoundOrNotYours or Overloaded."""
-        if len(self._open) >= self._most:
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """Count a watch while the context is open, before anything is asked for it. Raises Overloaded."""
+        if self._places >= self._most:
             raise Overloaded(
                 sentence="Too many jobs are watched at this front door; watch again from the last sequence "
                 "number."
             )
+        self._places += 1
+        try:
+            yield
+        finally:
+            self._places -= 1
+
+    @property
+    def turn(self) -> asyncio.Semaphore:
+        """To be held by whoever asks the database for a watch: so others find connections too."""
+        return self._turns
+
+    async def watch(
+        self, job_id: str, after_sequence: int, *, previews: bool
+    ) -> AsyncGenerator[job_pb2.WatchJobResponse, None]:
+        """Yield what happens to a job until it has ended. Raises NotFoundOrNotYours or Overloaded.
+
+        Whoever calls has a `place`.
+        """
         news = _News()
         news.leaving = self._closed
         self._open.add(news)
@@ -85,7 +103,7 @@ class Watches:
             job = await jobs.read_job(connection, job_id)
         if job is None:
             raise NotFoundOrNotYours
-        return events, job, (await self._standings.of([job])).get(job_id)
+        return events, job, await self._standings.of_watched(job)
 
     @property
     def look_anyway_s(self) -> float:

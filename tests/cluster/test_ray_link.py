@@ -15,7 +15,7 @@ from gpu_worker.contract import Progress
 from scheduler.cluster.ray_fleet import actor_name
 from scheduler.cluster.ray_link import ray_link
 from scheduler.refusals import Overloaded
-from scheduler.updates import UpdateBatch
+from scheduler.updates import JobUpdate, UpdateBatch
 from tests.cluster.small_ray import NAMESPACE
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
@@ -92,6 +92,34 @@ class ListeningScheduler:
             return self._jobs, self._accounts
 
 
+@ray.remote(num_cpus=0)
+class ReplacedScheduler:
+    """Is another one whenever it is asked to be, and knows of no job."""
+
+    def __init__(self) -> None:
+        self._epoch = 1
+        self._told = 0
+        self._changed = asyncio.Condition()
+
+    async def updates_after(self, number: int, wait_s: float) -> UpdateBatch:
+        async with self._changed:
+            if wait_s:
+                await self._changed.wait_for(lambda: self._told < self._epoch)
+            self._told = self._epoch
+            self._changed.notify_all()
+            return UpdateBatch(epoch=self._epoch, newest=0, updates=(), gap=False, abilities=None)
+
+    async def update_of(self, job_id: str) -> None:
+        return None
+
+    async def replace(self) -> None:
+        """Be another one, once somebody knows this one."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._told == self._epoch)
+            self._epoch += 1
+            self._changed.notify_all()
+
+
 async def no_holder() -> str:
     raise Overloaded(sentence="The database is away.")
 
@@ -155,3 +183,18 @@ async def test_line_outlives_a_database_that_is_away_and_then_delivers_every_not
         async with asyncio.timeout(30):
             assert await scheduler.told.remote() == ({"job"}, {"account"})
         assert not link.background.done()
+
+
+async def test_each_change_of_the_scheduler_tells_a_watcher_to_look_again() -> None:
+    scheduler = ReplacedScheduler.options(name="replaced", namespace=NAMESPACE).remote()  # type: ignore[attr-defined]
+
+    async def holder() -> str:
+        return "replaced"
+
+    async with ray_link(namespace=NAMESPACE, holder=holder) as link, aclosing(link.follow("job")) as updates:  # type: ignore[type-var]
+        async with asyncio.timeout(30):
+            for _ in range(3):
+                looking = asyncio.create_task(anext(updates))
+                await scheduler.replace.remote()
+                # Nothing of the job itself is in it, and so all of them say the same.
+                assert await looking == JobUpdate(job_id="job", event_seq=0, state="")

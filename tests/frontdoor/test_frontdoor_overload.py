@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
@@ -12,10 +13,16 @@ import asyncpg
 import grpc
 import pytest
 
+from scheduler.frontdoor.admission import Admission
+from scheduler.frontdoor.auth import Principal
 from scheduler.frontdoor.standings import Standings
 from scheduler.frontdoor.watch import Watches
+from scheduler.refusals import Overloaded
 from scheduler.settings import FrontDoor as FrontDoorSettings
 from scheduler.settings import Scheduling as SchedulingSettings
+from scheduler.store import jobs
+from scheduler.store.accounts import Role
+from scheduler.store.pool import open_pool
 from scheduler.updates import QueueReason, QueueStatus
 from scheduler.v1 import job_pb2
 from tests.frontdoor.door import Caller, Door, Refused, SmallScheduler, read_refusal, refusal
@@ -112,6 +119,29 @@ async def test_one_account_does_not_take_all_the_places(door: Door) -> None:
     assert (await ann.create()).uid, "it has its place again"
 
 
+def test_accounts_that_fill_a_front_door_leave_places_for_who_can_block_them() -> None:
+    admission = Admission(FrontDoorSettings(calls_at_once=32))
+
+    def enter(name: str, role: Role) -> None:
+        who = Principal(account_id=name, key_id="k", role=role)
+        calls.enter_context(admission.entered("/scheduler.v1.JobService/GetJob", who))
+
+    def fill(role: Role) -> int:
+        """Return how many calls of such accounts come in until one is refused."""
+        for number in itertools.count():
+            try:
+                enter(f"{role}-{number // 8}", role)
+            except Overloaded:
+                return number
+        raise AssertionError("somebody is refused")
+
+    with ExitStack() as calls:
+        assert fill(Role.USER) == 30
+        assert fill(Role.MODERATOR) == 2
+    with ExitStack() as calls:
+        assert fill(Role.ADMIN) == 32
+
+
 async def test_a_burst_of_thousands_is_answered_or_refused_call_by_call(door: Door) -> None:
     ann = await door.caller("ann")
     job = await ann.create()
@@ -157,7 +187,9 @@ async def test_watches_beyond_the_limit_are_refused_until_one_ends(door: Door) -
     watches = [ann.watch(job.name) for _ in range(WATCHES)]
     for watch in watches:
         await anext(aiter(watch))
-    assert is_overloaded(await refusal(anext(aiter(ann.watch(job.name)))))
+    # Before anything is asked of the database: whether there is such a job, nobody has looked.
+    for name in (job.name, f"accounts/ann/jobs/{uuid.uuid4()}"):
+        assert is_overloaded(await refusal(anext(aiter(ann.watch(name)))))
     watches[0].cancel()
     async with asyncio.timeout(20):
         while True:
@@ -185,7 +217,7 @@ async def test_a_watcher_that_does_not_read_costs_the_newest_state_alone(door: D
         door.scheduler.step(attempt_id, step % 20, b"%d" % step + bytes(10_000))
     await _until_taken(door, attempt_id)
     gc.collect()
-    held = [one for one in gc.get_objects() if isinstance(one, bytes) and len(one) > 10_000]
+    held = [one for one in gc.get_objects() if type(one) is bytes and len(one) > 10_000]
     assert len(held) <= 2
     progress = (await anext(watch)).progress
     assert progress.preview.startswith(b"1999")
@@ -210,6 +242,59 @@ class Counting(SmallScheduler):
         self.asked_about.append(len(job_ids))
         status = QueueStatus(reason=QueueReason.WAITING_FOR_GPU, sentence="", position=1)
         return dict.fromkeys(job_ids, status)
+
+
+class Slow(Counting):
+    """Answers once it is let, and then that it knows none of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.let = asyncio.Event()
+
+    async def queue_statuses(self, job_ids: Sequence[str]) -> Mapping[str, QueueStatus]:
+        self.asked_about.append(len(job_ids))
+        await self.let.wait()
+        return {}
+
+
+async def test_watches_that_look_all_at_once_ask_together(door: Door) -> None:
+    ann = await door.caller("ann")
+    uids = [(await ann.create()).uid for _ in range(3)]
+    scheduler = Slow()
+    standings = Standings(door.pool, scheduler, lambda: door.clock.now)
+    watches = Watches(door.pool, scheduler, standings, 1)
+    read: list[float] = []
+    door.pool.observe_waits(read.append)
+    first, *others = [asyncio.create_task(watches.look(uid, 0)) for uid in 20 * uids]
+    async with asyncio.timeout(20):
+        while len(read) < 60:  # noqa: ASYNC110 - nobody tells that all have
+            await asyncio.sleep(0)
+    assert scheduler.asked_about == [1], "what it does not answer is not asked again and again"
+    # Whose watch ends meanwhile answers nobody; the others are answered all the same.
+    first.cancel()
+    scheduler.let.set()
+    statuses = [status for _, _, status in await asyncio.gather(*others)]
+    assert {status and status.reason for status in statuses} == {QueueReason.WAITING_FOR_GPU}
+    assert len(scheduler.asked_about) < 10
+
+
+async def test_a_database_that_is_away_is_told_to_all_who_asked_together(door: Door) -> None:
+    ann = await door.caller("ann")
+    job = await ann.create()
+    async with door.pool.reading() as connection:
+        waiting = await jobs.read_job(connection, job.uid)
+    assert waiting is not None
+    away = await open_pool(door.pool.dsn, 1)
+    await away.close()
+    scheduler = Slow()
+    standings = Standings(away, scheduler, lambda: door.clock.now)
+    asking = [asyncio.create_task(standings.of_watched(waiting)) for _ in range(50)]
+    while not scheduler.asked_about:  # noqa: ASYNC110 - its turn
+        await asyncio.sleep(0)
+    scheduler.let.set()
+    answers = await asyncio.gather(*asking, return_exceptions=True)
+    assert all(isinstance(answer, Overloaded) for answer in answers)
+    assert len(scheduler.asked_about) <= 2
 
 
 async def test_of_very_many_waiting_jobs_the_scheduler_is_asked_by_turns(door: Door) -> None:

@@ -7,6 +7,7 @@ import hashlib
 import io
 import socket
 import ssl
+import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -26,7 +27,7 @@ from PIL import Image
 
 from scheduler.frontdoor.artifacts import Artifacts
 from scheduler.frontdoor.errors import status_of
-from scheduler.frontdoor.picture_urls import Address, Reachable, is_public
+from scheduler.frontdoor.picture_urls import Address, Reachable, SystemNames, is_public
 from scheduler.frontdoor.pictures import Pictures
 from scheduler.refusals import Overloaded, PictureUnreadable
 from scheduler.settings import Pictures as PictureSettings
@@ -375,6 +376,33 @@ def test_what_is_not_a_public_host_may_not_be_reached(address: str) -> None:
 )
 def test_public_hosts_may_be_reached(address: str) -> None:
     assert is_public(ip_address(address))
+
+
+async def test_an_account_whose_names_are_never_answered_keeps_no_other_account_from_theirs() -> None:
+    answered = threading.Event()
+    asked: list[str] = []
+
+    def look_up(host: str, port: int, **_: int) -> list[tuple[int, int, int, str, tuple[Any, ...]]]:
+        asked.append(host)
+        if host.endswith(".silent"):
+            answered.wait()
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (LOOPBACK, port))]
+
+    names = SystemNames(look_up)
+    ann, ben = names.asked_by("ann"), names.asked_by("ben")
+    try:
+        silent = [asyncio.create_task(ann.resolve(f"{n}.silent", 80)) for n in range(10)]
+        assert (await ben.resolve("site.test", 80))[0]["host"] == LOOPBACK
+        # Whoever gives up leaves its threads waiting.
+        await cancelled(silent[:2])
+        third = asyncio.create_task(names.asked_by("ann").resolve("site.test", 443))
+        assert (await ben.resolve("site.test", 80))[0]["host"] == LOOPBACK
+        assert sorted(asked) == ["0.silent", "1.silent", "site.test", "site.test"]
+        assert not third.done()
+    finally:
+        answered.set()
+    assert (await third)[0]["port"] == 443
+    await cancelled(silent)
 
 
 @pytest.fixture

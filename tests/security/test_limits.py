@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncIterator
+from contextlib import ExitStack
 
 import asyncpg
 import grpc
@@ -13,7 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from scheduler.frontdoor.auth import Doorman
-from scheduler.refusals import Unauthenticated
+from scheduler.refusals import RateLimited, Unauthenticated
 from scheduler.settings import FrontDoor as FrontDoorSettings
 from scheduler.store.accounts import Role
 from scheduler.store.pool import Pool, open_pool
@@ -150,32 +151,78 @@ async def test_old_connections_are_replaced_and_what_is_open_on_them_goes_on(doo
 # -- without -----------------------------------------------------------------------------------------------
 
 
-async def test_streams_of_strangers_are_so_many_together(door: Door) -> None:
-    channels = [
-        grpc.aio.insecure_channel(door.address, options=[("grpc.use_local_subchannel_pool", 1)])
-        for _ in range(35)
-    ]
-    try:
-        open_ones = []
-        for number in range(100):
-            stub = health_pb2_grpc.HealthStub(channels[number // 3])
-            open_ones.append(stub.Watch(health_pb2.HealthCheckRequest()))
-            await open_ones[-1].read()
-        fresh = channels[-1]
-        for one_too_many in (
-            health_pb2_grpc.HealthStub(fresh).Watch(health_pb2.HealthCheckRequest()),
-            reflection_pb2_grpc.ServerReflectionStub(fresh).ServerReflectionInfo(_questions()),
-        ):
-            refused = await refusal(one_too_many.read())
-            assert (refused.code, refused.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "RATE_LIMITED")
-            assert refused.retry_s == 1
-        health = await health_pb2_grpc.HealthStub(fresh).Check(health_pb2.HealthCheckRequest())
-        assert health.status == health_pb2.HealthCheckResponse.SERVING, "probes go on"
-        ann = await door.caller("ann")
-        await ann.create()
-    finally:
-        for channel in channels:
-            await channel.close()
+class TestWhileConnectionsLast:
+    """None is replaced before the test ends."""
+
+    @pytest.fixture
+    def frontdoor_settings(self) -> FrontDoorSettings:
+        return FrontDoorSettings(port=0, streams_per_connection=3)
+
+    async def test_streams_of_strangers_are_so_many_from_one_address(self, door: Door) -> None:
+        channels = [
+            grpc.aio.insecure_channel(door.address, options=[("grpc.use_local_subchannel_pool", 1)])
+            for _ in range(5)
+        ]
+        try:
+            open_ones = []
+            for number in range(10):
+                stub = health_pb2_grpc.HealthStub(channels[number // 3])
+                open_ones.append(stub.Watch(health_pb2.HealthCheckRequest()))
+                await open_ones[-1].read()
+            fresh = channels[-1]
+            for one_too_many in (
+                health_pb2_grpc.HealthStub(fresh).Watch(health_pb2.HealthCheckRequest()),
+                reflection_pb2_grpc.ServerReflectionStub(fresh).ServerReflectionInfo(_questions()),
+            ):
+                refused = await refusal(one_too_many.read())
+                assert (refused.code, refused.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "RATE_LIMITED")
+                assert refused.retry_s == 1
+            health = await health_pb2_grpc.HealthStub(fresh).Check(health_pb2.HealthCheckRequest())
+            assert health.status == health_pb2.HealthCheckResponse.SERVING, "probes go on"
+            ann = await door.caller("ann")
+            await ann.create()
+        finally:
+            for channel in channels:
+                await channel.close()
+
+
+async def test_streams_of_strangers_end_when_a_connection_would(door: Door) -> None:
+    channel = door.channel(None)
+    ask = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo
+    talk = ask()
+    await talk.write(reflection_pb2.ServerReflectionRequest(list_services=""))
+    await talk.read()
+    watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+    await watch.read()
+    for stream in (talk, watch):
+        ended = await refusal(stream.read())
+        assert (ended.code, ended.reason) == (grpc.StatusCode.UNAVAILABLE, "OVERLOADED")
+
+
+def test_streams_of_strangers_are_so_many_together_and_few_of_one_network(pool: Pool) -> None:
+    doorman = Doorman(pool, requests_per_second=1, streams_per_key=1, now_s=lambda: 0.0)
+    with ExitStack() as open_ones:
+
+        def opened(peer: str, times: int) -> int:
+            """Return how many of so many streams are let in."""
+            for let_in in range(times):
+                try:
+                    open_ones.enter_context(doorman.stream_of_a_stranger(f"{peer}:{40_000 + let_in}"))
+                except RateLimited:
+                    return let_in
+            return times
+
+        assert opened("ipv4:192.0.2.7", 11) == 10
+        assert opened("ipv4:192.0.2.8", 9) == 9
+        assert opened("ipv6:%5B2001:db8:0:1::7%5D", 6) == 6
+        assert opened("ipv6:%5B2001:db8:0:1:ffff::%5D", 6) == 4, "one network of one household"
+        assert opened("ipv6:%5B2001:db8:0:2::7%5D", 1) == 1
+        assert opened("ipv6:%5B::ffff:192.0.2.8%5D", 2) == 1
+        assert opened("ipv6:%5Bfe80::1%25eth0%5D", 1) == 1
+        assert opened("unix", 1) == 1
+        assert sum(opened(f"ipv4:198.51.100.{host}", 10) for host in range(10)) == 100 - 33
+    with doorman.stream_of_a_stranger("ipv4:192.0.2.7:40000"):
+        pass
 
 
 async def _questions() -> AsyncIterator[reflection_pb2.ServerReflectionRequest]:

@@ -220,6 +220,25 @@ async def test_a_connection_is_of_tls_1_2_at_least(door: Door, authority: Author
     writer.transport.abort()  # the service has sent its settings, which nobody here reads
 
 
+@pytest.mark.filterwarnings("ignore:ssl.TLSVersion:DeprecationWarning")
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1, ssl.TLSVersion.TLSv1_2])
+async def test_a_client_that_speaks_nothing_newer_is_turned_away_by_the_service(
+    door: Door, authority: Authority, version: ssl.TLSVersion
+) -> None:
+    context = ssl.create_default_context(cafile=str(authority.certificate))
+    context.set_ciphers("ALL:@SECLEVEL=0")  # or the client itself would not even ask
+    context.minimum_version = context.maximum_version = version
+    context.set_alpn_protocols(["h2"])
+    host, _, port = door.address.rpartition(":")
+    asked = asyncio.open_connection(host, int(port), ssl=context)
+    if version is ssl.TLSVersion.TLSv1_2:
+        _, writer = await asked
+        writer.transport.abort()
+    else:
+        with pytest.raises(ConnectionResetError):  # by the other end
+            await asked
+
+
 def _garbage(files: tuple[Path, Path]) -> None:
     files[0].write_text("-----BEGIN CERTIFICATE-----\nno\n-----END CERTIFICATE-----\n")
 
