@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -775,3 +776,30 @@ def test_two_workers_that_start_together_build_one_stand_in_and_print_nothing(tm
     assert outputs[0] == outputs[1]
     assert outputs[0][1] == b""
     assert [path.name for path in tmp_path.iterdir()] == ["stand-in-2"]
+
+
+def test_a_prompt_that_is_longer_than_a_model_reads_is_printed_nowhere_whatever_the_environment_says(
+    tmp_path: Path,
+) -> None:
+    program = f"""
+        import sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import gpu_worker.engine.diffusers_engine  # before others import what it quietens, as workers do
+        from pathlib import Path
+        from test_engine import a_small_spec, an_engine, drawn
+        from gpu_worker.contract import RenderKind
+        engine = an_engine(Path({str(tmp_path)!r}))
+        engine.load("stand-in", RenderKind.IMAGINE)
+        drawn(engine, a_small_spec(prompt="zqxjkvbp of a fox, " * 11, steps=1))
+    """
+    loud = {"DIFFUSERS_VERBOSITY": "debug", "TRANSFORMERS_VERBOSITY": "debug"}
+    drawing = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        env=os.environ | loud,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert drawing.returncode == 0, drawing.stderr
+    assert "zqxjkvbp" not in drawing.stdout + drawing.stderr
