@@ -47,6 +47,9 @@ class PlanChange:
     charge_micros: int
     """For the rest of the period at the new price."""
     currency: str
+    retention_days_before: int
+    """How long pictures are kept on the old plan; 0: for ever."""
+    retention_days_after: int
     etag: str
     """Names the moment and the state this was made for."""
 
@@ -147,10 +150,12 @@ async def _foreseen(
         credit_micros=0,
         charge_micros=0,
         currency=terms.currency,
+        retention_days_before=old.picture_retention_days,
+        retention_days_after=new.picture_retention_days,
         etag=_etag(terms, new, at),
     )
     if plan == terms.plan:
-        return change
+        return replace(change, retention_days_after=old.picture_retention_days)
     if not _gives_more(new, old):
         return replace(change, effective_at=terms.renews_at, at_once=False)
     period = Period(start=terms.period_start, end=terms.renews_at)

@@ -107,6 +107,9 @@ class PlanImpact:
     """Accounts from which not all that the quota fell by can be taken: it is used or held."""
     behind: int
     """Accounts that would take up at once what earlier versions were to change with their next period."""
+    retention_days_before: int
+    """How long pictures are kept by the newest version; 0: for ever."""
+    retention_days_after: int
     first: tuple[AccountImpact, ...]
     """The first hundred accounts by id."""
 
@@ -263,6 +266,8 @@ async def impact(
         revoked_ms=revoked_ms,
         cut_short=cut_short,
         behind=behind_newest,
+        retention_days_before=current.picture_retention_days,
+        retention_days_after=fields.picture_retention_days,
         first=tuple(first),
     )
 

@@ -292,6 +292,8 @@ class PlanImpact(_message.Message):
     ACCOUNTS_OVER_LIMITS_FIELD_NUMBER: _builtins.int
     FIRST_FIELD_NUMBER: _builtins.int
     ACCOUNTS_BEHIND_FIELD_NUMBER: _builtins.int
+    PICTURE_RETENTION_DAYS_BEFORE_FIELD_NUMBER: _builtins.int
+    PICTURE_RETENTION_DAYS_AFTER_FIELD_NUMBER: _builtins.int
     accounts: _builtins.int
     granted_ms: _builtins.int
     """Of fast time in the present period, over all accounts; 0 where it counts from the next."""
@@ -304,6 +306,11 @@ class PlanImpact(_message.Message):
     """Accounts whose present period is by an earlier version than the one that is replaced. At once they take up what the
     versions between changed as well. 0 where it counts from the next period.
     """
+    picture_retention_days_before: _builtins.int
+    """Days for which pictures are kept by the version that is replaced and by the new one; 0: for ever. Where that gets
+    less, those that are older when an account takes the version up are gone for good.
+    """
+    picture_retention_days_after: _builtins.int
     @_builtins.property
     def first(self) -> _containers.RepeatedCompositeFieldContainer[Global___AccountImpact]:
         """The first hundred of those who are touched, by id."""
@@ -318,10 +325,12 @@ class PlanImpact(_message.Message):
         accounts_over_limits: _builtins.int = ...,
         first: _abc.Iterable[Global___AccountImpact] | None = ...,
         accounts_behind: _builtins.int = ...,
+        picture_retention_days_before: _builtins.int = ...,
+        picture_retention_days_after: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accounts", b"accounts", "accounts_behind", b"accounts_behind", "accounts_cut_short", b"accounts_cut_short", "accounts_over_limits", b"accounts_over_limits", "first", b"first", "granted_ms", b"granted_ms", "revoked_ms", b"revoked_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accounts", b"accounts", "accounts_behind", b"accounts_behind", "accounts_cut_short", b"accounts_cut_short", "accounts_over_limits", b"accounts_over_limits", "first", b"first", "granted_ms", b"granted_ms", "picture_retention_days_after", b"picture_retention_days_after", "picture_retention_days_before", b"picture_retention_days_before", "revoked_ms", b"revoked_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

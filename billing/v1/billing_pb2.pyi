@@ -530,6 +530,8 @@ class PlanChange(_message.Message):
     CURRENCY_CODE_FIELD_NUMBER: _builtins.int
     SENTENCE_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
+    PICTURE_RETENTION_DAYS_BEFORE_FIELD_NUMBER: _builtins.int
+    PICTURE_RETENTION_DAYS_AFTER_FIELD_NUMBER: _builtins.int
     account: _builtins.str
     """accounts/{account}"""
     from_plan: _builtins.str
@@ -547,6 +549,11 @@ class PlanChange(_message.Message):
     sentence: _builtins.str
     """A sentence for a person."""
     etag: _builtins.str
+    picture_retention_days_before: _builtins.int
+    """Days for which pictures are kept on the old plan and on the new; 0: for ever. Where that gets less, those that are
+    older by then are gone for good.
+    """
+    picture_retention_days_after: _builtins.int
     @_builtins.property
     def effective_time(self) -> _timestamp_pb2.Timestamp:
         """When it counts: now, or the end of the period."""
@@ -566,10 +573,12 @@ class PlanChange(_message.Message):
         currency_code: _builtins.str = ...,
         sentence: _builtins.str = ...,
         etag: _builtins.str = ...,
+        picture_retention_days_before: _builtins.int = ...,
+        picture_retention_days_after: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["effective_time", b"effective_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "amount_micros", b"amount_micros", "at_once", b"at_once", "charge_micros", b"charge_micros", "credit_micros", b"credit_micros", "currency_code", b"currency_code", "effective_time", b"effective_time", "etag", b"etag", "from_plan", b"from_plan", "granted_ms", b"granted_ms", "sentence", b"sentence", "to_plan", b"to_plan"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "amount_micros", b"amount_micros", "at_once", b"at_once", "charge_micros", b"charge_micros", "credit_micros", b"credit_micros", "currency_code", b"currency_code", "effective_time", b"effective_time", "etag", b"etag", "from_plan", b"from_plan", "granted_ms", b"granted_ms", "picture_retention_days_after", b"picture_retention_days_after", "picture_retention_days_before", b"picture_retention_days_before", "sentence", b"sentence", "to_plan", b"to_plan"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -337,6 +337,12 @@ def print_impact(printer: Printer, plan: str, impact: PlanImpact) -> None:
             f"{plan}: {_counted(impact.accounts_behind, 'account')} with a version before the newest: at "
             "once it is all that changed since, also what was to wait for their next period."
         )
+    kept, then_kept = impact.picture_retention_days_before, impact.picture_retention_days_after
+    if kept != then_kept:
+        days, then_days = (f"{of} days" if of else "for ever" for of in (kept, then_kept))
+        printer.note(
+            f"{plan}: pictures are kept {then_days} instead of {days}; older ones are gone for good."
+        )
     if impact.accounts_over_limits:
         printer.note(
             f"{plan}: {_counted(impact.accounts_over_limits, 'account')} with more jobs than new limits "

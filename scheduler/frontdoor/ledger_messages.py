@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from datetime import UTC
 from uuid import UUID
@@ -103,6 +104,8 @@ def plan_impact(of: PlanImpact, over_limits: int) -> admin_pb2.PlanImpact:
         accounts_cut_short=of.cut_short,
         accounts_over_limits=over_limits,
         accounts_behind=of.behind,
+        picture_retention_days_before=of.retention_days_before,
+        picture_retention_days_after=of.retention_days_after,
         first=[
             admin_pb2.AccountImpact(
                 account=account_name(one.account_id),
@@ -127,7 +130,9 @@ def plan_change(of: PlanChange) -> billing_pb2.PlanChange:
         charge_micros=of.charge_micros,
         amount_micros=of.amount_micros,
         currency_code=of.currency,
-        sentence=_sentence(of),
+        sentence=_sentence(of) + _retention_sentence(of),
+        picture_retention_days_before=of.retention_days_before,
+        picture_retention_days_after=of.retention_days_after,
         etag=of.etag,
     )
 
@@ -148,6 +153,19 @@ def _sentence(of: PlanChange) -> str:
         f"At once: {of.to_plan} instead of {of.from_plan},{gained} and {amount:,.2f} {of.currency} {whose} "
         f"({charge:,.2f} for the rest of the period on {of.to_plan}, less {credit:,.2f} on {of.from_plan})."
     )
+
+
+def _retention_sentence(of: PlanChange) -> str:
+    """Say whether pictures are kept for longer or not as long; empty where that stays as it is."""
+    if of.retention_days_before == of.retention_days_after:
+        return ""
+    before, after = (
+        f"for {days} days from the end of their job" if days else "for ever"
+        for days in (of.retention_days_before, of.retention_days_after)
+    )
+    is_shorter = (of.retention_days_after or math.inf) < (of.retention_days_before or math.inf)
+    loss = ": those that are older are gone for good" if is_shorter else ""
+    return f" Pictures are then kept {after}, no longer {before}{loss}."
 
 
 def transfer(of: Transfer, account_id: str) -> billing_pb2.Transfer:

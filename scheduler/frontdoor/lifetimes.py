@@ -74,7 +74,7 @@ class Lifetimes:
                 ):
                     _log.info("month of past jobs made", partition=name)
         except past_jobs.Busy:
-            _log.info("month of past jobs not made yet: accounts are being written")
+            _log.info("months not made yet: accounts are being written, or another front door is at it")
             return
         while True:
             async with self._pool.transaction() as connection:

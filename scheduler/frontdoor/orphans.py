@@ -5,6 +5,9 @@ goes within the hour. Here is the net below: a process that died between writing
 database that was restored to an earlier day, a worker that nobody heard of again. The store is read in
 4,096 parts by the first letters of its names, one a minute, so that a pass takes three days, and little
 memory however large it is.
+
+Pictures of prompts too are noted for that long first. As several jobs may share one, also one that is about
+to be accepted, whoever then removes it is the sweep of strays, an hour later.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import structlog
 
 from scheduler.frontdoor.artifacts import Artifacts
 from scheduler.refusals import Overloaded
-from scheduler.store import orphans
+from scheduler.store import orphans, stray_pictures
 from scheduler.store.pool import Pool
 
 _log = structlog.get_logger()
@@ -32,6 +35,8 @@ _AT_ONCE = 10_000
 # What a process that died has left of a file that it wrote to a local folder.
 _UNFINISHED = ".unfinished-"
 _PICTURE = re.compile(rf"{orphans.PICTURES}/[0-9a-f]{{64}}\.png")
+# Of what was removed, the log names so many.
+_MOST_LOGGED = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +56,7 @@ class Swept:
     noted: int
     """Orphans that were not noted before."""
     removed: tuple[str, ...]
+    """What went, and the pictures of prompts that are strays from now on."""
 
 
 class Orphans:
@@ -80,10 +86,7 @@ class Orphans:
             await asyncio.sleep(_SWEEP_EVERY_S)
 
     async def sweep(self, prefix: str) -> Swept:
-        """Note the orphans whose names begin so, and remove those that are due. Raises Overloaded.
-
-        Pictures of prompts that are orphans are listed as strays, which go within the hour.
-        """
+        """Note the orphans whose names begin so, and remove those that are due. Raises Overloaded."""
         noted = 0
         removed: list[str] = []
         for folder, first in _places(prefix):
@@ -93,13 +96,12 @@ class Orphans:
                 noted += await orphans.note(connection, place, unnamed)
                 due = await orphans.due(connection, place, noted_for=self._kept)
             for path in due:
-                await self._artifacts.delete(path.removesuffix("/"))
-                async with self._pool.reading() as connection:
-                    await orphans.gone(connection, path)
+                await self._remove(path)
                 removed.append(path)
-        noted += len(await self._stray_pictures(prefix, noting=True))
         if noted or removed:
-            _log.info("orphans seen", prefix=prefix, noted=noted, removed=removed)
+            _log.info(
+                "orphans seen", prefix=prefix, noted=noted, removed=len(removed), first=removed[:_MOST_LOGGED]
+            )
         return Swept(noted=noted, removed=tuple(removed))
 
     async def found(self, prefix: str) -> AsyncIterator[Orphan]:
@@ -110,34 +112,35 @@ class Orphans:
                 due = await orphans.due(connection, f"{folder}/{first}", noted_for=self._kept)
             for path in sorted(unnamed):
                 yield Orphan(path=path, is_due=path in due)
-        for path in await self._stray_pictures(prefix, noting=False):
-            yield Orphan(path=path, is_due=False)
+
+    async def _remove(self, path: str) -> None:
+        if _PICTURE.fullmatch(path):
+            async with self._pool.transaction() as connection:
+                await stray_pictures.note(connection, [path])
+                await orphans.gone(connection, path)
+            return
+        await self._artifacts.delete(path.removesuffix("/"))
+        async with self._pool.reading() as connection:
+            await orphans.gone(connection, path)
 
     async def _unnamed(self, folder: str, first: str) -> set[str]:
         # Before the rows: a file that is written meanwhile is of an attempt whose job lives, or has it in
         # its row.
         paths = await self._artifacts.listed(folder, first)
-        if folder == orphans.PICTURES:
-            return set(paths)
         unnamed: set[str] = set()
+        if folder == orphans.PICTURES:
+            unfinished = f"{orphans.PICTURES}/{_UNFINISHED}"
+            unnamed |= {path for path in paths if path.startswith(unfinished)}
+            paths = [path for path in paths if _PICTURE.fullmatch(path)]
+        of = orphans.unnamed_pictures if folder == orphans.PICTURES else orphans.unnamed_of_jobs
         for begin in range(0, len(paths), _AT_ONCE):
             async with self._pool.reading() as connection:
-                unnamed |= await orphans.unnamed_of_jobs(connection, paths[begin : begin + _AT_ONCE])
+                unnamed |= await of(connection, paths[begin : begin + _AT_ONCE])
         return unnamed
-
-    async def _stray_pictures(self, prefix: str, *, noting: bool) -> list[str]:
-        listed = await self._artifacts.listed(orphans.PICTURES, prefix)
-        paths = [path for path in listed if _PICTURE.fullmatch(path)]
-        strays: list[str] = []
-        for begin in range(0, len(paths), _AT_ONCE):
-            async with self._pool.reading() as connection:
-                strays += await orphans.strays_among(
-                    connection, paths[begin : begin + _AT_ONCE], noting=noting
-                )
-        return strays
 
 
 def _places(prefix: str) -> list[tuple[str, str]]:
     """Return folders, and how the names begin there: what was left unfinished belongs to the first part."""
-    unfinished = [] if prefix.strip("0") else [(orphans.PICTURES, _UNFINISHED)]
-    return [(orphans.JOBS, prefix), *unfinished]
+    is_first = prefix != "" and not prefix.strip("0")
+    unfinished = [(orphans.PICTURES, _UNFINISHED)] if is_first else []
+    return [(orphans.JOBS, prefix), (orphans.PICTURES, prefix), *unfinished]

@@ -2,10 +2,10 @@
 
 What counts is the plan that the account is on when it is looked at, not the one of the day they were made:
 whoever moves to a plan that keeps them longer saves those that are still there, and whoever moves to one
-that keeps them shorter has been told by the plan. The row stays with everything but its pictures, videos
-and latents, so that the job can still be shown and rerolled; pictures that were sent along with its prompt
-stay with the prompt. `deletions.leftovers` then has the files, and leaves them as long as a live job starts
-from them.
+that keeps them shorter has been told so by the preview of that change. The row stays with everything but its
+pictures, videos and latents, so that the job can still be shown and rerolled; pictures that were sent along
+with its prompt stay with the prompt. `deletions.leftovers` then has the files, and leaves them as long as a
+live job starts from them.
 """
 
 from __future__ import annotations

@@ -345,6 +345,8 @@ async def feed(
                         AND expired_at IS NULL
                         -- In the words of the index.
                         AND spec ->> 'kind' IN ('upscale_light', 'upscale_detailed', 'upscale_max')
+                        -- Says no more than what follows, but so that an index can begin there.
+                        AND job.ended_at <= coalesce($1::timestamptz, 'infinity')
                         AND ($1::timestamptz IS NULL OR job.ended_at < $1
                              OR (job.ended_at = $1 AND job.job_id > $2::uuid))
                         AND ($4 OR hidden_at IS NULL)
@@ -369,11 +371,11 @@ async def with_pictures(connection: Connection, account_id: str) -> dict[int, in
 
 
 async def pictures(connection: Connection, account_id: str, arrivals: Sequence[int]) -> list[ImageFile]:
-    """Return the pictures of these jobs of an account, oldest job first, without those deleted meanwhile."""
+    """Return the pictures of these jobs of an account, oldest job first; some may be gone by now."""
     rows = await connection.fetch(
         """SELECT images FROM scheduler.job
            WHERE account_id = $1 AND arrival = ANY($2::bigint[]) AND state = 'succeeded'
-                 AND deleted_at IS NULL ORDER BY arrival""",
+                 AND deleted_at IS NULL AND expired_at IS NULL ORDER BY arrival""",
         account_id,
         arrivals,
     )

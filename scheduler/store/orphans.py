@@ -52,6 +52,20 @@ async def unnamed_of_jobs(connection: Connection, paths: Collection[str]) -> set
     return unnamed
 
 
+async def unnamed_pictures(connection: Connection, pictures: Collection[str]) -> set[str]:
+    """Return those of these pictures of prompts that no job has and that are not listed as strays."""
+    rows = await connection.fetch(
+        """SELECT path FROM unnest($1::text[]) AS found (path)
+           WHERE NOT EXISTS (SELECT FROM scheduler.stray_picture WHERE stray_picture.path = found.path)
+             AND NOT EXISTS (
+               SELECT FROM scheduler.job
+               WHERE spec -> 'pictures' <> '[]' AND deleted_at IS NULL
+                     AND spec -> 'pictures' @> jsonb_build_array(jsonb_build_object('path', found.path)))""",
+        list(pictures),
+    )
+    return {row["path"] for row in rows}
+
+
 def _as_uuid(text: str) -> UUID | None:
     try:
         job_id = UUID(text)
@@ -91,27 +105,3 @@ async def due(connection: Connection, prefix: str, *, noted_for: timedelta) -> S
 async def gone(connection: Connection, path: str) -> None:
     """Take a path off the list: it is not in the store any more."""
     await connection.execute("DELETE FROM scheduler.orphan_file WHERE path = $1", path)
-
-
-async def strays_among(connection: Connection, pictures: Collection[str], *, noting: bool) -> list[str]:
-    """Return those of these pictures of prompts that no job has and that are not listed as strays.
-
-    With `noting` they are listed from now on, and go as those do: `stray_pictures.take` looks again.
-    """
-    rows = await connection.fetch(
-        """SELECT path FROM unnest($1::text[]) AS found (path)
-           WHERE NOT EXISTS (SELECT FROM scheduler.stray_picture WHERE stray_picture.path = found.path)
-             AND NOT EXISTS (
-               SELECT FROM scheduler.job
-               WHERE spec -> 'pictures' <> '[]' AND deleted_at IS NULL
-                     AND spec -> 'pictures' @> jsonb_build_array(jsonb_build_object('path', found.path)))
-           ORDER BY path""",
-        list(pictures),
-    )
-    strays = [row["path"] for row in rows]
-    if noting and strays:
-        await connection.execute(
-            "INSERT INTO scheduler.stray_picture (path) SELECT unnest($1::text[]) ON CONFLICT DO NOTHING",
-            strays,
-        )
-    return strays

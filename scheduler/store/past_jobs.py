@@ -23,17 +23,18 @@ _MONTHS_LOCK = 0x6D6F6E74
 _LOCK_WITHIN = "500ms"
 
 Busy = asyncpg.LockNotAvailableError
-"""Accounts are being written for longer than a month can wait for: later it will be made."""
+"""Accounts are being written for longer than a month can wait for, or another front door makes months: later
+they will be there."""
 
 
 async def make_months(connection: Connection, *, ended_from: datetime | None, until: datetime) -> list[str]:
     """Make the partitions that are missing, from the oldest job that `move` would move up to that of `until`.
 
-    Returns their names. In the caller's transaction; nothing is done if another front door is at it. Raises
-    Busy.
+    Returns their names. In the caller's transaction. Raises Busy, also if another front door is at it: until
+    its transaction ends, nobody else sees what it makes.
     """
     if not await connection.fetchval("SELECT pg_try_advisory_xact_lock($1)", _MONTHS_LOCK):
-        return []
+        raise Busy
     oldest: datetime | None = await connection.fetchval(
         """SELECT min(ended_at) FROM scheduler.job
            WHERE NOT past AND ended_at >= coalesce($1, '-infinity'::timestamptz)""",

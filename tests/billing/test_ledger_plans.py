@@ -93,7 +93,18 @@ async def test_an_impact_names_who_is_touched_and_by_how_much(connection: asyncp
     later = await impact(connection, quota_ms=5, effective_from=EffectiveFrom.NEXT_PERIOD)
     assert (later.accounts, later.granted_ms, later.revoked_ms, later.cut_short) == (3, 0, 0, 0)
     nobody = await impact(connection, "standard")
-    assert nobody == PlanImpact(accounts=0, granted_ms=0, revoked_ms=0, cut_short=0, behind=0, first=())
+    assert nobody == PlanImpact(
+        accounts=0,
+        granted_ms=0,
+        revoked_ms=0,
+        cut_short=0,
+        behind=0,
+        retention_days_before=0,
+        retention_days_after=0,
+        first=(),
+    )
+    shorter = await impact(connection, picture_retention_days=30)
+    assert (shorter.retention_days_before, shorter.retention_days_after) == (0, 30)
     assert (await plans.newest(connection, "basic")).version == 1
 
 

@@ -258,6 +258,7 @@ TOUCHED = PlanImpact(
     accounts_cut_short=1,
     accounts_over_limits=2,
     accounts_behind=3,
+    picture_retention_days_after=30,
     first=[
         AccountImpact(account="accounts/ada", available_before_ms=60_000, available_after_ms=120_000),
         AccountImpact(account="accounts/ben", available_before_ms=5_000, available_after_ms=5_000),
@@ -282,6 +283,7 @@ def test_a_diff_says_what_would_change_and_whom_it_touches_and_changes_nothing(
         "basic: from 1 account not all of it can be taken: it is used, or held by running jobs.",
         "basic: 3 accounts with a version before the newest: at once it is all that changed since, also what "
         "was to wait for their next period.",
+        "basic: pictures are kept 30 days instead of for ever; older ones are gone for good.",
         "basic: 2 accounts with more jobs than new limits allow: these jobs go on, and no new ones start.",
         "Nothing was changed.",
     ]

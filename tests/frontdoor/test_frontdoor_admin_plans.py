@@ -118,11 +118,13 @@ async def test_a_dry_run_shows_whom_it_touches_and_keeps_nothing(door: Door, bos
     standard = await get(boss, "plans/standard")
     standard.quota_ms -= 1_000_000
     standard.limits.accepted = 1
+    standard.picture_retention_days = 30
     request = an_update(standard, validate_only=True)
     foreseen = await boss.admin.UpdatePlan(request)
     impact = foreseen.impact
     assert (foreseen.version, impact.accounts, impact.granted_ms, impact.revoked_ms) == (2, 2, 0, 1_000_000)
     assert (impact.accounts_cut_short, impact.accounts_over_limits) == (1, 1)
+    assert (impact.picture_retention_days_before, impact.picture_retention_days_after) == (0, 30)
     assert [(one.account, one.available_before_ms, one.available_after_ms) for one in impact.first] == [
         ("accounts/ann", 54_000_000, 53_000_000),
         ("accounts/ben", 0, 0),

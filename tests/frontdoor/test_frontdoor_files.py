@@ -60,6 +60,7 @@ async def test_the_feed_is_read_from_its_index(door: Door) -> None:
         plan = await connection.fetch(
             """EXPLAIN SELECT job_id FROM scheduler.job
                WHERE job.state = 'succeeded' AND visibility = 'public' AND deleted_at IS NULL
+                     AND expired_at IS NULL
                      AND spec ->> 'kind' IN ('upscale_light', 'upscale_detailed', 'upscale_max')
                ORDER BY job.ended_at DESC, job.job_id LIMIT 25"""
         )

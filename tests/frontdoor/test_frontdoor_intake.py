@@ -10,10 +10,12 @@ import pytest
 from billing.refusals import FastTimeExhausted
 from gpu_worker.contract import RenderKind, RenderSpec
 from scheduler import intake
+from scheduler.clock import to_ms
 from scheduler.intake import Accepted, Submission
 from scheduler.policy.ids import Tier
 from scheduler.policy.parameters import Parameters
 from scheduler.refusals import Impossible
+from scheduler.store import endings, jobs
 from scheduler.store.jobs import JobKind
 from tests.frontdoor.door import Door
 
@@ -41,6 +43,34 @@ async def test_nobody_is_told_of_a_job_that_was_refused(door: Door) -> None:
     with pytest.raises(Impossible):
         await _submit(door, predicted_ms=600_001)
     assert door.scheduler.told_jobs == []
+
+
+async def test_a_job_that_is_given_up_meanwhile_keeps_no_other_from_being_withdrawn(door: Door) -> None:
+    ann = await door.caller("ann")
+    first, given_up = sorted([(await ann.create()).uid for _ in range(2)])
+    await door.sql("INSERT INTO scheduler.leader (epoch) VALUES (1) ON CONFLICT DO NOTHING RETURNING 1")
+    epoch = await door.sql("SELECT epoch FROM scheduler.leader")
+
+    async def withdraw() -> list[str]:
+        async with door.pool.transaction() as connection:
+            return await intake.withdraw_all(connection, "ann", door.clock.now, "Blocked.")
+
+    async with door.pool.transaction() as connection:
+        assert await jobs.lock_job(connection, first) is not None
+        withdrawing = asyncio.create_task(withdraw())
+        async with asyncio.timeout(20):
+            while not await door.sql(
+                "SELECT count(*) FROM pg_stat_activity "
+                "WHERE datname = current_database() AND wait_event_type = 'Lock'"
+            ):
+                assert not withdrawing.done(), withdrawing.result()
+        async with door.pool.reading() as scheduler:
+            assert await endings.give_up(
+                scheduler, epoch=epoch, job_id=given_up, sentence="Lost.", now_ms=to_ms(door.clock.now)
+            )
+    assert await withdrawing == [first]
+    states = "SELECT array_agg(state ORDER BY job_id) FROM scheduler.job"
+    assert await door.sql(states) == ["cancelled", "failed"]
 
 
 async def _submit(door: Door, *, predicted_ms: int) -> Accepted:

@@ -13,6 +13,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from gpu_worker import outputs
 from scheduler.frontdoor.artifacts import Artifacts
+from scheduler.frontdoor.deletions import Deletions
 from scheduler.frontdoor.orphans import Orphan, Orphans, Swept
 from scheduler.refusals import Overloaded
 from scheduler.v1 import job_pb2
@@ -145,20 +146,60 @@ async def test_what_is_named_again_is_noted_no_more(door: Door) -> None:
     assert len(await ann.download(job.name)) == 4
 
 
-async def test_pictures_of_prompts_that_no_job_has_are_listed_as_strays(door: Door) -> None:
+async def test_pictures_of_prompts_that_no_job_has_are_strays_after_a_week(door: Door) -> None:
     ann = await door.caller("ann")
     await ann.create("a fox", model="seeing", pictures=[a_png(1)])
     (used,) = files(door)
     lost = write(door, f"pictures/{'a' * 64}.png")
     broken = write(door, "pictures/.unfinished-d")
-    await door.sql("WITH gone AS (DELETE FROM scheduler.stray_picture RETURNING 1) SELECT count(*) FROM gone")
+    await forget_strays(door)
     orphans = orphans_of(door)
-    await orphans.sweep("")
-    assert await door.sql("SELECT array_agg(path) FROM scheduler.stray_picture") == [lost]
-    assert await noted(door) == [broken]
-    await days_pass(door, 7)
+    for prefix in ("", "000", "aaa"):
+        await orphans.sweep(prefix)
+        assert await noted(door) == [broken, lost]
+    # Longer than strays are kept: somebody who restored the wrong backup has a week to notice.
+    await days_pass(door, 6.9)
+    assert await orphans.sweep("") == swept()
+    await sweep_strays(door)
+    assert files(door) == {used, lost, broken}
+    await days_pass(door, 0.1)
     assert await orphans.sweep("000") == swept(broken)
+    assert await orphans.sweep("aaa") == swept(lost)
+    assert await noted(door) == []
     assert files(door) == {used, lost}, "strays have a sweep of their own"
+    await sweep_strays(door)
+    assert files(door) == {used}
+    assert await orphans.sweep("") == swept()
+
+
+async def test_a_picture_of_a_prompt_that_a_job_has_again_is_kept(door: Door) -> None:
+    ann = await door.caller("ann")
+    job = await ann.create("a fox", model="seeing", pictures=[a_png(1)])
+    (picture,) = files(door)
+    await ann.cancel(job.name)
+    await ann.delete(job.name)
+    await forget_strays(door)
+    orphans = orphans_of(door)
+    assert await orphans.sweep("") == swept(noted=1)
+    await days_pass(door, 100)
+    await ann.create("a cat", model="seeing", pictures=[a_png(1)])
+    await sweep_strays(door)
+    assert await orphans.sweep("") == swept()
+    assert await noted(door) == []
+    assert files(door) == {picture}
+
+
+async def forget_strays(door: Door) -> None:
+    await door.sql("WITH gone AS (DELETE FROM scheduler.stray_picture RETURNING 1) SELECT count(*) FROM gone")
+
+
+async def sweep_strays(door: Door) -> None:
+    """Let an hour pass for strays, and remove them."""
+    await door.sql(
+        """WITH older AS (UPDATE scheduler.stray_picture SET since = since - interval '61 min' RETURNING 1)
+           SELECT count(*) FROM older"""
+    )
+    await Deletions(door.pool, Artifacts(f"file://{door.artifacts}"), lambda: datetime.now(UTC)).sweep()
 
 
 async def test_what_is_not_ours_is_left_alone(door: Door) -> None:

@@ -13,11 +13,12 @@ import grpc
 import pytest
 
 from billing import accounts as ledger_accounts
-from billing.v1 import admin_pb2
+from billing.v1 import admin_pb2, billing_pb2
 from scheduler.frontdoor.artifacts import Artifacts
 from scheduler.frontdoor.deletions import Deletions
 from scheduler.frontdoor.lifetimes import Lifetimes
 from scheduler.settings import Lifetimes as LifetimesSettings
+from scheduler.store import past_jobs
 from scheduler.store.accounts import Role
 from scheduler.v1 import job_pb2
 from tests.frontdoor.door import Caller, Door, read_refusal, refusal
@@ -200,6 +201,46 @@ async def test_jobs_that_ended_move_ten_minutes_later_and_the_next_month_is_ther
     at = datetime(2026, 11, 24, 1, tzinfo=UTC)
     await lifetimes.sweep()
     assert await door.sql("SELECT to_regclass('scheduler.past_job_2026_12')::text") is not None
+
+
+async def test_who_would_have_pictures_kept_for_less_time_is_told_before(door: Door, ann: Caller) -> None:
+    boss = await door.caller("boss", role=Role.ADMIN)
+
+    async def preview(plan: str) -> billing_pb2.PlanChange:
+        request = billing_pb2.PreviewPlanChangeRequest(account="accounts/ann", plan=f"plans/{plan}")
+        return await boss.billing.PreviewPlanChange(request)
+
+    await door.plan("week", picture_retention_days=7)
+    less, more, same = await preview("week"), await preview("standard"), await preview("month")
+    for change, days in ((less, 7), (more, 0), (same, 30)):
+        assert change.picture_retention_days_before == 30
+        assert change.picture_retention_days_after == days
+    assert less.sentence.endswith(
+        " Pictures are then kept for 7 days from the end of their job, no longer for 30 days from the end of "
+        "their job: those that are older are gone for good."
+    )
+    assert more.sentence.endswith(
+        " Pictures are then kept for ever, no longer for 30 days from the end of their job."
+    )
+    assert "ictures" not in same.sentence
+
+
+async def test_a_front_door_moves_nothing_while_another_makes_the_months(door: Door, ann: Caller) -> None:
+    job = await a_finished_job(door, ann)
+    # In a month that is not there yet.
+    ended_at = datetime(2020, 1, 10, tzinfo=UTC)
+    await door.sql(
+        "UPDATE scheduler.job SET ended_at = $2 WHERE job_id = $1 RETURNING 1", uuid.UUID(job.uid), ended_at
+    )
+    at = ended_at + timedelta(days=1)
+    lifetimes = Lifetimes(door.pool, lambda: at, LifetimesSettings())
+    where = "SELECT tableoid::regclass::text FROM scheduler.job WHERE job_id = $1"
+    async with door.pool.transaction() as other:
+        assert await past_jobs.make_months(other, ended_from=None, until=at) == ["past_job_2020_01"]
+        await lifetimes.sweep()
+        assert await door.sql(where, uuid.UUID(job.uid)) == "scheduler.live_job"
+    await lifetimes.sweep()
+    assert await door.sql(where, uuid.UUID(job.uid)) == "scheduler.past_job_2020_01"
 
 
 async def test_a_request_has_its_first_answer_for_a_month(door: Door, ann: Caller) -> None:

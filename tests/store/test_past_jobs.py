@@ -284,6 +284,52 @@ async def test_what_is_about_jobs_that_live_looks_at_no_other(pool: Pool, query:
     assert "past_job" not in text
 
 
+class Explaining:
+    """A connection that, instead of what it is asked, says how that would be found."""
+
+    def __init__(self, connection: asyncpg.Connection) -> None:
+        self._connection = connection
+        self.plan = ""
+
+    async def fetch(self, query: str, *arguments: object) -> list[asyncpg.Record]:
+        rows = await self._connection.fetch(f"EXPLAIN {query}", *arguments)
+        self.plan = "\n".join(row[0] for row in rows)
+        return []
+
+
+async def test_the_feed_and_archives_pass_over_nothing_that_expired(pool: Pool) -> None:
+    async with pool.transaction() as connection:
+        await a_job(connection)
+        await move(connection)
+        await connection.execute("SET LOCAL enable_seqscan = off; SET LOCAL enable_sort = off")
+        await connection.execute("SET LOCAL enable_bitmapscan = off")
+        explaining = Explaining(connection)
+        asked: asyncpg.Connection = explaining
+        await jobs.feed(asked, after=None, limit=25)
+        # What an index has alone is not looked at again.
+        assert "past_job_2026_11" in explaining.plan
+        assert "expired_at" not in explaining.plan
+        await jobs.with_pictures(asked, "ann")
+        assert "past_job_2026_11" in explaining.plan
+        assert "expired_at" not in explaining.plan
+
+
+async def test_a_later_page_of_the_feed_begins_where_the_one_before_ended(pool: Pool) -> None:
+    async with pool.transaction() as connection:
+        await a_job(connection)
+        await a_job(connection, ended_at=NOW - timedelta(days=60))
+        await move(connection)
+        await connection.execute("SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off")
+        explaining = Explaining(connection)
+        asked: asyncpg.Connection = explaining
+        place = jobs.FeedPlace(ended_at=NOW - timedelta(days=55), job_id=str(uuid.uuid4()))
+        await jobs.feed(asked, after=place, limit=25)
+        assert "past_job_2026_09" in explaining.plan
+        assert "Index Cond: (ended_at <= " in explaining.plan
+        assert "past_job_2026_10" not in explaining.plan
+        assert "past_job_2026_11" not in explaining.plan
+
+
 @pytest.mark.unsound(24)
 async def test_a_job_with_two_rows_is_found_by_the_checker(
     pool: Pool, promises: Collection[invariants.Invariant]

@@ -32,3 +32,12 @@ CREATE INDEX CONCURRENTLY live_job_unnoticed ON scheduler.job (created_at)
     WHERE state = 'queued' AND noticed_epoch = 0;
 DROP INDEX CONCURRENTLY IF EXISTS scheduler.live_job_unwanted;
 CREATE INDEX CONCURRENTLY live_job_unwanted ON scheduler.job (job_id) WHERE state = 'running' AND cancel_wanted;
+
+-- What is shown to all, and what is in an archive: without the rows whose pictures are gone, which grow for ever.
+DROP INDEX CONCURRENTLY IF EXISTS scheduler.job_feed;
+CREATE INDEX CONCURRENTLY job_feed ON scheduler.job (ended_at DESC, job_id)
+    WHERE state = 'succeeded' AND visibility = 'public' AND deleted_at IS NULL AND expired_at IS NULL
+          AND spec ->> 'kind' IN ('upscale_light', 'upscale_detailed', 'upscale_max');
+DROP INDEX CONCURRENTLY IF EXISTS scheduler.job_with_pictures;
+CREATE INDEX CONCURRENTLY job_with_pictures ON scheduler.job (account_id, arrival)
+    WHERE state = 'succeeded' AND deleted_at IS NULL AND expired_at IS NULL;
