@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import assert_never
@@ -413,10 +413,13 @@ async def withdraw_all(connection: Connection, account_id: str, at: datetime, se
     jobs. Raises UnknownAccount.
     """
     terms = await ledger_accounts.lock_terms(connection, account_id, at)
-    live = await jobs.live_jobs(connection, account_id)
-    for job_id in live:
-        await _withdraw(connection, terms, job_id, at, sentence)
-    return live
+    withdrawn = []
+    for job_id in await jobs.live_jobs(connection, account_id):
+        # A waiting job that lost too many attempts is given up without the account's lock.
+        with suppress(JobFinished):
+            await _withdraw(connection, terms, job_id, at, sentence)
+            withdrawn.append(job_id)
+    return withdrawn
 
 
 async def _cancel(connection: Connection, account_id: str, job_id: str, at: datetime) -> None:

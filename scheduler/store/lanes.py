@@ -7,7 +7,8 @@ write is keyed (by attempt), so work whose answer was lost is simply done again:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import asyncpg
@@ -51,6 +52,18 @@ AGAIN = (
     asyncpg.InvalidCachedStatementError,
 )
 """What ends a transaction that has done nothing wrong."""
+
+
+@contextmanager
+def connecting() -> Iterator[None]:
+    """Make of a database that lets nobody in, as a backup is being put in its place, one that is away.
+
+    Its error is no member of AWAY: locks that were not to be had are among those of its class.
+    """
+    try:
+        yield
+    except asyncpg.ObjectNotInPrerequisiteStateError as closed:
+        raise asyncpg.CannotConnectNowError(str(closed)) from closed
 
 
 def session_settings(
@@ -104,10 +117,11 @@ class Lane:
 
     async def _connected(self) -> asyncpg.Connection:
         if self._connection is None or self._connection.is_closed():
-            self._connection = await asyncpg.connect(
-                self._dsn,
-                timeout=5,
-                command_timeout=_STATEMENT_S,
-                server_settings=session_settings(f"darkroom {self._name}", self._idle_in_transaction_ms),
-            )
+            with connecting():
+                self._connection = await asyncpg.connect(
+                    self._dsn,
+                    timeout=5,
+                    command_timeout=_STATEMENT_S,
+                    server_settings=session_settings(f"darkroom {self._name}", self._idle_in_transaction_ms),
+                )
         return self._connection

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,7 @@ FOLDERS: tuple[tuple[str, Path], ...] = (
 _AFTER = ".after"
 _ALONE = "-- Outside a transaction"
 """How a file begins whose statements are each a transaction, as indexes built CONCURRENTLY must be."""
+_CONCURRENTLY = re.compile(r"^(CREATE|DROP|REINDEX) .*\bCONCURRENTLY\b", re.MULTILINE)
 
 
 class SchemaChanged(Exception):
@@ -129,7 +131,8 @@ async def migrate(
 
     With `release`, see first that no front door or scheduler of any other is: who serves a database of its
     own need not. `known` are the files, if not those of this release. A lock is waited for at most `lock_ms`,
-    so often as `tries`. Two that start at once wait for each other.
+    so often as `tries`; an index that is built or dropped CONCURRENTLY, which keeps nobody waiting, waits as
+    long as it takes. Two that start at once wait for each other.
 
     Raises SchemaChanged, SchemaTooNew and OlderReleaseRuns, having changed nothing, and SchemaBusy.
     """
@@ -264,14 +267,13 @@ async def _nobody_of_another_release(connection: asyncpg.Connection, release: st
 
 
 async def _apply(connection: asyncpg.Connection, migration: Migration, lock_ms: int, tries: int) -> None:
-    await connection.execute(f"SET lock_timeout = {lock_ms}")
     try:
         for _ in range(tries - 1):
             try:
-                return await _apply_once(connection, migration)
+                return await _apply_once(connection, migration, lock_ms)
             except (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError):
                 await asyncio.sleep(_TRY_AGAIN_S)
-        await _apply_once(connection, migration)
+        await _apply_once(connection, migration, lock_ms)
     except (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError) as held:
         raise SchemaBusy(
             f"{migration.file} did not get its locks in {tries} tries: {held}. Look for old transactions in "
@@ -281,9 +283,15 @@ async def _apply(connection: asyncpg.Connection, migration: Migration, lock_ms: 
         await connection.execute("RESET lock_timeout")
 
 
-async def _apply_once(connection: asyncpg.Connection, migration: Migration) -> None:
+async def _apply_once(connection: asyncpg.Connection, migration: Migration, lock_ms: int) -> None:
+    await connection.execute(f"SET lock_timeout = {lock_ms}")
     if migration.sql.startswith(_ALONE):
         for statement in migration.sql.strip().split(";\n"):
+            # It waits for every older transaction, a backup perhaps, and that is a lock's wait too. But
+            # nobody who reads or writes waits behind it, and given up it would have to begin anew.
+            await connection.execute(
+                f"SET lock_timeout = {0 if _CONCURRENTLY.search(statement) else lock_ms}"
+            )
             await connection.execute(statement)
         await _note(connection, migration)
         return

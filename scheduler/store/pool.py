@@ -15,7 +15,7 @@ from typing import Any, TypeAlias, cast
 import asyncpg
 
 from scheduler.refusals import Overloaded
-from scheduler.store.lanes import AGAIN, AWAY, session_settings
+from scheduler.store.lanes import AGAIN, AWAY, connecting, session_settings
 
 Connection: TypeAlias = asyncpg.Connection
 """One connection, inside the caller's transaction."""
@@ -92,7 +92,8 @@ class Pool:
     async def _lent(self) -> AsyncIterator[Connection]:
         begun = asyncio.get_running_loop().time()
         with _database_away_is_a_refusal():
-            lent = await self._pool.acquire(timeout=_ACQUIRE_S)
+            with connecting():
+                lent = await self._pool.acquire(timeout=_ACQUIRE_S)
             try:
                 self._observe_wait(asyncio.get_running_loop().time() - begun)
                 # The pool's proxy has the connection's methods; the ledger's signatures ask for the
@@ -126,7 +127,7 @@ async def open_pool(dsn: str, size: int, *, application: str = "darkroom frontdo
     Values of type jsonb are text on these connections as on all others, so that the ledger's code meets the
     same connection everywhere. Raises Overloaded if the database is away.
     """
-    with _database_away_is_a_refusal():
+    with _database_away_is_a_refusal(), connecting():
         return Pool(
             await asyncpg.create_pool(
                 dsn,

