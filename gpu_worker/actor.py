@@ -1,9 +1,9 @@
 """The Ray actor around a worker: one per GPU.
 
-Whoever starts workers creates it with options of its own (name, `lifetime="detached"`, `num_gpus=1`,
-`max_restarts=-1`). It takes no CPU slot, since its work is the GPU's, and answers while it draws. Nothing
-is decided here: every method is the worker's of the same name, and what those raise reaches the caller as
-the same class.
+Whoever starts workers creates it with options of its own (name, `lifetime="detached"`, `num_gpus=1`) and
+starts the next when one has died. Ray is not to (`max_restarts=0`): a death is then a fact that is told once.
+It takes no CPU slot, since its work is the GPU's, and answers while it draws. Nothing is decided here: every
+method is the worker's of the same name, and what those raise reaches the caller as the same class.
 
 The engine is imported inside the actor's process, so that those who only call it need no torch.
 """

@@ -15,6 +15,16 @@ from gpu_worker.contract import AttemptResult, RenderRequest, WorkerReport
 
 
 @dataclass(frozen=True, kw_only=True)
+class WorkerAwaited:
+    """A worker from before this scheduler lives, as far as the cluster knows.
+
+    WorkerFound or WorkerGone follows.
+    """
+
+    worker_id: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class WorkerFound:
     """A worker answered for the first time, or again after it was lost, or as a new incarnation."""
 
@@ -43,6 +53,7 @@ class WorkerGone:
 
     worker_id: str
     incarnation: str
+    """Empty: it was awaited, and has not answered."""
     sentence: str
 
 
@@ -55,7 +66,7 @@ class RenderRefused:
     sentence: str
 
 
-FleetFact = WorkerFound | WorkerHeard | WorkerLeaves | WorkerGone | RenderRefused
+FleetFact = WorkerAwaited | WorkerFound | WorkerHeard | WorkerLeaves | WorkerGone | RenderRefused
 
 
 class Fleet(Protocol):
@@ -64,8 +75,8 @@ class Fleet(Protocol):
     async def open(self, epoch: int, tell: Callable[[FleetFact], None]) -> None:
         """Find the workers that live and start the missing ones; from now on every fact goes to `tell`.
 
-        Returns once every worker that was already alive has reported, so that their running attempts are
-        adopted and not taken for lost.
+        First tells, of each worker that is alive already, that it is awaited. Returns once all of them have
+        answered, or a second later: one that died unnoticed is not to hold up those that are there.
         """
 
     def render(self, worker_id: str, request: RenderRequest) -> None:
@@ -92,6 +103,9 @@ class Fleet(Protocol):
 
     def replace(self, worker_id: str) -> None:
         """End a worker that has nothing in hand, and start another on its GPU unless its machine ends."""
+
+    def has_slot(self, worker_id: str) -> bool:
+        """Return whether the cluster has this worker's GPU, with a worker on it or without."""
 
     async def run(self) -> None:
         """Listen until cancelled. The workers live on."""

@@ -96,9 +96,9 @@ class Leader:
         with suppress(TimeoutError):
             async with asyncio.timeout(within_s):
                 seen = 0
-                while self._loop.running:
+                while not self._loop.handed_over:
                     seen = (await self.updates.after(seen, _LOOK_AGAIN_S)).newest
-        return self._loop.running == 0
+        return self._loop.handed_over
 
     def queue_statuses(self, job_ids: Sequence[str]) -> Mapping[str, QueueStatus]:
         """Return why these jobs wait, and when they will start."""

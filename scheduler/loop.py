@@ -97,6 +97,7 @@ class Loop:
         self._backlog: Backlog | None = None
         """What waited when this scheduler took over; None: all of it is on the board."""
         self._fleet_changed = False
+        self._closing_down = False
         self._swept_ms = 0
         self._kept_ms = 0
         self._journaled_ms = 0
@@ -116,7 +117,7 @@ class Loop:
 
     @property
     def _is_behind(self) -> bool:
-        return self._desk.notes.behind if self._backlog is None else self._backlog.is_ready
+        return self._desk.notes.behind or (self._backlog is not None and self._backlog.is_ready)
 
     async def cycle(self) -> None:
         """Turn once."""
@@ -136,7 +137,9 @@ class Loop:
             if len(unheeded) >= MOST_SWEPT and self._backlog is None:
                 self._swept_ms = 0  # there may be more
             accounts |= self._arrivals.renewed(now_ms)
-            self._replacements.go_on()
+            self._replacements.go_on(now_ms)
+            if self._closing_down:
+                self._roll_call.hand_over()
         if self._fleet_changed:
             self._fleet_changed = False
             self._roll_call.heed(await self._desk.lane.run(operations.wishes))
@@ -175,11 +178,10 @@ class Loop:
             )
             holds = await self._desk.lane.run(ledger.open_holds)
             self._desk.metrics.holds_seen(holds=holds.count, held_ms=holds.held_ms)
-        # While what waited is being told, that comes first: its lines alone are a million.
-        due = self._desk.notes.behind or now_ms - self._journaled_ms >= _JOURNAL_MS
-        if due and self._backlog is None:
+        if self._desk.notes.behind or now_ms - self._journaled_ms >= _JOURNAL_MS:
             self._journaled_ms = now_ms
-            lines = self._desk.notes.lines()
+            # While what waited is being told, that comes before its lines: they alone are a million.
+            lines = self._desk.notes.lines(without_waiting=self._backlog is not None)
             await self._desk.lane.run(
                 lambda connection: journal.write(connection, epoch=self._desk.epoch, lines=lines)
             )
@@ -201,11 +203,12 @@ class Loop:
             case RowsRead():
                 pass  # it wakes the loop, which tells them anyway
             case ClosingDown():
+                self._closing_down = True
                 self._roll_call.close_down()
             case _:
                 self._roll_call.take(item)
 
-    def adopt(
+    async def adopt(
         self,
         restored: Iterable[Event],
         *,
@@ -217,8 +220,9 @@ class Loop:
     ) -> None:
         """Take over what the rows say; called once, before the first cycle. What waits follows as it is read.
 
-        The reports of the workers that live are in the inbox already. A running attempt whose worker did not
-        report, or reported another life, is lost; one that its worker never got is given to it now.
+        The reports of the workers that live are in the inbox already, but for those that are still awaited.
+        A running attempt whose worker is not there, or reported another life, is lost; one that its worker
+        never got is given to it now. Raises Deposed.
         """
         self._desk.tell(*restored)
         self._backlog = None if backlog.ended else backlog
@@ -227,16 +231,21 @@ class Loop:
         self._roll_call.heed(wishes)
         for update in updates:
             self._desk.updates.publish(update)
-        for item in self._inbox.drain():
+        items = self._inbox.drain()
+        await self._roll_call.save_checkpoints(items)
+        for item in items:
             self._take(item, set(), set())
         self._roll_call.fleet_met()
         for one in list(self._desk.running):
             self._roll_call.adopt(one, specs[one.attempt_id])
 
     @property
-    def running(self) -> int:
-        """How many attempts run, parked ones included."""
-        return len(self._desk.running)
+    def handed_over(self) -> bool:
+        """Whether it was told that it closes down, and nothing runs any more.
+
+        Before it was told, a batch of starts may be in its commit.
+        """
+        return self._closing_down and not self._desk.running
 
     @property
     def workers(self) -> int:

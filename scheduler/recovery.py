@@ -75,7 +75,7 @@ async def restore(
         running[attempt.account_id].append(_restored(attempt, row, arrivals.job(row), now_ms))
     for account_id in portion.accounts:
         events += arrivals.of_account(portion, account_id, running[account_id])
-    loop.adopt(
+    await loop.adopt(
         [*events, *backlog.progress()],
         backlog=backlog,
         running=[_running(attempt, rows[attempt.job_id], now_ms) for attempt in attempts],

@@ -3,7 +3,8 @@
 A scheduler that takes the lead from one of another release finds that one's workers at work, and goes on with
 them: what runs is adopted. Then they leave, a tenth of the fleet at once and the idle ones first: each is
 given nothing more, has a while to finish what it has in hand, hands the rest over, and makes room for one of
-this release. Where the new workers do not come, no more than that tenth is lost: the others stay at work.
+this release. Where the new workers do not come, no more than that tenth is lost: the others stay at work,
+however long it takes.
 
 A machine that is about to end gives nobody a choice: its workers hand over at once what they have.
 """
@@ -18,8 +19,6 @@ _log = structlog.get_logger()
 
 # One in so many leaves at once.
 _PART = 10
-# A GPU whose next worker has not come by then has probably left with its node.
-_COMES_WITHIN_MS = 15 * 60_000
 
 
 class Replacements:
@@ -30,21 +29,21 @@ class Replacements:
         self._desk = desk
         self._within_ms = within_ms
         self._leaving: dict[str, int] = {}
-        """Outdated workers that were chosen, and when, until their successors have come."""
+        """Outdated workers that were chosen, and when, until their successors come or their GPUs leave."""
         self._ended: set[str] = set()
         """Workers that were told to make room, until they are gone."""
 
-    def go_on(self) -> None:
+    def go_on(self, now_ms: int) -> None:
         """Do the next step of each: called every second or so."""
-        now_ms = self._desk.clock.now_ms()
         workers = self._desk.workers
         self._ended = {worker_id for worker_id in self._ended if workers.report(worker_id) is not None}
         for worker_id in workers.departing() - self._ended:
             self._empty(worker_id, hands_over=True)
         outdated = workers.outdated()
-        for worker_id, since_ms in tuple(self._leaving.items()):
+        for worker_id in tuple(self._leaving):
             present = workers.report(worker_id) is not None
-            if (present and worker_id not in outdated) or now_ms - since_ms > _COMES_WITHIN_MS:
+            # That a successor has not come for long is no reason to risk the next worker.
+            if (present and worker_id not in outdated) or not self._desk.fleet.has_slot(worker_id):
                 del self._leaving[worker_id]
         if not outdated:
             return

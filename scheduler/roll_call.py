@@ -6,7 +6,7 @@ worker is told to let go of what is not ours, and what it should have and has no
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import structlog
@@ -15,7 +15,7 @@ from gpu_worker.contract import AttemptResult, Blame, Outcome, RenderSpec, RunIn
 from scheduler.arrivals import memory_beyond
 from scheduler.clock import to_ms
 from scheduler.desk import Desk
-from scheduler.fleet import RenderRefused, WorkerFound, WorkerGone, WorkerHeard, WorkerLeaves
+from scheduler.fleet import RenderRefused, WorkerAwaited, WorkerFound, WorkerGone, WorkerHeard, WorkerLeaves
 from scheduler.inbox import AttemptSettled, Item
 from scheduler.metrics import RequeueReason
 from scheduler.policy import events
@@ -60,14 +60,25 @@ class RollCall:
         self._settlement = settlement
         self._settling: dict[str, AttemptResult | None] = {}
         """Attempts whose end is being settled, with what their workers said; None: they were given up."""
+        self._awaited: dict[str, dict[str, RenderSpec]] = {}
+        """Workers from before this scheduler led that have yet to answer, with what is to be adopted then."""
         self._paused: frozenset[Tier] = frozenset()
         self._fleet_is_met = False
 
     def take(
-        self, item: WorkerFound | WorkerHeard | WorkerLeaves | WorkerGone | RenderRefused | AttemptSettled
+        self,
+        item: WorkerAwaited
+        | WorkerFound
+        | WorkerHeard
+        | WorkerLeaves
+        | WorkerGone
+        | RenderRefused
+        | AttemptSettled,
     ) -> None:
         """Take note of one thing that was heard."""
         match item:
+            case WorkerAwaited():
+                self._awaited[item.worker_id] = {}
             case WorkerFound():
                 self._worker_found(item.report, outdated=item.outdated)
             case WorkerHeard():
@@ -82,7 +93,7 @@ class RollCall:
                 self._attempt_settled(item)
 
     def fleet_met(self) -> None:
-        """Note that the workers that lived before this scheduler led have all joined."""
+        """Note that the workers that lived before this scheduler led have all joined, or are awaited."""
         self._fleet_is_met = True
 
     def adopt(self, one: Running, spec: RenderSpec) -> None:
@@ -91,6 +102,9 @@ class RollCall:
         The last one may have died between its row and its call.
         """
         report = self._desk.workers.report(one.worker_id)
+        if report is None and one.worker_id in self._awaited:
+            self._awaited[one.worker_id][one.attempt_id] = spec
+            return
         if report is None:
             self._lose(one, "Its GPU worker was lost while the scheduler was away.", executed=True)
             return
@@ -131,6 +145,10 @@ class RollCall:
         self._desk.workers.close_all()
         for worker_id in self._desk.workers.ids():
             self._desk.look_at(worker_id)
+        self.hand_over()
+
+    def hand_over(self) -> None:
+        """Have everything that runs handed over; to ask twice changes nothing."""
         for running in self._desk.running:
             self._desk.fleet.hand_over(running.worker_id, running.attempt_id)
 
@@ -185,7 +203,9 @@ class RollCall:
             if running.incarnation != report.incarnation:
                 self._lose(running, f"The GPU worker {worker_id} was restarted.", executed=True)
         self._desk.workers.joined(report, now_ms, outdated=outdated)
-        self._desk.updates.met_worker(report)
+        to_adopt = self._no_longer_awaited(report.worker_id) or {}
+        if not self._awaited:
+            self._desk.updates.met_worker(report)
         self._desk.tell(
             WorkerJoined(
                 at_ms=now_ms,
@@ -200,6 +220,21 @@ class RollCall:
             )
         )
         self._compare(report)
+        for attempt_id, spec in to_adopt.items():
+            one = self._desk.running.get(attempt_id)
+            if one is not None:
+                self.adopt(one, spec)
+
+    def _no_longer_awaited(self, worker_id: str) -> Mapping[str, RenderSpec] | None:
+        """Return the attempts to be adopted of a worker that was awaited until now; None: it was not."""
+        to_adopt = self._awaited.pop(worker_id, None)
+        if to_adopt is not None and not self._awaited:
+            # What the fleet could do is told only now: front doors refuse what nobody could.
+            for one in self._desk.workers.ids():
+                report = self._desk.workers.report(one)
+                assert report is not None
+                self._desk.updates.met_worker(report)
+        return to_adopt
 
     def _worker_heard(self, report: WorkerReport) -> None:
         known = self._desk.workers.report(report.worker_id)
@@ -221,7 +256,7 @@ class RollCall:
         for result in report.unacknowledged:
             # Whether a larger worker is there is not known before all have joined; its next report says it
             # again.
-            too_early = ran_out_of_memory(result) and not self._fleet_is_met
+            too_early = ran_out_of_memory(result) and (not self._fleet_is_met or bool(self._awaited))
             if result.attempt_id not in self._settling and not too_early:
                 running = self._desk.running.get(result.attempt_id)
                 self._settle(running, report.worker_id, self._end_of(result, report, running), result)
@@ -276,11 +311,12 @@ class RollCall:
 
     def _worker_gone(self, gone: WorkerGone) -> None:
         report = self._desk.workers.report(gone.worker_id)
-        if report is None or report.incarnation != gone.incarnation:
+        if report is not None and report.incarnation == gone.incarnation:
+            self._desk.workers.gone(gone.worker_id)
+            self._desk.tell(WorkerLost(at_ms=self._desk.clock.now_ms(), worker_id=WorkerId(gone.worker_id)))
+        elif self._no_longer_awaited(gone.worker_id) is None:
             return
         _log.warning("worker lost", worker=gone.worker_id, sentence=gone.sentence)
-        self._desk.workers.gone(gone.worker_id)
-        self._desk.tell(WorkerLost(at_ms=self._desk.clock.now_ms(), worker_id=WorkerId(gone.worker_id)))
         for running in self._desk.running.on(gone.worker_id):
             self._lose(running, gone.sentence, executed=True)
 
@@ -322,7 +358,9 @@ class RollCall:
             else:
                 self._desk.fleet.acknowledge(item.worker_id, result)
         if running is None or settled is None:
-            _log.info("late result dropped", worker=item.worker_id, attempt=attempt_id)
+            told_again = settled is not None and settled.verdict is item.end.verdict
+            event = "result told again" if told_again else "late result dropped"
+            _log.info(event, worker=item.worker_id, attempt=attempt_id)
             return
         now_ms = self._desk.clock.now_ms()
         if settled.job_state == "queued":

@@ -27,7 +27,15 @@ from gpu_worker.contract import (
     StageTimes,
     WorkerReport,
 )
-from scheduler.fleet import FleetFact, RenderRefused, WorkerFound, WorkerGone, WorkerHeard, WorkerLeaves
+from scheduler.fleet import (
+    FleetFact,
+    RenderRefused,
+    WorkerAwaited,
+    WorkerFound,
+    WorkerGone,
+    WorkerHeard,
+    WorkerLeaves,
+)
 
 _CHECKPOINT_BYTES = 1_000
 _MEMORY_BYTES = 64 * 1024**3
@@ -106,14 +114,19 @@ class LocalFleet:
         """Attempts that were to be forgotten, and whether their checkpoints were of use."""
         self.replaced: list[str] = []
         """Workers that made room for one of the scheduler's release, in order."""
+        self.late: set[str] = set()
+        """Workers that the next scheduler does not hear of at once, but when they are told to speak again."""
         self.stays_away = False
         """Whether what takes their places does not come, until it is told to speak again."""
 
     async def open(self, epoch: int, tell: Callable[[FleetFact], None]) -> None:
         """See Fleet.open. A fleet may be opened again, by the next scheduler: its attempts go on."""
         self._epoch, self._tell = epoch, tell
+        for worker_id in self._stubs:
+            tell(WorkerAwaited(worker_id=worker_id))
         for stub in self._stubs.values():
-            tell(WorkerFound(report=self._report(stub), outdated=stub.outdated))
+            if stub.worker_id not in self.late:
+                tell(WorkerFound(report=self._report(stub), outdated=stub.outdated))
 
     async def run(self) -> None:
         """See Fleet.run."""
@@ -185,6 +198,15 @@ class LocalFleet:
             self.fall_silent(worker_id)
         else:
             self.kill(worker_id)
+
+    def has_slot(self, worker_id: str) -> bool:
+        """See Fleet.has_slot."""
+        return worker_id in self._stubs
+
+    def remove(self, worker_id: str) -> None:
+        """Let a worker leave with its machine."""
+        self.fall_silent(worker_id)
+        del self._stubs[worker_id]
 
     def depart(self, worker_id: str) -> None:
         """Let a worker's machine be about to end."""

@@ -31,7 +31,15 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from gpu_worker.actor import GpuWorker
 from gpu_worker.contract import AttemptResult, Heartbeat, RenderRequest, StaleEpoch, WorkerBusy, WorkerReport
 from gpu_worker.settings import WorkerSettings
-from scheduler.fleet import FleetFact, RenderRefused, WorkerFound, WorkerGone, WorkerHeard, WorkerLeaves
+from scheduler.fleet import (
+    FleetFact,
+    RenderRefused,
+    WorkerAwaited,
+    WorkerFound,
+    WorkerGone,
+    WorkerHeard,
+    WorkerLeaves,
+)
 from scheduler.settings import RELEASE
 
 _log = structlog.get_logger()
@@ -41,6 +49,8 @@ _GpuWorkerActor: Any = GpuWorker  # Ray's decorator adds what no type says
 _NODES_EVERY_S = 1.0
 # Silence of this many heartbeat intervals is a loss.
 _SILENT_INTERVALS = 3
+# Those that live answer within milliseconds, and the first start after a takeover is to come within seconds.
+_FIRST_WORDS_S = 1.0
 # A worker imports torch before it can answer for the first time.
 _FIRST_ANSWER_S = 120.0
 _ASK_AGAIN_S = 0.2
@@ -128,23 +138,31 @@ class RayFleet:
         self._listening: dict[str, asyncio.Task[None]] = {}
         self._answered: dict[str, asyncio.Event] = {}
         self._incarnations: dict[str, str] = {}
+        self._awaited: set[str] = set()
+        """Workers that lived when this was opened, and have not answered yet."""
+        self._awaited_until_s = 0.0
+        """By the event loop's clock; whoever has not answered by then was silent for too long."""
         self._names: dict[str, str] = {}
         self._others: dict[str, str] = {}
         """Names of the workers of other releases, by their slots' ids, that are still to be listened to."""
         self._ending: set[str] = set()
         """Nodes that are about to end."""
         self._calls: set[asyncio.Task[None]] = set()
-        self._rendering: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._in_turn: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def open(self, epoch: int, tell: Callable[[FleetFact], None]) -> None:
         """See Fleet.open."""
         self._epoch, self._tell = epoch, tell
         alive = await self._look_at_nodes()
+        self._awaited.update(alive)
+        self._awaited_until_s = asyncio.get_running_loop().time() + self._silence_s
+        for worker_id in alive:
+            tell(WorkerAwaited(worker_id=worker_id))
         waiting = [self._answered[worker_id].wait() for worker_id in alive]
-        # Who has not answered by then is lost; if it answers later it is found again.
+        # Ray may call one alive that died with its machine: nobody else is to wait out its silence.
         with suppress(TimeoutError):
-            async with asyncio.timeout(self._silence_s):
+            async with asyncio.timeout(_FIRST_WORDS_S):
                 await asyncio.gather(*waiting)
 
     async def run(self) -> None:
@@ -155,6 +173,7 @@ class RayFleet:
                 if self._failed.done():
                     self._failed.result()
                 await self._look_at_nodes()
+                self._give_up_awaited()
         finally:
             await self._close()
 
@@ -164,15 +183,18 @@ class RayFleet:
 
     def stop(self, worker_id: str, attempt_id: str, token: str) -> None:
         """See Fleet.stop."""
-        self._call(self._ask(worker_id, "stop", self._epoch, attempt_id, token), f"stop {attempt_id}")
+        asking = self._ask_in_turn(worker_id, "stop", self._epoch, attempt_id, token)
+        self._call(asking, f"stop {attempt_id}")
 
     def hand_over(self, worker_id: str, attempt_id: str) -> None:
         """See Fleet.hand_over."""
-        self._call(self._ask(worker_id, "hand_over", self._epoch, attempt_id), f"hand over {attempt_id}")
+        asking = self._ask_in_turn(worker_id, "hand_over", self._epoch, attempt_id)
+        self._call(asking, f"hand over {attempt_id}")
 
     def resume(self, worker_id: str, attempt_id: str) -> None:
         """See Fleet.resume."""
-        self._call(self._ask(worker_id, "resume", self._epoch, attempt_id), f"resume {attempt_id}")
+        asking = self._ask_in_turn(worker_id, "resume", self._epoch, attempt_id)
+        self._call(asking, f"resume {attempt_id}")
 
     def acknowledge(self, worker_id: str, result: AttemptResult) -> None:
         """See Fleet.acknowledge."""
@@ -188,6 +210,10 @@ class RayFleet:
         actor = self._actors[worker_id]
         # Its slot's long poll hears of its death, and starts the next.
         self._call(asyncio.to_thread(ray.kill, actor, no_restart=True), f"replace {worker_id}")
+
+    def has_slot(self, worker_id: str) -> bool:
+        """See Fleet.has_slot."""
+        return worker_id in self._listening
 
     @property
     def _interval_ms(self) -> int:
@@ -317,6 +343,7 @@ class RayFleet:
                 async with asyncio.timeout(self._silence_s if known else _FIRST_ANSWER_S):
                     report: WorkerReport = await actor.report.remote(self._epoch)
                 if report.incarnation != known:
+                    self._awaited.discard(worker_id)
                     self._gone(worker_id, f"The GPU worker {worker_id} was restarted.")
                     self._incarnations[worker_id] = report.incarnation
                     outdated = report.release != self._settings.release
@@ -331,33 +358,35 @@ class RayFleet:
             except ActorUnavailableError:
                 await asyncio.sleep(_ASK_AGAIN_S)  # Ray finds out whether it died; asking again tells
 
+    def _give_up_awaited(self) -> None:
+        # Not left to their long polls: a call to an actor whose machine has died may fail again and again
+        # until Ray finds that out.
+        if asyncio.get_running_loop().time() >= self._awaited_until_s:
+            for worker_id in tuple(self._awaited):
+                self._gone(worker_id, f"The GPU worker {worker_id} was silent.")
+
     def _gone(self, worker_id: str, sentence: str) -> bool:
         """Tell that the present life of a worker is over; returns whether there was one."""
         incarnation = self._incarnations.pop(worker_id, None)
-        if incarnation is not None:
-            self._tell(WorkerGone(worker_id=worker_id, incarnation=incarnation, sentence=sentence))
+        if incarnation is not None or worker_id in self._awaited:
+            self._awaited.discard(worker_id)
+            self._tell(WorkerGone(worker_id=worker_id, incarnation=incarnation or "", sentence=sentence))
         return incarnation is not None
 
     async def _close(self) -> None:
         # Who stops listening must not take the silence for deaths.
         self._incarnations.clear()
+        self._awaited.clear()
         tasks = [*self._listening.values(), *self._calls]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _render(self, worker_id: str, request: RenderRequest) -> None:
-        life = self._incarnations.get(worker_id)
-        # Of two calls that are under way to an actor the second may arrive first: a run, and what parks it.
-        async with self._rendering[worker_id]:
-            if self._incarnations.get(worker_id) != life:
-                return  # it has been told lost
-            try:
-                await self._ask(worker_id, "render", request)
-            except WorkerBusy as busy:
-                self._tell(
-                    RenderRefused(worker_id=worker_id, attempt_id=request.attempt_id, sentence=str(busy))
-                )
+        try:
+            await self._ask_in_turn(worker_id, "render", request)
+        except WorkerBusy as busy:
+            self._tell(RenderRefused(worker_id=worker_id, attempt_id=request.attempt_id, sentence=str(busy)))
 
     async def _forget(self, worker_id: str, attempt_id: str, kept: bool) -> None:
         try:
@@ -369,12 +398,25 @@ class RayFleet:
                 "pictures not deleted", worker=worker_id, attempt=attempt_id, error=str(trouble.cause)
             )
 
+    async def _ask_in_turn(self, worker_id: str, method: str, *arguments: Any) -> None:
+        """Call a worker once it has answered the calls before; raises what `_ask` does.
+
+        Of two calls that are under way to an actor the second may arrive first: a run, and what parks or
+        stops it. A worker that is asked to stop what it does not have yet does nothing.
+        """
+        life = self._incarnations.get(worker_id)
+        async with self._in_turn[worker_id]:
+            if self._incarnations.get(worker_id) == life:  # else its runs have been told lost
+                await self._ask(worker_id, method, *arguments)
+
     async def _ask(self, worker_id: str, method: str, *arguments: Any) -> None:
         """Call a worker until it has answered or its present life is over: every method may be repeated.
 
         Raises what the worker raises, but for StaleEpoch.
         """
-        actor, life = self._actors[worker_id], self._incarnations.get(worker_id)
+        actor, life = self._actors.get(worker_id), self._incarnations.get(worker_id)
+        if actor is None:
+            return  # it is awaited: what it should do is said again when it has answered
         while True:
             try:
                 await getattr(actor, method).remote(*arguments)

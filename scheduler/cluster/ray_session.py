@@ -185,11 +185,14 @@ def stop_actors(namespace: str, within_s: float = 0.0) -> list[str]:
     ]
     # The scheduler's name sorts first: one that lives starts another worker for each that dies.
     for name in sorted(names):
+        try:
+            actor = ray.get_actor(name, namespace=namespace)
+        except ValueError:
+            continue  # Ray's way of saying that it has ended meanwhile
         if name.startswith(ours[0]):
             with suppress(RayError):  # one that does not lead, or does not answer, hands nothing over
-                closing = ray.get_actor(name, namespace=namespace).close_down.remote(within_s)
-                ray.get(closing, timeout=within_s + _ANSWER_S)
-        ray.kill(ray.get_actor(name, namespace=namespace), no_restart=True)
+                ray.get(actor.close_down.remote(within_s), timeout=within_s + _ANSWER_S)
+        ray.kill(actor, no_restart=True)
     return sorted(names)
 
 

@@ -93,8 +93,11 @@ class Notes:
     def __init__(self, most: int = _MOST_KEPT) -> None:
         self._most = most
         self._recorder = Recorder()
-        self._records: deque[Record] = deque()
+        self._records: deque[_Noted] = deque()
+        self._put_off: dict[JobId, _Noted] = {}
+        """Submissions of jobs of which nothing else was told so far."""
         self._number = 0
+        self._behind = False
 
     def decided(self, decisions: Iterable[Decision]) -> None:
         """Remember by what numbers jobs were chosen."""
@@ -107,40 +110,70 @@ class Notes:
     @property
     def behind(self) -> bool:
         """Whether `lines` left some for the next time."""
-        return bool(self._records)
+        return self._behind
 
-    def lines(self) -> Sequence[Line]:
+    def lines(self, *, without_waiting: bool = False) -> Sequence[Line]:
         """Return the next lines that were taken down and not returned so far.
 
-        A recovery takes down a line for every live job, so the rest is left for the next time.
+        A recovery takes down a line for every live job, so the rest is left for the next time. With
+        `without_waiting`, submissions are put off until something else is told of their jobs, or this is
+        asked without. It is their numbers that order the lines, not when they are written.
         """
-        self._records.extend(self._recorder.take())
+        for record in self._recorder.take():
+            self._number += 1
+            self._take_down(_Noted(self._number, record), put_off=without_waiting)
         lines: list[Line] = []
-        if len(self._records) > self._most:
-            lines.append(self._gap())
-        for _ in range(min(len(self._records), _MOST_LINES)):
-            record = self._records.popleft()
+        too_many = len(self._records) + len(self._put_off) - self._most
+        if too_many > 0:
+            lines.append(self._gap(too_many))
+        noted = [self._records.popleft() for _ in range(min(len(self._records), _MOST_LINES))]
+        if not without_waiting:
+            rest = min(len(self._put_off), _MOST_LINES - len(noted))
+            noted += (self._put_off.popitem()[1] for _ in range(rest))
+        self._behind = bool(self._records) or (bool(self._put_off) and not without_waiting)
+        for number, record in noted:
+            facts = json.dumps(_fields(record), default=_plain)
             lines.append(
-                self._line(
-                    record.at_ms,
-                    type(record).__name__,
-                    _subject(record),
-                    json.dumps(_fields(record), default=_plain),
+                Line(
+                    number=number,
+                    at_ms=record.at_ms,
+                    kind=type(record).__name__,
+                    subject=_subject(record),
+                    facts=facts,
                 )
             )
         return lines
 
-    def _gap(self) -> Line:
-        """Drop the oldest records that are too many, and return the line that says so."""
-        dropped = [self._records.popleft() for _ in range(len(self._records) - self._most)]
-        began_ms, until_ms = dropped[0].at_ms, dropped[-1].at_ms
+    def _take_down(self, noted: _Noted, *, put_off: bool) -> None:
+        record = noted.record
+        if isinstance(record, JobSubmitted):
+            if put_off and record.job.job_id not in self._put_off:
+                self._put_off[record.job.job_id] = noted
+                return
+        elif self._put_off:
+            about = record.started if isinstance(record, Dispatch) else record
+            submitted = self._put_off.pop(getattr(about, "job_id", JobId("")), None)
+            if submitted is not None:
+                self._records.append(submitted)
+        self._records.append(noted)
+
+    def _gap(self, too_many: int) -> Line:
+        """Drop records, what was put off first and then the oldest, and return the line that says so."""
+        dropped = [
+            self._put_off.popitem()[1] if self._put_off else self._records.popleft() for _ in range(too_many)
+        ]
+        began_ms = min(noted.record.at_ms for noted in dropped)
+        until_ms = max(noted.record.at_ms for noted in dropped)
         _log.error("journal lines lost", lines=len(dropped), from_ms=began_ms, until_ms=until_ms)
         facts = {"lines": len(dropped), "from_ms": began_ms, "until_ms": until_ms}
-        return self._line(until_ms, _GAP, _GAP, json.dumps(facts))
+        return Line(
+            number=dropped[-1].number, at_ms=until_ms, kind=_GAP, subject=_GAP, facts=json.dumps(facts)
+        )
 
-    def _line(self, at_ms: int, kind: str, subject: str, facts: str) -> Line:
-        self._number += 1
-        return Line(number=self._number, at_ms=at_ms, kind=kind, subject=subject, facts=facts)
+
+class _Noted(NamedTuple):
+    number: int
+    record: Record
 
 
 async def write(connection: asyncpg.Connection, *, epoch: int, lines: Sequence[Line]) -> None:

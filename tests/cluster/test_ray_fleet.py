@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -17,7 +19,7 @@ from gpu_worker.contract import Outcome, RenderKind, RenderRequest, RenderSpec, 
 from gpu_worker.settings import WorkerSettings
 from scheduler.cluster.ray_fleet import RayFleet, actor_name, interval_ms, living_workers
 from scheduler.cluster.ray_session import stop_actors
-from scheduler.fleet import FleetFact, RenderRefused, WorkerFound, WorkerGone, WorkerHeard
+from scheduler.fleet import FleetFact, RenderRefused, WorkerAwaited, WorkerFound, WorkerGone, WorkerHeard
 from tests.cluster.small_ray import NAMESPACE, NODE
 
 _WORKER = f"{NODE}/gpu-0"
@@ -155,6 +157,7 @@ async def test_workers_of_another_release_are_gone_on_with_until_they_are_replac
 
     newer = a_fleet(tmp_path, release="0.2.0")
     async with opened(newer, epoch=2) as later:
+        assert {type(await later.get()) for _ in lives} == {WorkerAwaited}
         for _ in lives:
             found = await later.get()
             assert isinstance(found, WorkerFound)
@@ -169,6 +172,33 @@ async def test_workers_of_another_release_are_gone_on_with_until_they_are_replac
             _WORKER: [f"worker-0.2.0-{_WORKER}"],
             f"{NODE}/gpu-1": [f"worker-0.1.0-{NODE}/gpu-1"],
         }
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+async def test_a_worker_that_does_not_answer_holds_up_no_takeover_and_is_lost_when_it_was_silent_for_long(
+    tmp_path: Path,
+) -> None:
+    older, facts = a_fleet(tmp_path), asyncio.Queue[FleetFact]()
+    await older.open(1, facts.put_nowait)
+    async with asyncio.timeout(60):
+        before = [await facts.get(), await facts.get()]
+    pids = {fact.report.worker_id: fact.report.pid for fact in before if isinstance(fact, WorkerFound)}
+    await older._close()
+    os.kill(pids[_WORKER], signal.SIGSTOP)
+    async with opened(a_fleet(tmp_path), epoch=2) as later:
+        told = [later.get_nowait() for _ in range(later.qsize())]
+        assert not [fact for fact in told if isinstance(fact, WorkerGone)], "it may only be slow"
+        while not isinstance(told[-1], WorkerGone):
+            told.append(await later.get())
+        assert told[-1].worker_id == _WORKER
+        awaited = {fact.worker_id for fact in told if isinstance(fact, WorkerAwaited)}
+        found = {fact.report.worker_id for fact in told if isinstance(fact, WorkerFound)}
+        assert (awaited, found) == (pids.keys(), pids.keys() - {_WORKER})
+        os.kill(pids[_WORKER], signal.SIGCONT)
+        while not isinstance(fact := await later.get(), WorkerFound):
+            assert not isinstance(fact, WorkerGone)
+        assert fact.report.pid == pids[_WORKER]
 
 
 class Line:
@@ -227,6 +257,20 @@ async def test_run_reaches_its_worker_before_what_parks_it(tmp_path: Path) -> No
     async with asyncio.timeout(10):
         await asyncio.gather(*fleet._calls)
     assert line.calls == [(relax,), (relax,), (fast,)]
+
+
+async def test_run_reaches_its_worker_before_what_ends_it(tmp_path: Path) -> None:
+    line = Line(unavailable())
+    fleet = over(line, tmp_path)
+    request = a_request()
+    fleet.render(_WORKER, request)
+    fleet.stop(_WORKER, request.attempt_id, request.token)
+    fleet.hand_over(_WORKER, request.attempt_id)
+    fleet.resume(_WORKER, request.attempt_id)
+    async with asyncio.timeout(10):
+        await asyncio.gather(*fleet._calls)
+    asked = (0, request.attempt_id)
+    assert line.calls == [(request,), (request,), (*asked, request.token), asked, asked]
 
 
 async def test_run_of_a_worker_that_died_meanwhile_is_not_given_to_the_next(tmp_path: Path) -> None:

@@ -30,6 +30,24 @@ class Leads:
         return True
 
 
+@ray.remote(num_cpus=0)
+class Stands:
+    """In the place of a worker."""
+
+
+@ray.remote(num_cpus=0)
+class EndsWith:
+    """In the place of a scheduler during whose last words a worker ends."""
+
+    def __init__(self, worker: str) -> None:
+        self._worker = worker
+
+    def close_down(self, within_s: float) -> None:
+        ray.kill(ray.get_actor(self._worker, namespace=NAMESPACE))
+        while lives(self._worker, NAMESPACE):
+            pass  # asking takes a moment
+
+
 @pytest.fixture
 def another_leads() -> Iterator[str]:
     name = f"scheduler-{NEW}"
@@ -57,6 +75,15 @@ def test_front_door_of_an_older_release_brings_no_scheduler_where_a_newer_leads(
     assert lives("scheduler-0.11.0", NAMESPACE), "a newer one takes the lead by itself"
     ensure_scheduler(settings(tmp_path, OLD), dsn, leads="scheduler-0.12.0")
     assert lives(f"scheduler-{OLD}", NAMESPACE), "the one that led is not there any more"
+
+
+def test_what_ends_by_itself_meanwhile_does_not_keep_the_others_from_being_ended() -> None:
+    names = [f"scheduler-{NEW}", f"worker-{NEW}-here/gpu-0", f"worker-{NEW}-here/gpu-1"]
+    for name in names[1:]:
+        Stands.options(name=name, namespace=NAMESPACE, lifetime="detached").remote()  # type: ignore[attr-defined]
+    EndsWith.options(name=names[0], namespace=NAMESPACE, lifetime="detached").remote(names[1])  # type: ignore[attr-defined]
+    assert stop_actors(NAMESPACE, within_s=20) == names
+    assert stop_actors(NAMESPACE) == []
 
 
 async def test_scheduler_that_ray_starts_anew_leaves_the_lead_to_whoever_has_it_by_then(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from datetime import UTC, datetime, timedelta
 
 from billing import invariants, ledger
@@ -194,6 +195,53 @@ async def test_closing_down_hands_over_everything_and_the_next_scheduler_goes_on
             await stage.until_state(leader, job_id, "succeeded")
             assert (await stage.job(job_id))["losses"] == 0
     assert await invariants.check(stage.connection) == []
+
+
+async def test_closing_down_waits_for_what_was_being_started_when_it_was_asked_to(stage: Stage) -> None:
+    fleet = LocalFleet(workers=1, take_ms=None, gpu_ms=PICTURE_MS)
+    await stage.open_account("ada")
+    async with stage.leading(fleet) as leader:
+        async with stage.connection.transaction():
+            await stage.connection.execute("LOCK TABLE scheduler.attempt")
+            job_id = await stage.submit("ada", Tier.FAST)
+            await stage.until_blocked()
+            assert not await leader.close_down(within_s=0)
+        assert await leader.close_down(within_s=20)
+        assert [one["state"] for one in await stage.attempts(job_id)] == ["lost"]
+        assert (await stage.job(job_id))["losses"] == 0
+
+
+async def test_closing_down_says_again_what_was_said_before_the_run_had_come(stage: Stage) -> None:
+    fleet = LocalFleet(workers=1, take_ms=None, gpu_ms=PICTURE_MS)
+    await stage.open_account("ada")
+    async with stage.leading(fleet) as leader:
+        await stage.submit("ada", Tier.FAST)
+        await stage.until(leader, lambda: fleet.busy)
+        late = fleet.busy[FIRST]
+        fleet.never_got(FIRST)
+        closing = asyncio.create_task(leader.close_down(within_s=20))
+        await stage.until(leader, lambda: leader._loop._desk.workers.closed())
+        fleet.render(FIRST, late)
+        assert await closing
+
+
+async def test_what_was_handed_over_to_a_scheduler_that_died_goes_on_where_it_was_saved(
+    stage: Stage,
+) -> None:
+    fleet = LocalFleet(workers=1, take_ms=None, gpu_ms=PICTURE_MS)
+    await stage.open_account("ada")
+    async with stage.leading(fleet) as leader:
+        job_id = await stage.submit("ada", Tier.FAST)
+        await stage.until(leader, lambda: fleet.busy)
+        fleet.work(FIRST, 400)
+    first = fleet.busy[FIRST].attempt_id
+    fleet.hand_over(FIRST, first)
+    async with stage.leading(fleet) as leader:
+        await stage.until_attempts(leader, job_id, 2)
+        checkpoint = fleet.busy[FIRST].checkpoint
+        assert checkpoint is not None
+        assert checkpoint.kept.gpu_ms == 400
+        assert fleet.forgotten == {first: True}, "its file is in use"
 
 
 async def strays(stage: Stage) -> list[str]:

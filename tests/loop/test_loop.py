@@ -9,6 +9,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
+from structlog.testing import capture_logs
 
 from billing import ledger
 from gpu_worker.contract import Blame, Outcome
@@ -146,10 +147,14 @@ async def test_result_of_an_attempt_that_was_given_up_counts_for_nothing(stage: 
         result = fleet.finish("here/gpu-0")
         await stage.until_state(leader, job_id, "succeeded")
         zombie = replace(result, attempt_id=before.attempt_id, token=before.token)
-        fleet.say_again("here/gpu-0", zombie)
-        await stage.until(leader, lambda: not fleet._stubs["here/gpu-0"].results)
+        with capture_logs() as logs:
+            for told in (zombie, result):
+                fleet.say_again("here/gpu-0", told)
+                await stage.until(leader, lambda: not fleet._stubs["here/gpu-0"].results)
     assert await used_ms(stage, "ada") == 500
     assert [attempt["state"] for attempt in await stage.attempts(job_id)] == ["lost", "succeeded"]
+    said = [line["event"] for line in logs if "result" in line["event"]]
+    assert said == ["late result dropped", "result told again"]
 
 
 async def test_worker_that_was_silent_gets_nothing_new_before_it_gave_up_the_old(stage: Stage) -> None:

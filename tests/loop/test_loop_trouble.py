@@ -66,6 +66,27 @@ async def test_what_a_recovery_takes_down_is_written_cycle_by_cycle_and_not_seco
     assert told == 1_201
 
 
+async def test_what_a_leader_decides_while_it_reads_what_waits_is_written_at_once(stage: Stage) -> None:
+    await stage.open_account("ada")
+    waiting = await stage.submit("ada")
+    await stage.connection.execute("UPDATE scheduler.job SET noticed_epoch = 1")
+    await stage.open_account("ben")
+    async with lead(
+        dsn=stage.dsn,
+        holder="test",
+        fleet=LocalFleet(workers=1, take_ms=None),
+        models=read_models(None),
+        sweep_ms=200,
+    ) as leader:
+        started = await stage.submit("ben", Tier.FAST)
+        await leader._loop.cycle()
+        assert leader._loop.untold(Tier.RELAX) == 1
+    rows = await stage.connection.fetch("SELECT kind, subject FROM scheduler.journal")
+    told = {(row["kind"], row["subject"]) for row in rows}
+    assert ("JobSubmitted", started) in told
+    assert ("JobSubmitted", waiting) not in told
+
+
 async def test_a_new_leader_has_better_things_to_do_than_to_forget_old_lines(stage: Stage) -> None:
     await stage.connection.execute(
         """INSERT INTO scheduler.journal (epoch, number, at, kind, subject, facts)

@@ -10,6 +10,8 @@ from tests.loop.conftest import Stage
 
 FIRST, SECOND = "here/gpu-0", "here/gpu-1"
 PICTURE_MS = 1_000
+A_MINUTE_MS = 60_000
+AN_HOUR_MS = 60 * A_MINUTE_MS
 
 
 async def until_replaced(stage: Stage, leader: Leader, fleet: LocalFleet, *workers: str) -> None:
@@ -76,6 +78,26 @@ async def test_what_a_worker_that_leaves_does_not_finish_in_time_is_handed_over(
     assert await invariants.check(stage.connection) == []
 
 
+async def test_a_worker_that_leaves_has_its_time_however_long_that_is(stage: Stage) -> None:
+    fleet = LocalFleet(workers=2, take_ms=None, gpu_ms=PICTURE_MS)
+    await stage.open_account("ada")
+    async with stage.leading(fleet) as leader:
+        await stage.submit("ada", Tier.FAST)
+        await stage.until(leader, lambda: fleet.busy)
+    (busy,) = fleet.busy
+    idle = SECOND if busy == FIRST else FIRST
+    fleet.grow_old()
+    async with stage.leading(fleet, drain_within_ms=AN_HOUR_MS) as leader:
+        await until_replaced(stage, leader, fleet, idle)
+        await stage.until(leader, lambda: busy in leader._loop._desk.workers.closed())
+        now_ms = leader._loop._desk.clock.now_ms()
+        for minutes in (20, 40, 59):
+            leader._loop._replacements.go_on(now_ms + minutes * A_MINUTE_MS)
+            assert fleet.busy.keys() == {busy}
+        leader._loop._replacements.go_on(now_ms + AN_HOUR_MS)
+        await stage.until(leader, lambda: fleet.busy.keys() == {idle})
+
+
 async def test_what_a_machine_that_is_about_to_end_has_goes_on_elsewhere_at_once(stage: Stage) -> None:
     fleet = LocalFleet(workers=2, take_ms=None, gpu_ms=PICTURE_MS)
     await stage.open_account("ada")
@@ -99,14 +121,15 @@ async def test_what_a_machine_that_is_about_to_end_has_goes_on_elsewhere_at_once
 async def test_a_tenth_of_a_fleet_leaves_at_once_and_the_next_when_their_successors_have_come(
     stage: Stage,
 ) -> None:
-    fleet = LocalFleet(workers=30, take_ms=None, gpu_ms=PICTURE_MS)
+    fleet = LocalFleet(workers=35, take_ms=None, gpu_ms=PICTURE_MS)
     fleet.grow_old()
     async with stage.leading(fleet) as leader:
         fleet.stays_away = True
         await stage.until(leader, lambda: len(fleet.replaced) == 3)
         gone = set(fleet.replaced)
         closed = leader._loop._desk.workers.closed()
-        # One sweep later there is still only this tenth that does not come back.
+        # However much later, there is still only this tenth that does not come back.
+        leader._loop._replacements.go_on(leader._loop._desk.clock.now_ms() + 24 * AN_HOUR_MS)
         await stage.open_account("ada")
         job_id = await stage.submit("ada", Tier.FAST)
         await stage.until(leader, lambda: fleet.busy)
@@ -115,8 +138,12 @@ async def test_a_tenth_of_a_fleet_leaves_at_once_and_the_next_when_their_success
         fleet.finish(drew)
         await stage.until_state(leader, job_id, "succeeded")
         fleet.beat(drew)
+        # One is not waited for any more, since its GPU has left too.
+        fleet.remove(gone.pop())
+        await stage.until(leader, lambda: len(fleet.replaced) == 4)
+        gone.update(fleet.replaced[3:])
         fleet.stays_away = False
         for worker_id in gone:
             fleet.speak_again(worker_id)
-        await stage.until(leader, lambda: len(fleet.replaced) == 30)
-    assert sorted(fleet.replaced) == sorted(f"here/gpu-{index}" for index in range(30))
+        await stage.until(leader, lambda: len(fleet.replaced) == 35)
+    assert sorted(fleet.replaced) == sorted(f"here/gpu-{index}" for index in range(35))

@@ -309,6 +309,27 @@ def test_a_recovery_of_many_jobs_is_written_in_bites() -> None:
     assert not notes.behind
 
 
+async def test_submissions_that_are_put_off_come_with_what_builds_on_them_and_the_others_later(
+    connection: asyncpg.Connection, epoch: int
+) -> None:
+    service = Service()
+    service.submit("ann", 1)
+    service.submit("ben", 1)
+    service.cycle()
+    (started,) = service.running.values()
+    early = service.notes.lines(without_waiting=True)
+    assert [line.subject for line in early if line.kind == "JobSubmitted"] == [started]
+    assert not service.notes.behind
+    await journal.write(connection, epoch=epoch, lines=early)
+    unknown = (await read(connection, START_MS, service.now_ms + 1)).unknown
+    assert not [sentence for sentence in unknown if "no earlier line" in sentence]
+    late = service.notes.lines()
+    assert [line.kind for line in late] == ["JobSubmitted"]
+    await journal.write(connection, epoch=epoch, lines=late)
+    period = await read(connection, START_MS, service.now_ms + 1)
+    assert tuple(period.journal.records) == service.recorder.journal().records, "in their order"
+
+
 def test_while_a_bite_is_left_the_notes_are_behind() -> None:
     notes = Notes()
     for at_ms in range(501):
