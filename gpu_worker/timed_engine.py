@@ -2,14 +2,17 @@
 
 For whatever is about everything around an engine: scheduling over real workers, preemption, checkpoints,
 cancellation, watching, and the cost of the path itself at 0 ms a step. It gives back valid pictures, of one
-colour each. The number of its last step is all the state that a run has.
+colour each. A run's state is the number of its last step and a chain of hashes over all of them, which the
+colours are made of: who goes on from the wrong place, or from another run's, gives back another picture.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import io
 import logging
+import re
 import time
 
 from PIL import Image
@@ -34,6 +37,7 @@ from gpu_worker.settings import WorkerSettings, machine_memory_bytes
 _log = logging.getLogger(__name__)
 
 _MOST_FRAMES = 48
+_CHECKPOINT = re.compile(rb"([1-9][0-9]*) ([0-9a-f]{64})")
 # An empty safetensors file: the length of its header, and the header.
 _NO_LATENTS = (2).to_bytes(8, "little") + b"{}"
 
@@ -91,19 +95,21 @@ class TimedEngine:
     ) -> Rendering:
         clock.enter(Stage.ENCODE)
         control.check()
-        done = _step_of(checkpoint) if checkpoint is not None else 0
-        if done:
+        done, chain = 0, _chain_of(spec.seed)
+        if checkpoint is not None and (restored := _restored(checkpoint)) is not None:
+            done, chain = restored
             control.restored()
         clock.enter(Stage.UPSCALE if spec.kind.is_upscale else Stage.DENOISE)
         last = -(-spec.steps * spec.stop_percent // 100)
         for step in range(done + 1, last + 1):
             if self._step_ms:
                 time.sleep(self._step_ms / 1000)
+            chain = _next_of(chain, step)
             control.boundary(
                 step,
                 spec.steps,
                 preview=lambda: functools.partial(_one_colour_png, spec.width, spec.height, spec.seed),
-                cut=functools.partial(_cut, step),
+                cut=functools.partial(_cut, step, chain),
             )
         clock.enter(Stage.DECODE)
         for number in range(1, spec.images + 1):
@@ -113,7 +119,7 @@ class TimedEngine:
         return Rendering(
             images=tuple(
                 RenderedImage(
-                    pixels=_colour(seed) * (spec.width * spec.height),
+                    pixels=_drawn_colour(chain, seed) * (spec.width * spec.height),
                     width=spec.width,
                     height=spec.height,
                     seed=seed,
@@ -126,16 +132,28 @@ class TimedEngine:
         )
 
 
-def _cut(step: int) -> CutState:
-    return lambda: str(step).encode()
+def _chain_of(seed: int) -> bytes:
+    return hashlib.sha256(b"darkroom-timed-1:%d" % seed).digest()
 
 
-def _step_of(checkpoint: bytes) -> int:
-    """Return the step after which it was cut; 0 where it cannot be read."""
-    if checkpoint.isdigit():
-        return int(checkpoint)
-    _log.warning("checkpoint cannot be read bytes=%d", len(checkpoint))
-    return 0
+def _next_of(chain: bytes, step: int) -> bytes:
+    return hashlib.sha256(b"%b:%d" % (chain, step)).digest()
+
+
+def _drawn_colour(chain: bytes, seed: int) -> bytes:
+    return hashlib.sha256(b"%b:%d" % (chain, seed)).digest()[:3]
+
+
+def _cut(step: int, chain: bytes) -> CutState:
+    return lambda: b"%d %b" % (step, chain.hex().encode())
+
+
+def _restored(checkpoint: bytes) -> tuple[int, bytes] | None:
+    """Return the step after which it was cut, and the chain up to there; None where it cannot be read."""
+    if (content := _CHECKPOINT.fullmatch(checkpoint)) is None:
+        _log.warning("checkpoint cannot be read bytes=%d", len(checkpoint))
+        return None
+    return int(content[1]), bytes.fromhex(content[2].decode())
 
 
 def _fade(spec: RenderSpec, steps: int) -> tuple[bytes, ...]:

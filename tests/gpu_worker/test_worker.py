@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from worker_builders import a_request, some_settings, uses_that_are_the_wall_time
+from worker_builders import a_request, a_spec, some_settings, uses_that_are_the_wall_time
 
 from gpu_worker.contract import (
     AttemptResult,
@@ -33,7 +33,16 @@ from gpu_worker.contract import (
 from gpu_worker.image_seeds import image_seed
 from gpu_worker.models import read_models
 from gpu_worker.outputs import ArtifactMissing, Artifacts, ArtifactsUnavailable
-from gpu_worker.run import EngineFailure, Inputs, Rendering, RunControl, Stage, StageClock
+from gpu_worker.run import (
+    CutState,
+    EngineFailure,
+    Inputs,
+    Preview,
+    Rendering,
+    RunControl,
+    Stage,
+    StageClock,
+)
 from gpu_worker.timed_engine import TimedEngine
 from gpu_worker.worker import EXIT_GPU_THREAD_ENDED, Worker
 
@@ -325,6 +334,48 @@ async def test_a_checkpoint_that_cannot_be_read_costs_its_steps(
         report = (await worker.heartbeat(1, _LONG_MS)).report
     (result,) = report.unacknowledged
     assert (result.outcome, result.kept) == (Outcome.SUCCEEDED, StageTimes())
+
+
+class CutAfter:
+    """Lets a run go, and keeps the checkpoint after one of its steps."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.kept = b""
+        self.went_on = False
+
+    def check(self, *, last: bool = False) -> None:
+        pass
+
+    def boundary(
+        self, step: int, steps: int, preview: Callable[[], Preview], cut: Callable[[], CutState]
+    ) -> None:
+        if step == self.step:
+            self.kept = cut()()
+
+    def restored(self) -> None:
+        self.went_on = True
+
+
+def drawn_from(
+    engine: TimedEngine, spec: RenderSpec, checkpoint: bytes | None
+) -> tuple[list[bytes], CutAfter]:
+    control = CutAfter(step=2)
+    rendering = engine.render(spec, Inputs(), control, engine.stage_clock(), checkpoint)
+    return [image.pixels for image in rendering.images], control
+
+
+def test_the_timed_engine_draws_another_picture_when_it_goes_on_from_the_wrong_place(tmp_path: Path) -> None:
+    engine = TimedEngine(read_models(None), some_settings(tmp_path))
+    undisturbed, first = drawn_from(engine, a_spec(), None)
+    _, of_another = drawn_from(engine, a_spec(seed=8), None)
+    gone_on, second = drawn_from(engine, a_spec(), first.kept)
+    assert (gone_on, first.went_on, second.went_on) == (undisturbed, False, True)
+    a_step_late = first.kept.replace(b"2 ", b"3 ")
+    for wrong in (a_step_late, of_another.kept):
+        pixels, control = drawn_from(engine, a_spec(), wrong)
+        assert control.went_on
+        assert all(one != right for one, right in zip(pixels, undisturbed, strict=True))
 
 
 async def test_the_timed_engine_stops_at_the_step_that_the_other_does(make_worker: MakeWorker) -> None:
