@@ -21,7 +21,7 @@ class Sometimes(StrEnum):
     ZOMBIE_FENCED = "zombie fenced"
     """A worker that was given up answered all the same, and its result was dropped."""
     COMMIT_UNKNOWN = "commit unknown but done"
-    """The answer to a commit was lost after the commit."""
+    """The answer to the commit of a charge was lost after the commit: asked again, it was found done."""
     REQUEST_REPLAYED = "request replayed"
     """A client that got no answer asked again, and got the job that its first try had made."""
     HOLD_RELEASED = "hold released"
@@ -56,7 +56,10 @@ REQUIRED = (
 """Those that every sound set of seeds hits."""
 
 _ROWS: Mapping[Sometimes, str] = {
-    Sometimes.HOLD_RELEASED: "SELECT count(*) FROM billing.hold WHERE state = 'voided'",
+    # Of a drain too a hold is given back, and nothing was lost.
+    Sometimes.HOLD_RELEASED: """
+        SELECT count(*) FROM billing.hold JOIN scheduler.attempt USING (attempt_id)
+         WHERE hold.state = 'voided' AND counts_as_loss""",
     # Time beyond a hold is a transfer of its own, or nobody's.
     Sometimes.OVERRUN: """
         SELECT count(DISTINCT attempt_id) FROM billing.settlement JOIN billing.hold USING (attempt_id)
@@ -83,21 +86,23 @@ async def count(
     *,
     said: Iterable[Mapping[str, Any]],
     promises: Sequence[Promise],
-    answers_lost: Mapping[str, int],
 ) -> Counter[Sometimes]:
-    """Return how often each happened in a run that is over.
-
-    `said` is what schedulers logged, `answers_lost` are the commits whose answers the wire kept back.
-    """
+    """Return how often each happened in a run that is over; `said` is what schedulers logged."""
     counted: Counter[Sometimes] = Counter()
     for what, query in _ROWS.items():
         counted[what] = await connection.fetchval(query)
+    free: list[str] = []
     for line in said:
         if line.get("event") in _LOGGED:
             counted[_LOGGED[line["event"]]] += 1
         elif line.get("event") == "worker lost" and line["sentence"].endswith("was silent."):
             counted[Sometimes.SILENT] += 1
-    counted[Sometimes.COMMIT_UNKNOWN] = sum(answers_lost.values())
+        elif line.get("event") == "attempt ended" and not line["billed_ms"]:
+            free.append(line["attempt"])
+    # Who finds a settlement done says that it charged nothing; who did it had said so to nobody.
+    counted[Sometimes.COMMIT_UNKNOWN] = await connection.fetchval(
+        "SELECT count(*) FROM billing.settlement WHERE attempt_id = ANY($1::uuid[]) AND billed_ms > 0", free
+    )
     made = {
         row["job_id"]: row["made_s"]
         for row in await connection.fetch(

@@ -86,6 +86,8 @@ class Promise:
     picture: int = 0
     """Of the gallery."""
     tier: str = ""
+    asked: str = ""
+    """The tier that a move was to."""
     state: str = ""
     sha256: tuple[str, ...] = ()
 
@@ -128,7 +130,15 @@ class _Answered:
 class Crowd:
     """All of them, and what they were promised."""
 
-    def __init__(self, addresses: Sequence[str], admin_key: str, seed: int) -> None:
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        admin_key: str,
+        seed: int,
+        wires_fail: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.wires_fail = wires_fail
+        """Whether something between clients and front doors breaks calls off just now, or did just before."""
         self._addresses = addresses
         self._admin_key = admin_key
         self._seed = seed
@@ -138,6 +148,8 @@ class Crowd:
         self.refused: Counter[str] = Counter()
         self.broken: list[str] = []
         """Answers that no client should ever get."""
+        self.told_again: list[str] = []
+        """Events that somebody was told twice."""
 
     async def open_accounts(self, habits: Sequence[Habit] = HABITS) -> None:
         """Open an account for each habit, with as much fast time as it says."""
@@ -282,7 +294,7 @@ class Member:
                 async for update in call:
                     if update.WhichOneof("update") == "event":
                         if update.event.sequence <= sequence:
-                            self._crowd.broken.append(f"job {job_id}: event {sequence} was told again")
+                            self._crowd.told_again.append(f"job {job_id}: event {sequence} was told again")
                         sequence, job = update.event.sequence, update.event.job
                         if update.event.state in ENDED:
                             break
@@ -351,7 +363,7 @@ class Member:
             request_id=_new_id(),
         )
         answered = await self._answer("UpdateJob", request)
-        self._promise(answered, Deed.MOVED, answered.answer, request.request_id)
+        self._promise(answered, Deed.MOVED, answered.answer, request.request_id, asked=_tier(tier))
 
     async def _delete(self) -> None:
         job_id = self._ended.pop(self._draw.randrange(len(self._ended)))
@@ -384,7 +396,7 @@ class Member:
         """Go to the other door with what may be sent again. Raises everything else."""
         if isinstance(error, ServiceFailed):
             # Of a call that was broken off gRPC itself says CANCELLED or INTERNAL, and of a bug the service.
-            if not any(wire in error.happened for wire in _OF_THE_WIRE):
+            if not (self._crowd.wires_fail() and any(wire in error.happened for wire in _OF_THE_WIRE)):
                 self._crowd.broken.append(f"{method}: {error.happened}")
         elif not error.retried and not isinstance(error, NoAnswerInTime):
             raise error
@@ -398,6 +410,7 @@ class Member:
         request_id: str = "",
         *,
         picture: int = 0,
+        asked: str = "",
     ) -> Promise:
         promise = Promise(
             at_s=time.time(),
@@ -406,7 +419,8 @@ class Member:
             job_id=job.uid,
             request_id=request_id,
             picture=picture,
-            tier=job_pb2.Tier.Name(job.tier).removeprefix("TIER_").lower(),
+            tier=_tier(job.tier),
+            asked=asked,
             state=job_pb2.JobState.Name(job.state).removeprefix("JOB_STATE_").lower(),
             sha256=tuple(image.sha256 for image in job.images),
         )
@@ -419,6 +433,10 @@ class Member:
 _OF_THE_WIRE = ("RST_STREAM", "CANCELLED", "Socket closed", "GOAWAY", "transport")
 # What somebody may be told who asks for too much, or for what has happened meanwhile.
 _FAIR = (QueueFull, FastTimeExhausted, RateLimited, JobStarted, JobFinished)
+
+
+def _tier(tier: job_pb2.Tier.ValueType) -> str:
+    return job_pb2.Tier.Name(tier).removeprefix("TIER_").lower()
 
 
 def _new_id() -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 
@@ -15,13 +16,16 @@ import asyncpg
 import psutil
 
 from tests.faults.plan import Kind, Planned
-from tests.faults.stage import Door, RayNode, Stage
+from tests.faults.stage import RESTART_S, Door, NotStarted, RayNode, Stage
 
 Fault = Callable[[Stage, Planned], AbstractAsyncContextManager[str | None]]
 
 _SKEWS_S = (-600, -90, -20, 20, 90, 600)
 """By how much a clock may be wrong."""
-_UNREACHABLE = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError)
+_LOOK_S = 0.05
+# Longer than any fault lasts.
+_STARTS_WITHIN_S = 60.0
+_UNREACHABLE = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 
 
 def fault(stage: Stage, planned: Planned) -> AbstractAsyncContextManager[str | None]:
@@ -35,8 +39,9 @@ def fault(stage: Stage, planned: Planned) -> AbstractAsyncContextManager[str | N
 @asynccontextmanager
 async def _kill_door(stage: Stage, planned: Planned) -> AsyncIterator[str | None]:
     door = _door(stage, planned)
+    ran = door.runs
     door.kill()
-    yield door.name
+    yield door.name if ran else None
 
 
 @asynccontextmanager
@@ -45,7 +50,7 @@ async def _freeze_door(stage: Stage, planned: Planned) -> AsyncIterator[str | No
     frozen = door.family
     _signal(frozen, signal.SIGSTOP)
     try:
-        yield door.name
+        yield door.name if frozen else None
     finally:
         _signal(frozen, signal.SIGCONT)
 
@@ -75,6 +80,9 @@ async def _freeze_worker(stage: Stage, planned: Planned) -> AsyncIterator[str | 
 @asynccontextmanager
 async def _kill_node(stage: Stage, planned: Planned) -> AsyncIterator[str | None]:
     node = _node(stage, planned)
+    if not node.runs:
+        yield None
+        return
     node.held_down = True
     node.kill()
     try:
@@ -89,7 +97,7 @@ async def _freeze_node(stage: Stage, planned: Planned) -> AsyncIterator[str | No
     frozen = node.family
     _signal(frozen, signal.SIGSTOP)
     try:
-        yield node.name
+        yield node.name if frozen else None
     finally:
         # Its raylet may find that the cluster took it for dead, and end: then it is started again.
         _signal(frozen, signal.SIGCONT)
@@ -199,10 +207,15 @@ async def _swallow_database(stage: Stage, planned: Planned) -> AsyncIterator[str
 
 @asynccontextmanager
 async def _lose_commits(stage: Stage, planned: Planned) -> AsyncIterator[str | None]:
+    """It strikes with the first commit whose answer is lost."""
     commits = 3 + planned.which % 8
+    before = stage.wire.answers_lost.total()
     stage.wire.lose_commit_answers(commits)
     try:
-        yield f"the next {commits}"
+        late = time.monotonic() + planned.for_ms / 1000
+        while stage.wire.answers_lost.total() == before and time.monotonic() < late:  # noqa: ASYNC110
+            await asyncio.sleep(_LOOK_S)
+        yield f"the next {commits}" if stage.wire.answers_lost.total() > before else None
     finally:
         stage.wire.lose_commit_answers(0)
 
@@ -251,7 +264,7 @@ async def _old_transaction(stage: Stage, planned: Planned) -> AsyncIterator[str 
 
 @asynccontextmanager
 async def _locked_account(stage: Stage, planned: Planned) -> AsyncIterator[str | None]:
-    locks = f"""SELECT FROM billing.subscription WHERE account_id =
+    locks = f"""SELECT account_id FROM billing.subscription WHERE account_id =
                 (SELECT account_id FROM scheduler.job ORDER BY account_id
                  OFFSET {planned.which} % greatest(1, (SELECT count(*) FROM scheduler.job)) LIMIT 1)
                 FOR UPDATE"""
@@ -261,7 +274,7 @@ async def _locked_account(stage: Stage, planned: Planned) -> AsyncIterator[str |
 
 @asynccontextmanager
 async def _left_open(stage: Stage, statement: str) -> AsyncIterator[str | None]:
-    """Hold a transaction open that has done one statement; the database may end it."""
+    """Hold a transaction open that has done one statement and had a row; the database may end it."""
     try:
         connection = await asyncpg.connect(stage.database.dsn, timeout=5)
     except _UNREACHABLE:
@@ -270,18 +283,21 @@ async def _left_open(stage: Stage, statement: str) -> AsyncIterator[str | None]:
     try:
         try:
             await connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
-            await connection.execute(statement, timeout=5)
+            rows = await connection.fetch(statement, timeout=5)
         except _UNREACHABLE:
             yield None
             return
-        yield "one transaction"
+        yield "one transaction" if rows else None
     finally:
         connection.terminate()
 
 
 @asynccontextmanager
 async def _wrong_clock(stage: Stage, planned: Planned) -> AsyncIterator[str | None]:
-    """Start a front door anew on a machine whose clock is wrong, and anew when it is right."""
+    """Start a front door anew on a machine whose clock is wrong, and anew when it is right.
+
+    It strikes once that door takes jobs. Raises NotStarted.
+    """
     door = _door(stage, planned)
     if door.held_down:
         yield None
@@ -289,14 +305,28 @@ async def _wrong_clock(stage: Stage, planned: Planned) -> AsyncIterator[str | No
     door.held_down = True
     door.kill()
     skew_s = _SKEWS_S[planned.which % len(_SKEWS_S)]
-    starting = asyncio.create_task(door.start(skew_s), name=f"start {door.name}")
     try:
+        await _started(door, skew_s)
         yield f"{door.name} by {skew_s} s"
     finally:
-        starting.cancel()
-        await asyncio.gather(starting, return_exceptions=True)
         door.kill()
         door.held_down = False
+
+
+async def _started(door: Door, skew_s: int) -> None:
+    """Start a door, again and again as its supervisor would: other faults end it, or have its database away.
+
+    Raises NotStarted once no fault can be the reason any more.
+    """
+    late = time.monotonic() + _STARTS_WITHIN_S
+    while True:
+        try:
+            await door.start(skew_s)
+            return
+        except NotStarted:
+            if time.monotonic() > late:
+                raise
+        await asyncio.sleep(RESTART_S)
 
 
 # --- whom it hits ---------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """The plan of a run: which faults strike when, and for how long, as a pure function of a seed.
 
 Kinds are dealt like cards: all of them once, in an order of the seed's, before any comes again. So a few
-short runs meet every kind, and each in another company.
+short runs meet every kind, and each in another company. In every fifth seed PostgreSQL is stopped and started
+every few seconds beside them, from the beginning to the end.
 """
 
 from __future__ import annotations
@@ -73,6 +74,37 @@ _LASTS: Mapping[Kind, tuple[int, int]] = {
 }
 
 
+HOLDS_ALL_UP = frozenset(
+    {
+        Kind.FREEZE_SCHEDULER,
+        Kind.FREEZE_LEADER,
+        Kind.STOP_DATABASE,
+        Kind.WORKER_AND_DATABASE,
+        Kind.SWALLOW_DATABASE,
+        Kind.STORE_AWAY,
+        Kind.STORE_FULL,
+    }
+)
+"""Those that may let nothing begin or end anywhere until they are mended."""
+
+BREAKS_CALLS = frozenset(
+    {
+        Kind.KILL_DOOR,
+        Kind.FREEZE_DOOR,
+        Kind.CUT_CLIENTS,
+        Kind.HALF_CLOSE_CLIENTS,
+        Kind.SWALLOW_ANSWERS,
+        Kind.DELAY_CLIENTS,
+        Kind.WRONG_CLOCK,
+    }
+)
+"""Those that may break off a client's call."""
+
+_BEATS_IN_EVERY = 5
+_BEAT_MS = (3_000, 7_000)
+"""From one stop of PostgreSQL to the next, in the seeds that have that."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Planned:
     """One fault to come."""
@@ -92,7 +124,7 @@ class Planned:
 def plan_of(
     seed: int, *, span_ms: int, every_ms: int = 2_500, kinds: Sequence[Kind] = tuple(Kind)
 ) -> tuple[Planned, ...]:
-    """Return the faults of a run in the order in which they strike, about one every so often.
+    """Return the faults of a run in the order in which they strike, about one every so often and its beat.
 
     The same arguments give the same plan, on every machine and in every release of Python.
     """
@@ -112,7 +144,26 @@ def plan_of(
             )
         )
         at_ms += draw.randrange(every_ms // 4, 2 * every_ms - every_ms // 4)
-    return tuple(planned)
+    if has_beat(seed) and Kind.STOP_DATABASE in kinds:
+        planned += _beat(seed, span_ms)
+    return tuple(sorted(planned, key=lambda one: one.at_ms))
+
+
+def has_beat(seed: int) -> bool:
+    """Return whether PostgreSQL is stopped again and again in this seed, beside all else."""
+    return seed % _BEATS_IN_EVERY == 0
+
+
+def _beat(seed: int, span_ms: int) -> Iterator[Planned]:
+    # A generator of its own, so that the other faults of a seed are what they are without it.
+    draw = random.Random(f"beat {seed}")
+    shortest, _ = _LASTS[Kind.STOP_DATABASE]
+    at_ms = draw.randint(*_BEAT_MS)
+    while at_ms < span_ms:
+        yield Planned(
+            at_ms=at_ms, kind=Kind.STOP_DATABASE, for_ms=draw.randint(shortest, 2 * shortest), which=0
+        )
+        at_ms += draw.randint(*_BEAT_MS)
 
 
 def _dealt(draw: random.Random, kinds: Sequence[Kind]) -> Iterator[Kind]:

@@ -9,10 +9,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from itertools import pairwise
 from pathlib import Path
 
 import asyncpg
@@ -25,10 +24,11 @@ from scheduler.store import invariants
 from scheduler.store.pool import open_pool
 from scheduler.v1 import job_pb2
 from tests.faults import checks
+from tests.faults.checks import Of, Wrong
 from tests.faults.counters import Sometimes, count
 from tests.faults.crowd import Crowd, Deed
 from tests.faults.faults import fault
-from tests.faults.plan import Kind, Planned
+from tests.faults.plan import BREAKS_CALLS, HOLDS_ALL_UP, Kind, Planned
 from tests.faults.stage import PLAIN, Scene, Stage, stage
 
 # After the last fault was mended.
@@ -36,7 +36,9 @@ _DRAIN_S = 240.0
 _SETTLE_S = 30.0
 _LOOK_S = 0.25
 _CHECK_EVERY_S = 4.0
-_AWAY = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError)
+# A call that a wire broke off is known to be within this; a try of a client's takes four seconds at most.
+_CALLS_BREAK_FOR_S = 6.0
+_AWAY = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +46,7 @@ class Report:
     """What came of a run."""
 
     seed: int
-    findings: tuple[str, ...]
+    findings: tuple[Wrong, ...]
     """What is not as it should be; none is what is hoped for."""
     faults: Counter[Kind] = field(default_factory=Counter)
     """That hit something."""
@@ -54,15 +56,20 @@ class Report:
     """Of those."""
     refused: Counter[str] = field(default_factory=Counter)
     recovery_s: float = 0.0
-    """The longest in which no attempt began or ended though somebody waited, and no fault came or went."""
+    """The longest in which no attempt began or ended though somebody waited, after the last mend in it of a
+    fault that may hold all up."""
+    standstill_s: float = 0.0
+    """The same, whatever was wrong meanwhile."""
     wait_s: float = 0.0
     """The longest from acceptance to the first start."""
     counters: Counter[Sometimes] = field(default_factory=Counter)
+    orphans: int = 0
+    """Files that faults left behind, which the sweep for orphans removed."""
 
     @property
     def doubled(self) -> int:
         """Findings of something that was done twice."""
-        return sum(one.startswith(("nothing_is_doubled", "nobody_is_billed")) for one in self.findings)
+        return sum(one.of is Of.DOUBLED for one in self.findings)
 
 
 @dataclass(kw_only=True)
@@ -71,9 +78,23 @@ class _Seen:
 
     faults: Counter[Kind] = field(default_factory=Counter)
     log: list[str] = field(default_factory=list)
-    changes: list[float] = field(default_factory=list)
-    """When faults struck and were mended, in seconds since 1970."""
-    broken: list[str] = field(default_factory=list)
+    mended: list[float] = field(default_factory=list)
+    """When faults were mended that may have held all up, in seconds since 1970."""
+    store_mended_s: float = 0.0
+    """When the store was away or full for the last time, likewise."""
+    breaking: int = 0
+    """Faults that may break off a client's call, just now."""
+    broke_s: float = -_CALLS_BREAK_FOR_S
+    """When the last of those was mended, by the monotonic clock."""
+    unanswered: dict[str, int] = field(
+        default_factory=lambda: {one.sentence: one.number for one in invariants.INVARIANTS}
+    )
+    """Invariants that no look has had an answer of yet."""
+    broken: list[Wrong] = field(default_factory=list)
+
+    def wires_fail(self) -> bool:
+        """Whether a client's call may be broken off now, or may have been a moment ago."""
+        return self.breaking > 0 or time.monotonic() - self.broke_s < _CALLS_BREAK_FOR_S
 
 
 async def run(
@@ -82,7 +103,7 @@ async def run(
     """Run a plan and check what came of it; logs are kept in `keep_in`, if that is given."""
     seen = _Seen()
     async with stage(scene, keep_in) as it:
-        crowd = Crowd([door.address for door in it.doors], it.admin_key, seed)
+        crowd = Crowd([door.address for door in it.doors], it.admin_key, seed, seen.wires_fail)
         try:
             await crowd.open_accounts()
             await it.up()
@@ -110,30 +131,36 @@ async def _through_the_faults(
     it: Stage, crowd: Crowd, plan: Sequence[Planned], span_s: float, seen: _Seen
 ) -> None:
     began = time.monotonic()
-    looking = asyncio.create_task(_keep_looking(it, seen), name="look at invariants")
-    try:
-        async with asyncio.TaskGroup() as group:
-            living = group.create_task(crowd.run(), name="crowd")
-            striking = [group.create_task(_strike(it, planned, began, seen)) for planned in plan]
-            await asyncio.sleep(span_s)
-            await asyncio.gather(*striking)
-            await it.up()
-            crowd.stop()
-            await living
-    finally:
+    async with asyncio.TaskGroup() as group:
+        looking = group.create_task(_keep_looking(it, seen), name="look at invariants")
+        living = group.create_task(crowd.run(), name="crowd")
+        striking = [group.create_task(_strike(it, planned, began, seen)) for planned in plan]
+        await asyncio.sleep(span_s)
+        await asyncio.gather(*striking)
+        await it.up()
+        crowd.stop()
+        await living
         looking.cancel()
-        await asyncio.gather(looking, return_exceptions=True)
 
 
 async def _strike(it: Stage, planned: Planned, began: float, seen: _Seen) -> None:
     await asyncio.sleep(began + planned.at_ms / 1000 - time.monotonic())
-    async with fault(it, planned) as hit:
-        seen.log.append(f"{time.monotonic() - began:6.1f} s  {planned}: {hit or 'hit nothing'}")
-        if hit is not None:
-            seen.faults[planned.kind] += 1
-            seen.changes.append(time.time())
-            await asyncio.sleep(planned.for_ms / 1000)
-    seen.changes.append(time.time())
+    breaks_calls = planned.kind in BREAKS_CALLS
+    seen.breaking += breaks_calls
+    try:
+        async with fault(it, planned) as hit:
+            seen.log.append(f"{time.monotonic() - began:6.1f} s  {planned}: {hit or 'hit nothing'}")
+            if hit is not None:
+                seen.faults[planned.kind] += 1
+                await asyncio.sleep(planned.for_ms / 1000)
+    finally:
+        if breaks_calls:
+            seen.breaking -= 1
+            seen.broke_s = time.monotonic()
+    if hit is not None and planned.kind in HOLDS_ALL_UP:
+        seen.mended.append(time.time())
+    if planned.kind in (Kind.STORE_AWAY, Kind.STORE_FULL):
+        seen.store_mended_s = time.time()
 
 
 async def _keep_looking(it: Stage, seen: _Seen) -> None:
@@ -142,10 +169,22 @@ async def _keep_looking(it: Stage, seen: _Seen) -> None:
         await asyncio.sleep(_CHECK_EVERY_S)
         try:
             async with it.database.connection() as connection:
-                broken = await invariants.check(connection, within_ms=10_000)
+                answers = await invariants.results(connection, 10_000)
         except _AWAY:
             continue
-        seen.broken += [f"invariant broken meanwhile: {one}" for one in broken if one.violations > 0]
+        seen.broken += heard(answers, seen.unanswered)
+
+
+def heard(answers: Iterable[invariants.InvariantResult], unanswered: dict[str, int]) -> list[Wrong]:
+    """Return what answers say is broken, and take those that are answers off `unanswered`."""
+    broken = []
+    for one in answers:
+        if one.violations != invariants.NOT_ASKED:
+            unanswered.pop(one.sentence, None)
+        if one.violations > 0:
+            of = checks.of_invariant(one.number)
+            broken.append(Wrong(sentence=f"invariant broken meanwhile: {one}", of=of))
+    return broken
 
 
 async def written_down(connection: asyncpg.Connection) -> None:
@@ -171,19 +210,30 @@ async def _judged(
     seen: _Seen,
     late: list[str],
 ) -> Report:
-    found = [*late, *dict.fromkeys(seen.broken), *crowd.broken]
+    found = [Wrong(sentence=one, of=Of.LOST) for one in late]
+    found += dict.fromkeys(seen.broken)
+    found += [
+        Wrong(sentence=f"while faults struck, invariant {number} was never answered: {sentence}")
+        for sentence, number in seen.unanswered.items()
+    ]
+    found += [Wrong(sentence=one) for one in crowd.broken]
+    found += [Wrong(sentence=one, of=Of.DOUBLED) for one in crowd.told_again]
     if not late:
-        found += await _memory_is_the_database(it, crowd)
-    await _swept(it)
+        found += [Wrong(sentence=one) for one in await _memory_is_the_database(it, crowd)]
     async with it.database.connection() as connection:
         await written_down(connection)
         evidence = checks.Evidence(
-            connection=connection, promises=crowd.promises, undisturbed=undisturbed, store=it.store.path
+            connection=connection,
+            promises=crowd.promises,
+            undisturbed=undisturbed,
+            store=it.store.path,
+            store_mended_s=seen.store_mended_s,
         )
+        leaks, orphans = await _swept(it, evidence)
+        found += leaks
         found += await checks.findings(evidence)
-        counters = await count(
-            connection, said=it.said(), promises=crowd.promises, answers_lost=it.wire.answers_lost
-        )
+        counters = await count(connection, said=it.said(), promises=crowd.promises)
+        standstills = await _standstills(connection)
         created = {one.job_id for one in crowd.promises if one.deed is Deed.CREATED}
         return Report(
             seed=seed,
@@ -195,12 +245,14 @@ async def _judged(
                 list(created),
             ),
             refused=crowd.refused,
-            recovery_s=await _longest_recovery_s(connection, seen.changes),
+            recovery_s=longest_s(standstills, seen.mended),
+            standstill_s=longest_s(standstills),
             wait_s=await connection.fetchval(
                 """SELECT COALESCE(extract(epoch FROM max(started_at - created_at)), 0)::float8
                      FROM scheduler.job"""
             ),
             counters=counters,
+            orphans=orphans,
             findings=tuple(found),
         )
 
@@ -219,22 +271,36 @@ async def _memory_is_the_database(it: Stage, crowd: Crowd) -> list[str]:
     return found
 
 
-async def _swept(it: Stage) -> None:
-    """Let the front door's sweeps remove what they would have removed in a week."""
-    async with it.database.connection() as connection:
-        for table, due in (
-            ("stray_checkpoint", "since"),
-            ("stray_picture", "since"),
-            ("job", "files_due_at"),
-        ):
-            await connection.execute(f"UPDATE scheduler.{table} SET {due} = {due} - interval '1 day'")
+async def _swept(it: Stage, evidence: checks.Evidence) -> tuple[list[Wrong], int]:
+    """Let the front door's sweeps remove what they would have removed in a week.
+
+    Returns what was left for the sweep for orphans that no fault explains, and how much that removed.
+    """
+    for table, due in (
+        ("stray_checkpoint", "since"),
+        ("stray_picture", "since"),
+        ("job", "files_due_at"),
+    ):
+        await evidence.connection.execute(f"UPDATE scheduler.{table} SET {due} = {due} - interval '1 day'")
     pool = await open_pool(it.database.dsn, 2)
     try:
         store, clock = Artifacts(f"file://{it.store.path}"), lambda: datetime.now(UTC)
         await Deletions(pool, store, clock).sweep()
-        await Orphans(pool, store, clock, kept=timedelta(0)).sweep("")
+        leaks = await _leaks(evidence)
+        swept = await Orphans(pool, store, clock, kept=timedelta(0)).sweep("")
     finally:
         await pool.close()
+    return leaks, len(swept.removed)
+
+
+async def _leaks(evidence: checks.Evidence) -> list[Wrong]:
+    """Look until there are none: a worker cleans up a moment after its job has ended."""
+    late = time.monotonic() + _SETTLE_S
+    while True:
+        found = await checks.findings(evidence, {checks.nothing_leaks: Of.OTHER})
+        if not found or time.monotonic() > late:
+            return found
+        await asyncio.sleep(_LOOK_S)
 
 
 async def _compared(it: Stage, admin: DarkroomClient) -> list[str]:
@@ -248,20 +314,29 @@ async def _compared(it: Stage, admin: DarkroomClient) -> list[str]:
             await asyncio.sleep(_LOOK_S)
 
 
-async def _longest_recovery_s(connection: asyncpg.Connection, changes: Sequence[float]) -> float:
-    """Return the longest in which nothing began or ended, somebody waited, and no fault came or went."""
-    standstills = await connection.fetch(
-        """WITH moves AS (
-               SELECT at, lag(at) OVER (ORDER BY at) AS before FROM (
-                   SELECT started_at AS at FROM scheduler.attempt
-                   UNION SELECT ended_at FROM scheduler.attempt) AS every_move)
-           SELECT extract(epoch FROM before)::float8 AS began_s, extract(epoch FROM at)::float8 AS ended_s
-             FROM moves
-            WHERE EXISTS (SELECT FROM scheduler.job WHERE created_at < before AND ended_at >= at)"""
+async def _standstills(connection: asyncpg.Connection) -> list[tuple[float, float]]:
+    """Return from when to when nothing began or ended and somebody waited, in seconds since 1970."""
+    return [
+        (one["began_s"], one["ended_s"])
+        for one in await connection.fetch(
+            """WITH moves AS (
+                   SELECT at, lag(at) OVER (ORDER BY at) AS before FROM (
+                       SELECT started_at AS at FROM scheduler.attempt
+                       UNION SELECT ended_at FROM scheduler.attempt) AS every_move)
+               SELECT extract(epoch FROM before)::float8 AS began_s,
+                      extract(epoch FROM at)::float8 AS ended_s
+                 FROM moves
+                WHERE EXISTS (SELECT FROM scheduler.job WHERE created_at < before AND ended_at >= at)"""
+        )
+    ]
+
+
+def longest_s(standstills: Iterable[tuple[float, float]], mended: Sequence[float] = ()) -> float:
+    """Return how long the longest standstill was, from the last time in it that something was mended."""
+    return max(
+        (
+            ended - max((at for at in mended if began < at < ended), default=began)
+            for began, ended in standstills
+        ),
+        default=0.0,
     )
-    longest = 0.0
-    for one in standstills:
-        within = sorted(at for at in changes if one["began_s"] < at < one["ended_s"])
-        for began_s, ended_s in pairwise((one["began_s"], *within, one["ended_s"])):
-            longest = max(longest, ended_s - began_s)
-    return longest

@@ -37,9 +37,10 @@ ROOT = Path(__file__).parents[2]
 _RAY = str(Path(sys.executable).with_name("ray"))
 
 START_S = 150.0
+RESTART_S = 1.0
+"""After which what ended is started again."""
 _STOP_S = 20.0
 _LOOK_S = 0.1
-_RESTART_S = 1.0
 # All that a run writes stays below this; the machine's disk is slower, and others use it.
 _MEMORY = Path("/dev/shm")
 _MEMORY_BYTES = 3 * 2**30
@@ -413,7 +414,7 @@ async def stage(scene: Scene, keep_in: Path | None = None) -> AsyncIterator[Stag
 
 async def _keep_up(process: RayNode | Door) -> None:
     while True:
-        await asyncio.sleep(_RESTART_S)
+        await asyncio.sleep(RESTART_S)
         if not process.runs and not process.held_down:
             # Its database may be away: it is tried again.
             with suppress(NotStarted):

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import shutil
 import tempfile
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from scheduler.store.embedded import embedded_postgresql, with_database
 from scheduler.v1 import job_pb2
 from tests.faults import checks
 from tests.faults.checks import Check, Evidence
+from tests.faults.counters import Sometimes, count
 from tests.faults.crowd import Crowd, Deed, Promise
 from tests.faults.run import written_down
 from tests.faults.stage import in_memory
@@ -95,7 +97,7 @@ async def used(running: ServiceProcess) -> tuple[Crowd, Mapping[int, tuple[str, 
                 await asyncio.sleep(0.1)
             crowd.stop()
         await crowd.let_everything_run()
-        assert await crowd.see_the_ends(within_s=120) == crowd.broken == []
+        assert await crowd.see_the_ends(within_s=120) == crowd.broken == crowd.told_again == []
         told = await told_of_a_memory_that_is_not_the_database(running, crowd)
         connection = await asyncpg.connect(running.dsn)
         await written_down(connection)
@@ -179,9 +181,21 @@ _ONE = (
             checks.nobody_is_billed_wrongly,
             f"UPDATE scheduler.job SET tier = 'relax' WHERE job_id = {_ONE}",
         ),
+        (
+            checks.nobody_is_billed_wrongly,
+            """UPDATE scheduler.job SET state = 'cancelled', images = NULL, receipt =
+               jsonb_set(receipt, '{billed_gpu_ms}', to_jsonb((receipt ->> 'billed_gpu_ms')::bigint + 1))
+               WHERE job_id = """
+            + _ONE,
+        ),
+        (checks.nobody_is_billed_wrongly, f"DELETE FROM scheduler.attempt WHERE job_id = {_ONE}"),
+        (
+            checks.nobody_is_billed_twice,
+            f"UPDATE billing.transfer SET job_id = {_ONE} WHERE kind = 'post_pending'",
+        ),
         (checks.the_ledger_holds, "UPDATE billing.grant_lot SET used_ms = used_ms + 1"),
         (
-            checks.the_ledger_holds,
+            checks.the_rows_have_nothing_twice,
             "DELETE FROM scheduler.job_event WHERE state = 'succeeded'",
         ),
         (checks.the_order_was_kept, "UPDATE scheduler.fair_share SET usage = usage + 1e9"),
@@ -208,6 +222,25 @@ async def test_an_end_that_was_not_so_is_told(at_rest: Rest) -> None:
     async with at_rest.evidence() as evidence:
         seen = next(one for one in evidence.promises if one.deed is Deed.SAW_END)
         lied = replace(seen, state="failed")
+        assert await checks.what_was_seen_is_so(replace(evidence, promises=[lied]))
+
+
+@pytest.mark.parametrize("answered", ["cancelled", "running"])
+async def test_a_cancel_that_was_answered_and_forgotten_is_told(at_rest: Rest, answered: str) -> None:
+    async with at_rest.evidence() as evidence:
+        seen = next(one for one in evidence.promises if one.deed is Deed.SAW_END and one.state == "succeeded")
+        nobody_wants = "UPDATE scheduler.job SET cancel_wanted = false WHERE job_id = $1"
+        await evidence.connection.execute(nobody_wants, seen.job_id)
+        lied = replace(seen, deed=Deed.CANCELLED, state=answered)
+        assert await checks.what_was_seen_is_so(replace(evidence, promises=[lied]))
+
+
+async def test_a_move_that_was_answered_and_not_made_is_told(at_rest: Rest) -> None:
+    async with at_rest.evidence() as evidence:
+        seen = next(one for one in evidence.promises if one.deed is Deed.SAW_END)
+        other = "relax" if seen.tier == "fast" else "fast"
+        # Its answer says what the row says, which is not what was asked for.
+        lied = replace(seen, deed=Deed.MOVED, asked=other)
         assert await checks.what_was_seen_is_so(replace(evidence, promises=[lied]))
 
 
@@ -243,3 +276,49 @@ async def test_a_file_that_no_row_names_is_told(at_rest: Rest, tmp_path: Path) -
         store = shutil.copytree(at_rest.store, tmp_path / "artifacts")
         (store / "jobs" / "left").write_text("over")
         assert await checks.no_file_is_left_over(replace(evidence, store=store)) == ["no row names jobs/left"]
+
+
+async def test_a_file_that_no_fault_explains_is_told(at_rest: Rest, tmp_path: Path) -> None:
+    async with at_rest.evidence() as evidence:
+        store = shutil.copytree(at_rest.store, tmp_path / "artifacts")
+        one = await evidence.connection.fetchval(
+            "SELECT job_id::text FROM scheduler.attempt ORDER BY job_id LIMIT 1"
+        )
+        (store / "jobs" / one).mkdir(exist_ok=True)
+        (store / "jobs" / one / "left").write_text("over")
+        left = replace(evidence, store=store)
+        assert await checks.nothing_leaks(left) == [f"no fault explains jobs/{one}/left"]
+        assert await checks.nothing_leaks(replace(left, store_mended_s=time.time())) == []
+        await evidence.connection.execute(
+            "UPDATE scheduler.attempt SET state = 'lost' WHERE job_id = $1::uuid", one
+        )
+        assert await checks.nothing_leaks(left) == [], "its worker did not live to remove it"
+
+
+_CHARGED = "SELECT attempt_id::text FROM billing.settlement WHERE billed_ms > 0 ORDER BY attempt_id LIMIT 1"
+
+
+async def test_only_a_charge_that_was_found_done_is_a_commit_that_nobody_knew_of(at_rest: Rest) -> None:
+    async with at_rest.evidence() as evidence:
+        charged = await evidence.connection.fetchval(_CHARGED)
+        told = {"event": "attempt ended", "attempt": charged}
+        for billed_ms, times in ((0, 1), (5, 0)):
+            said = [{**told, "billed_ms": billed_ms}]
+            counted = await count(evidence.connection, said=said, promises=())
+            assert counted[Sometimes.COMMIT_UNKNOWN] == times
+
+
+async def test_only_a_hold_of_a_loss_is_one_that_a_loss_released(at_rest: Rest) -> None:
+    of_a_drain = "UPDATE billing.hold SET state = 'voided'; UPDATE scheduler.attempt SET state = 'lost'"
+    of_a_loss = f"{of_a_drain}, counts_as_loss = true"
+    for doctored, some in ((of_a_drain, False), (of_a_loss, True)):
+        async with at_rest.evidence(doctored) as evidence:
+            counted = await count(evidence.connection, said=(), promises=())
+            assert (counted[Sometimes.HOLD_RELEASED] > 0) == some
+
+
+async def test_a_result_that_is_told_again_is_no_zombies(at_rest: Rest) -> None:
+    async with at_rest.evidence() as evidence:
+        said = [{"event": event} for event in ("result told again", "late result dropped")]
+        counted = await count(evidence.connection, said=said, promises=())
+        assert counted[Sometimes.ZOMBIE_FENCED] == 1
