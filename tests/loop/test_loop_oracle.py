@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import asyncpg
 import pytest
-from conftest import Stage
 
 from billing.invariants import INVARIANTS as OF_THE_LEDGER
 from scheduler.cluster.local_fleet import LocalFleet
 from scheduler.policy.ids import Tier
 from scheduler.store.invariants import AT_REST, INVARIANTS, NOT_ASKED, Invariant, check, results
+from tests.loop.conftest import Stage
 
 MEASURED_MS = 500
 _RUNNING = "(SELECT job_id FROM scheduler.job WHERE state = 'running')"
