@@ -25,7 +25,7 @@ from scheduler.policy.decisions import Charge
 from scheduler.policy.ids import AccountId, JobId, Tier
 from scheduler.policy.parameters import Parameters
 from scheduler.running import Running
-from scheduler.store import accounts, dispatch, invariants
+from scheduler.store import accounts, dispatch, invariants, leadership
 from scheduler.store.jobs import JobKind
 from scheduler.store.pool import Pool, open_pool
 
@@ -272,6 +272,27 @@ def a_planned_attempt(
         sentence="",
     )
     return replace(planned, **changes)
+
+
+async def a_started_attempt(
+    stage: Stage, job_id: str
+) -> tuple[leadership.Leadership, dispatch.PlannedAttempt]:
+    """Take the lead and write the start of an attempt at a fast job of ada's, without a loop."""
+    lead = await leadership.take_lead(stage.connection, "test")
+    await stage.connection.execute("UPDATE scheduler.cell SET decay_origin_ms = $1", lead.now_ms)
+    planned = a_planned_attempt(job_id, lead.now_ms)
+    outcome = await dispatch.start_attempts(
+        stage.connection,
+        epoch=lead.epoch,
+        planned=[planned],
+        tags=[],
+        running=[],
+        parameters=Parameters(),
+        now_ms=lead.now_ms,
+        again=False,
+    )
+    assert [one.planned for one in outcome.started] == [planned]
+    return lead, planned
 
 
 @pytest.fixture

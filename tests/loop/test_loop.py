@@ -18,7 +18,7 @@ from scheduler.policy.ids import AccountId, Tier
 from scheduler.policy.parameters import Parameters
 from scheduler.store import dispatch, endings, leadership
 from scheduler.store.leadership import Deposed
-from tests.loop.conftest import Stage, a_planned_attempt
+from tests.loop.conftest import Stage, a_planned_attempt, a_started_attempt
 
 
 async def used_ms(stage: Stage, account_id: str) -> int:
@@ -368,19 +368,7 @@ async def test_loss_whose_answer_was_lost_is_the_same_loss_when_it_is_told_again
 ) -> None:
     await stage.open_account("ada")
     job_id = await stage.submit("ada", Tier.FAST)
-    lead = await leadership.take_lead(stage.connection, "test")
-    await stage.connection.execute("UPDATE scheduler.cell SET decay_origin_ms = $1", lead.now_ms)
-    planned = a_planned_attempt(job_id, lead.now_ms)
-    await dispatch.start_attempts(
-        stage.connection,
-        epoch=lead.epoch,
-        planned=[planned],
-        tags=[],
-        running=[],
-        parameters=Parameters(),
-        now_ms=lead.now_ms,
-        again=False,
-    )
+    lead, planned = await a_started_attempt(stage, job_id)
     end = endings.AttemptEnd(
         attempt_id=planned.attempt_id,
         token=planned.token,

@@ -12,26 +12,13 @@ from gpu_worker.contract import AttemptResult, Outcome, StageTimes
 from scheduler.policy.ids import Tier
 from scheduler.policy.parameters import Parameters
 from scheduler.settlement import end_of
-from scheduler.store import dispatch, endings, leadership, live, past_jobs
-from tests.loop.conftest import Stage, a_planned_attempt
+from scheduler.store import endings, live, past_jobs
+from tests.loop.conftest import Stage, a_started_attempt
 
 
 async def test_an_attempt_of_a_past_job_is_settled_as_it_was(stage: Stage) -> None:
     await stage.open_account("ada")
-    lead = await leadership.take_lead(stage.connection, "test")
-    await stage.connection.execute("UPDATE scheduler.cell SET decay_origin_ms = $1", lead.now_ms)
-    planned = a_planned_attempt(await stage.submit("ada", Tier.FAST), lead.now_ms)
-    outcome = await dispatch.start_attempts(
-        stage.connection,
-        epoch=lead.epoch,
-        planned=[planned],
-        tags=[],
-        running=[],
-        parameters=Parameters(),
-        now_ms=lead.now_ms,
-        again=False,
-    )
-    assert len(outcome.started) == 1
+    lead, planned = await a_started_attempt(stage, await stage.submit("ada", Tier.FAST))
     end = end_of(
         AttemptResult(
             attempt_id=planned.attempt_id,

@@ -9,9 +9,9 @@ from gpu_worker.contract import AttemptResult, Blame, Outcome, StageTimes, Video
 from scheduler.policy.ids import Tier
 from scheduler.policy.parameters import Parameters
 from scheduler.settlement import end_of, end_of_too_large
-from scheduler.store import dispatch, endings, jobs, leadership
+from scheduler.store import dispatch, endings, jobs
 from scheduler.store.jobs import JobState
-from tests.loop.conftest import Stage, a_planned_attempt
+from tests.loop.conftest import Stage, a_started_attempt
 
 GIB = 2**30
 VIDEO = VideoFile(
@@ -150,17 +150,5 @@ async def _started(stage: Stage, *, multiplier_bp: int = 10_000) -> tuple[int, i
         "UPDATE scheduler.job SET pricing = pricing || jsonb_build_object('multiplier_bp', $1::integer)",
         multiplier_bp,
     )
-    lead = await leadership.take_lead(stage.connection, "test")
-    await stage.connection.execute("UPDATE scheduler.cell SET decay_origin_ms = $1", lead.now_ms)
-    planned = a_planned_attempt(job_id, lead.now_ms)
-    await dispatch.start_attempts(
-        stage.connection,
-        epoch=lead.epoch,
-        planned=[planned],
-        tags=[],
-        running=[],
-        parameters=Parameters(),
-        now_ms=lead.now_ms,
-        again=False,
-    )
+    lead, planned = await a_started_attempt(stage, job_id)
     return lead.epoch, lead.now_ms, planned
