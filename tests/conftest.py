@@ -41,6 +41,26 @@ settings.load_profile("default" if os.environ.get("DARKROOM_LONG") else "same")
 
 _numbers = itertools.count()
 
+# What takes longest, and mostly waits for processes of its own: when the run is shared between processes, it
+# must not come last, where one of them would have nothing to do beside it.
+_FIRST = ("service", "faults", "upgrade", "cluster")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Say what stays together when processes share the run: a file, and whoever uses the shared service.
+
+    Without that, each process would start a service, a Ray and a network of its own for every file.
+    """
+    for item in items:
+        shares_service = "running" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("running" if shares_service else item.nodeid.split("::")[0]))
+    items.sort(
+        key=lambda item: (
+            _FIRST.index(item.path.parent.name) if item.path.parent.name in _FIRST else len(_FIRST)
+        )
+    )
+
 
 # A database of its own for each of a thousand tests is a million files made and removed: in memory that takes
 # a fifth of the CPU time that it takes on a disk.

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs everything the tests need into .venv and runs the whole suite, lint, types and import contracts included.
-# --long adds the big matrices; every other argument goes to pytest.
+# --long adds the big matrices; every other argument goes to pytest. Two processes share the run: half of its time
+# tests wait for services that they started (-n 0: one process, whose output is not captured by another).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 unset PYTHONPATH
@@ -19,5 +20,6 @@ done
 
 deploy/environment.sh server,worker,simulator,dev
 # faulthandler also after pytest's own has been taken down: a crash while the process ends then says where.
+export PYTHONFAULTHANDLER=1
 # The long form, because bash 3.2, which macOS ships, takes an empty array for an unset variable.
-exec .venv/bin/python -X faulthandler -m pytest ${selection[@]+"${selection[@]}"} ${arguments[@]+"${arguments[@]}"}
+exec .venv/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder ${selection[@]+"${selection[@]}"} ${arguments[@]+"${arguments[@]}"}
