@@ -62,7 +62,9 @@ class Arrivals:
         self._epoch = epoch
         self._clock = clock
         # Asked for of each job anew, and there are few sizes.
-        self._memory_wanted = functools.cache(functools.partial(memory_wanted, models))
+        self._memory_wanted = functools.lru_cache(live.MOST_WORKS)(
+            lambda work: memory_wanted(models, work.kind, work.model, work.width, work.height)
+        )
         self._renews_ms: dict[str, int] = {}
         """Every account on the board, and when its period ends."""
         self._renewals: list[tuple[int, str]] = []
@@ -126,7 +128,7 @@ class Arrivals:
                         at_ms=now_ms,
                         job=self.job(row),
                         losses=row.losses,
-                        accepted_ms=to_ms(row.created_at),
+                        accepted_ms=row.accepted_ms,
                         checkpoint=None if row.checkpoint is None else as_policy_sees(row.checkpoint),
                     )
                 )
@@ -201,9 +203,9 @@ class Arrivals:
             tier=row.tier,
             arrival=row.arrival,
             predicted_ms=row.predicted_ms,
-            step_ms=max(1, row.predicted_ms // row.steps),
-            model=row.model,
-            memory_bytes=self._memory_wanted(row.kind, row.model, row.width, row.height),
+            step_ms=max(1, row.predicted_ms // row.work.steps),
+            model=row.work.model,
+            memory_bytes=self._memory_wanted(row.work),
         )
         return job.needing(memory_beyond(row.memory_above_bytes)) if row.memory_above_bytes else job
 

@@ -20,15 +20,17 @@ from scheduler.policy.ids import AccountId, Tier
 from scheduler.store import live
 from scheduler.store.lanes import Lane
 
-# Read at a time: long enough for the round trips to cost little, short enough for the first to be there soon.
-_READ_JOBS = 2_000
-# Jobs told between two times that what was told is kept from the collector.
-_KEEP_EVERY = 20_000
+# Read first: few, for them to be there soon. Then each time twice as many, up to so many that the round trips
+# cost little, and that the next portion is there before this one is told.
+_JOBS_FIRST = 2_000
+_JOBS_LAST = 8_000
+# Jobs told between two times that what was told is kept from the collector, before it begins to look.
+_KEEP_EVERY = 5_000
 
 
 class Backlog:
-    """Of one leader. Reading goes on beside the loop, a portion ahead; telling is the loop's, an account at a
-    time, so that it can stop when it has other things to do.
+    """Of one leader. Reading goes on beside the loop, some portions ahead; telling is the loop's, an account
+    at a time and in their order, so that it can stop when it has other things to do.
 
     An account of which something is noticed before it is told of is read by whoever looks into that, and not
     told of again. Changed terms of one that nobody knows yet are looked at again behind the portion that it
@@ -40,17 +42,20 @@ class Backlog:
         waiting: Mapping[Tier, Sequence[live.Waits]],
         *,
         arrivals: Arrivals,
-        lane: Lane,
+        lanes: Sequence[Lane],
         clock: LeaderClock,
         tell: Callable[[RowsRead], None],
-        jobs_at_a_time: int = _READ_JOBS,
+        jobs_first: int = _JOBS_FIRST,
+        jobs_last: int = _JOBS_LAST,
     ) -> None:
         self._orders = {tier: _Order(waiting[tier]) for tier in Tier}
         self._arrivals = arrivals
-        self._lane = lane
+        self.lanes = lanes
+        """To be read on, each by a `run` of its own."""
         self._clock = clock
         self._tell = tell
-        self._jobs_at_a_time = jobs_at_a_time
+        self._jobs_at_a_time = jobs_first
+        self._jobs_last = jobs_last
         self._asked: set[AccountId] = set()
         """Accounts that are read, or about to be."""
         self._done: set[AccountId] = set()
@@ -59,22 +64,23 @@ class Backlog:
         """What is being read, behind what is ready to be told."""
         self._again: set[str] = set()
         self._room = asyncio.Event()
-        self._room.set()
         self._ended = False
         self._unkept_jobs = 0
 
-    async def run(self) -> None:
-        """Read until all is read; raises Deposed when another scheduler leads."""
+    async def run(self, lane: Lane) -> None:
+        """Read on one lane until all is read; raises Deposed when another scheduler leads."""
         try:
             while wanted := self._next_accounts():
                 delivery = _Delivery(wanted)
                 self._on_its_way.append(delivery)
-                delivery.portion = await self._arrivals.read(self._lane, wanted)
+                self._jobs_at_a_time = min(2 * self._jobs_at_a_time, self._jobs_last)
+                delivery.portion = await self._arrivals.read(lane, wanted)
                 self._tell(RowsRead())
-                await self._room.wait()
-                self._room.clear()
+                while len(self._on_its_way) > len(self.lanes):
+                    self._room.clear()
+                    await self._room.wait()
         finally:
-            await self._lane.close()
+            await lane.close()
 
     @property
     def is_ready(self) -> bool:

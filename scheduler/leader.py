@@ -31,6 +31,8 @@ from scheduler.updates import QueueStatus, Updates
 # Two lanes keep a commit in flight on each of two connections;
 # more only help with more accounts than one disk serves.
 _SETTLEMENT_LANES = 2
+# What waits is read on two: while the rows of one portion are made events, the database is at the next.
+_BACKLOG_LANES = 2
 # Between two looks at whether anything runs, where nothing happens meanwhile.
 _LOOK_AGAIN_S = 0.2
 
@@ -65,7 +67,8 @@ class Leader:
         """Lead until cancelled. Raises an ExceptionGroup with Deposed when another scheduler leads."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._loop.run(), name="loop")
-            group.create_task(self._backlog.run(), name="backlog")
+            for lane in self._backlog.lanes:
+                group.create_task(self._backlog.run(lane), name="backlog")
             group.create_task(self._settlement.run(), name="settlement")
             group.create_task(self._fleet.run(), name="fleet")
             group.create_task(self._oracle.run(), name="forecasts")
@@ -140,7 +143,7 @@ async def lead(
     parameters = parameters or Parameters()
     # By this connection's name `darkroom migrate --after` sees that a scheduler of that release is there.
     lane = Lane(dsn, f"{holder} loop")
-    backlog_lane = Lane(dsn, "backlog")
+    backlog_lanes = [Lane(dsn, f"backlog {number}") for number in range(_BACKLOG_LANES)]
     questions = Lane(dsn, "questions")
     try:
         taken = await lane.run(lambda connection: leadership.take_lead(connection, holder))
@@ -187,7 +190,7 @@ async def lead(
             loop,
             arrivals=arrivals,
             lane=lane,
-            backlog_lane=backlog_lane,
+            backlog_lanes=backlog_lanes,
             epoch=taken.epoch,
             clock=clock,
             parameters=parameters,
@@ -207,7 +210,8 @@ async def lead(
         )
     finally:
         await lane.close()
-        await backlog_lane.close()
+        for backlog_lane in backlog_lanes:
+            await backlog_lane.close()
         await questions.close()
 
 

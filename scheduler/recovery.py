@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import gc
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from scheduler.arrivals import Arrivals
 from scheduler.backlog import Backlog
@@ -40,7 +40,7 @@ async def restore(
     *,
     arrivals: Arrivals,
     lane: Lane,
-    backlog_lane: Lane,
+    backlog_lanes: Sequence[Lane],
     epoch: int,
     clock: LeaderClock,
     parameters: Parameters,
@@ -57,7 +57,7 @@ async def restore(
     waiting = await lane.run(live.waiting_accounts)
     portion = await arrivals.read(lane, {attempt.account_id for attempt in attempts})
     rows = {job.job_id: job for _, jobs in portion.accounts.values() for job in jobs}
-    backlog = Backlog(waiting, arrivals=arrivals, lane=backlog_lane, clock=clock, tell=tell)
+    backlog = Backlog(waiting, arrivals=arrivals, lanes=backlog_lanes, clock=clock, tell=tell)
 
     now_ms = clock.now_ms()
     events: list[Event] = [
@@ -114,7 +114,7 @@ def _restored(attempt: live.RunningAttempt, row: live.LiveJob, job: Job, now_ms:
         at_ms=now_ms,
         job=job,
         losses=row.losses,
-        accepted_ms=to_ms(row.created_at),
+        accepted_ms=row.accepted_ms,
         attempt_id=AttemptId(attempt.attempt_id),
         worker_id=WorkerId(attempt.worker_id),
         predicted_ms=attempt.predicted_ms,
@@ -137,7 +137,7 @@ def _running(attempt: live.RunningAttempt, job: live.LiveJob, now_ms: int) -> Ru
         job_id=attempt.job_id,
         account_id=attempt.account_id,
         tier=attempt.tier,
-        model=job.model,
+        model=job.work.model,
         worker_id=attempt.worker_id,
         incarnation=attempt.incarnation,
         started_ms=to_ms(attempt.started_at),

@@ -33,7 +33,7 @@ class Lane:
         self.head_since_ms = 0
 
     def add(self, job: Job) -> None:
-        if not self.jobs or _age(self.jobs[-1]) < _age(job):
+        if not self.jobs or self.jobs[-1].arrival < job.arrival:
             self.jobs.append(job)
         else:
             insort(self.jobs, job, key=_age)
@@ -67,12 +67,14 @@ class Turn:
         self.counted: tuple[int, int] | None = None
         """Where its jobs that could start are counted by tag, and how many; None: none could."""
 
-    def add(self, job: Job) -> None:
+    def add(self, job: Job) -> Lane:
+        """Put a job in its lane, and return that."""
         lane = self.lanes.get(job.fit)
         if lane is None:
             lane = self.lanes[job.fit] = Lane()
         lane.add(job)
         self.waiting += 1
+        return lane
 
     def remove(self, job: Job) -> None:
         """Take a job out. Its lane stays, even if empty: the queue that ranks it takes it away."""

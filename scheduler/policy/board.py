@@ -324,8 +324,10 @@ class Board:
             return
         live.state = State.WAITING
         account = self._cell.accounts[job.account_id]
-        account.turn(job.tier).add(job)
-        self._reconcile(account)
+        if self._cell.queues[job.tier].join(account, job, self._cell.now_ms):
+            self._cell.unstored[account.account_id, job.tier] = None
+        if account.parkable:
+            self._rank_parkable(account)
 
     def _leave(self, live: Live) -> None:
         """Take a job that does not run out of the order, or off what keeps it out."""

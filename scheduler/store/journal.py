@@ -94,6 +94,8 @@ class Notes:
         self._most = most
         self._recorder = Recorder()
         self._records: deque[_Noted] = deque()
+        self._accounts_put_off: dict[AccountId, _Noted] = {}
+        """What was restored of accounts of which nothing else was told so far but what is put off too."""
         self._put_off: dict[JobId, _Noted] = {}
         """Submissions of jobs of which nothing else was told so far."""
         self._number = 0
@@ -116,21 +118,22 @@ class Notes:
         """Return the next lines that were taken down and not returned so far.
 
         A recovery takes down a line for every live job, so the rest is left for the next time. With
-        `without_waiting`, submissions are put off until something else is told of their jobs, or this is
-        asked without. It is their numbers that order the lines, not when they are written.
+        `without_waiting`, restored accounts and submissions are put off until something else is told of them,
+        or this is asked without. It is their numbers that order the lines, not when they are written.
         """
         for record in self._recorder.take():
             self._number += 1
             self._take_down(_Noted(self._number, record), put_off=without_waiting)
         lines: list[Line] = []
-        too_many = len(self._records) + len(self._put_off) - self._most
+        too_many = len(self._records) + self._all_put_off - self._most
         if too_many > 0:
             lines.append(self._gap(too_many))
         noted = [self._records.popleft() for _ in range(min(len(self._records), _MOST_LINES))]
         if not without_waiting:
-            rest = min(len(self._put_off), _MOST_LINES - len(noted))
-            noted += (self._put_off.popitem()[1] for _ in range(rest))
-        self._behind = bool(self._records) or (bool(self._put_off) and not without_waiting)
+            for put_off in (self._accounts_put_off, self._put_off):
+                rest = min(len(put_off), _MOST_LINES - len(noted))
+                noted += (put_off.popitem()[1] for _ in range(rest))
+        self._behind = bool(self._records) or (self._all_put_off > 0 and not without_waiting)
         for number, record in noted:
             facts = json.dumps(_fields(record), default=_plain)
             lines.append(
@@ -144,18 +147,31 @@ class Notes:
             )
         return lines
 
+    @property
+    def _all_put_off(self) -> int:
+        return len(self._accounts_put_off) + len(self._put_off)
+
     def _take_down(self, noted: _Noted, *, put_off: bool) -> None:
         record = noted.record
-        if isinstance(record, JobSubmitted):
-            if put_off and record.job.job_id not in self._put_off:
-                self._put_off[record.job.job_id] = noted
-                return
-        elif self._put_off:
-            about = record.started if isinstance(record, Dispatch) else record
-            submitted = self._put_off.pop(getattr(about, "job_id", JobId("")), None)
-            if submitted is not None:
-                self._records.append(submitted)
-        self._records.append(noted)
+        if put_off and isinstance(record, JobSubmitted) and record.job.job_id not in self._put_off:
+            self._put_off[record.job.job_id] = noted
+        elif put_off and isinstance(record, AccountRestored):
+            self._accounts_put_off[record.account_id] = noted
+        else:
+            if self._all_put_off:
+                self._write_what_it_builds_on(record)
+            self._records.append(noted)
+
+    def _write_what_it_builds_on(self, record: Record) -> None:
+        about = record.started if isinstance(record, Dispatch) else record
+        account_id = getattr(about, "account_id", AccountId(""))
+        job: Job | None = getattr(about, "job", None)
+        submitted = self._put_off.pop(getattr(about, "job_id", JobId("")), None)
+        if submitted is not None:
+            assert isinstance(submitted.record, JobSubmitted)
+            job = submitted.record.job
+        restored = self._accounts_put_off.pop(account_id if job is None else job.account_id, None)
+        self._records += (one for one in (restored, submitted) if one is not None)
 
     def _gap(self, too_many: int) -> Line:
         """Drop records, what was put off first and then the oldest, and return the line that says so."""
@@ -183,7 +199,7 @@ async def write(connection: asyncpg.Connection, *, epoch: int, lines: Sequence[L
     async with connection.transaction():
         await require_leader(connection, epoch)
         await connection.execute(
-            """INSERT INTO scheduler.journal (epoch, number, at, kind, subject, facts)
+            """/* write_journal */ INSERT INTO scheduler.journal (epoch, number, at, kind, subject, facts)
                SELECT $1, * FROM unnest($2::bigint[], $3::timestamptz[], $4::text[], $5::text[], $6::jsonb[])
                ON CONFLICT DO NOTHING""",
             epoch,

@@ -28,19 +28,36 @@ from scheduler.store.checkpoints import checkpoint_from_json
 from scheduler.store.jobs import spec_from_json
 from scheduler.store.leadership import require_leader
 
+# In the order of LiveJob's fields. What the spec says of the work comes as one text: there are few different
+# ones, and each is looked into once.
 _JOB_COLUMNS = """job_id::text, account_id, tier, state, arrival, predicted_ms, losses, cancel_wanted,
-                  created_at, event_seq, spec ->> 'model' AS model, (spec ->> 'width')::int AS width,
-                  (spec ->> 'height')::int AS height, (spec ->> 'steps')::int AS steps,
-                  (spec -> 'source' ->> 'strength_permille')::int AS strength_permille,
-                  spec ->> 'kind' AS render_kind,
-                  coalesce((spec ->> 'stop_percent')::int, 100) AS stop_percent,
-                  coalesce(jsonb_array_length(spec -> 'parts') + jsonb_array_length(spec -> 'pictures'), 0)
-                  AS parts, checkpoint, memory_above_bytes"""
+                  floor(extract(epoch FROM created_at) * 1000)::bigint AS accepted_ms, event_seq,
+                  jsonb_build_array(
+                      spec -> 'kind', spec -> 'model', spec -> 'width', spec -> 'height', spec -> 'steps',
+                      spec -> 'source' -> 'strength_permille', spec -> 'stop_percent',
+                      coalesce(jsonb_array_length(spec -> 'parts') + jsonb_array_length(spec -> 'pictures'),
+                               0))::text AS work, checkpoint, memory_above_bytes"""
 
 
-@dataclass(frozen=True, kw_only=True)
-class LiveJob:
-    """A job's row, as far as the order of things needs it."""
+MOST_WORKS = 10_000
+"""Different works that are kept, of those asked for last: kinds, models, sizes and steps that are in use."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Work:
+    """What a job's spec says of the work it is. Jobs of the same work share one, and so does what is kept by
+    it: to find that by its fields would take longer than to work it out."""
+
+    kind: RenderKind
+    model: str
+    width: int
+    height: int
+    steps: int
+    """Of the estimator: what its denoising steps take, in plain ones."""
+
+
+class LiveJob(NamedTuple):
+    """A job's row, as far as the order of things needs it. A tuple, since a restart may make a million."""
 
     job_id: JobId
     account_id: AccountId
@@ -50,14 +67,10 @@ class LiveJob:
     predicted_ms: int
     losses: int
     cancel_wanted: bool
-    created_at: datetime
+    accepted_ms: int
+    """When its row was committed."""
     event_seq: int
-    kind: RenderKind
-    model: str
-    width: int
-    height: int
-    steps: int
-    """Of the estimator: what its denoising steps take, in plain ones."""
+    work: Work
     checkpoint: Checkpoint | None
     memory_above_bytes: int
     """All the memory of the largest worker that had too little for it; 0: none had."""
@@ -165,7 +178,7 @@ async def noticed_jobs(
     )
     # Not in one statement: that would read what was there when it began, and stamp what it then waited for.
     rows = await connection.fetch(
-        f"""SELECT {_JOB_COLUMNS} FROM scheduler.job
+        f"""/* noticed_jobs */ SELECT {_JOB_COLUMNS} FROM scheduler.job
             WHERE job_id = ANY($1::uuid[]) AND NOT past ORDER BY arrival""",  # noqa: S608
         job_ids,
     )
@@ -174,36 +187,57 @@ async def noticed_jobs(
 
 # Of each of a million rows, at a restart: what an Enum finds by its value takes a microsecond.
 _TIERS = {tier.value: tier for tier in Tier}
-_KINDS = {kind.value: kind for kind in RenderKind}
-_steps_done = functools.cache(steps_done)
 
 
 def _job(row: asyncpg.Record) -> LiveJob:
-    kind = _KINDS[row["render_kind"]]
+    (
+        job_id,
+        account_id,
+        tier,
+        state,
+        arrival,
+        predicted_ms,
+        losses,
+        cancel_wanted,
+        accepted_ms,
+        event_seq,
+        work,
+        checkpoint,
+        memory_above_bytes,
+    ) = row
     return LiveJob(
-        job_id=JobId(row["job_id"]),
-        account_id=AccountId(row["account_id"]),
-        tier=_TIERS[row["tier"]],
-        state=row["state"],
-        arrival=row["arrival"],
-        predicted_ms=row["predicted_ms"],
-        losses=row["losses"],
-        cancel_wanted=row["cancel_wanted"],
-        created_at=row["created_at"],
-        event_seq=row["event_seq"],
+        job_id,
+        account_id,
+        _TIERS[tier],
+        state,
+        arrival,
+        predicted_ms,
+        losses,
+        cancel_wanted,
+        accepted_ms,
+        event_seq,
+        _work(work),
+        None if checkpoint is None else checkpoint_from_json(checkpoint),
+        memory_above_bytes,
+    )
+
+
+@functools.lru_cache(maxsize=MOST_WORKS)
+def _work(text: str) -> Work:
+    kind, model, width, height, steps, strength_permille, stop_percent, parts = json.loads(text)
+    kind = RenderKind(kind)
+    return Work(
         kind=kind,
-        model=row["model"],
-        width=row["width"],
-        height=row["height"],
-        steps=_steps_done(
-            row["steps"],
+        model=model,
+        width=width,
+        height=height,
+        steps=steps_done(
+            steps,
             kind=kind,
-            strength_permille=row["strength_permille"],
-            stop_percent=row["stop_percent"],
-            parts=row["parts"],
+            strength_permille=strength_permille,
+            stop_percent=100 if stop_percent is None else stop_percent,
+            parts=parts,
         ),
-        checkpoint=None if row["checkpoint"] is None else checkpoint_from_json(row["checkpoint"]),
-        memory_above_bytes=row["memory_above_bytes"],
     )
 
 
@@ -219,7 +253,8 @@ async def unheeded(connection: asyncpg.Connection, *, most: int, everywhere: boo
     seconds for a million.
     """
     rows = await connection.fetch(
-        """(SELECT job_id::text FROM scheduler.job
+        """/* unheeded_jobs */
+           (SELECT job_id::text FROM scheduler.job
             WHERE NOT past AND state = 'queued' AND noticed_epoch = 0
                   AND created_at >= CASE WHEN $2 THEN '-infinity' ELSE now() - interval '5 seconds' END
             ORDER BY created_at LIMIT $1)

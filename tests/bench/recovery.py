@@ -174,7 +174,7 @@ async def _measured(dsn: str, fleet: LocalFleet, jobs: int) -> str:
 async def _measured_naively(dsn: str, fleet: LocalFleet, jobs: int) -> str:
     begun_s = time.perf_counter()
     async with _leading(dsn, fleet) as leader:
-        reading = asyncio.create_task(leader._backlog.run())
+        reading = asyncio.gather(*(leader._backlog.run(lane) for lane in leader._backlog.lanes))
         while leader._loop._backlog is not None:
             leader._loop._tell_backlog(leader._loop._backlog)
             await asyncio.sleep(0)

@@ -71,7 +71,7 @@ class Reader:
 
 
 @asynccontextmanager
-async def reading(stage: Stage) -> AsyncIterator[Reader]:
+async def reading(stage: Stage, lanes: int = 1) -> AsyncIterator[Reader]:
     """Take the lead of what waits, and read it in portions of one account."""
     taken = await leadership.take_lead(stage.connection, "test")
     clock = LeaderClock(started_ms=taken.now_ms)
@@ -85,18 +85,20 @@ async def reading(stage: Stage) -> AsyncIterator[Reader]:
     backlog = Backlog(
         await live.waiting_accounts(stage.connection),
         arrivals=arrivals,
-        lane=Lane(stage.dsn, "backlog"),
+        lanes=[Lane(stage.dsn, f"backlog {number}") for number in range(lanes)],
         clock=clock,
         tell=tell,
-        jobs_at_a_time=1,
+        jobs_first=1,
+        jobs_last=1,
     )
     readers.append(Reader(backlog, arrivals, clock))
-    running = asyncio.create_task(backlog.run())
+    running = [asyncio.create_task(backlog.run(lane)) for lane in backlog.lanes]
     try:
         yield readers[0]
     finally:
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)
+        for one in running:
+            one.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
         await lane.close()
 
 
@@ -132,6 +134,15 @@ async def test_accounts_come_in_their_order_and_whole(stage: Stage) -> None:
         await reader.tell_the_rest()
         assert reader.board.is_whole
         assert reader.waiting() == await rows(stage)
+
+
+async def test_what_is_read_at_the_same_time_is_told_in_its_order_and_once(stage: Stage) -> None:
+    jobs = await waiting_jobs(stage, *(f"account-{number}" for number in range(9)))
+    async with reading(stage, lanes=2) as reader:
+        for told in range(2, len(jobs) + 1, 2):
+            await reader.tell_next()
+            assert {job_id for job_id, _ in reader.waiting()} == set(jobs[:told])
+        assert reader.backlog.ended
 
 
 async def test_what_changes_while_it_is_read_is_neither_lost_nor_doubled(stage: Stage) -> None:

@@ -21,6 +21,7 @@ from scheduler.policy.events import (
     Edge,
     FairShare,
     JobSubmitted,
+    LimitsChanged,
     OrderKnown,
     RecoveryEnded,
     WorkerJoined,
@@ -198,6 +199,40 @@ def test_what_a_partly_read_board_starts_is_what_the_whole_one_starts_first(
     order = found.order
     partly = moves(found.board({*order[:read], *order[stranger : stranger + 1]}))
     assert partly == whole[: len(partly)]
+
+
+@given(rows(), st.data())
+def test_a_job_that_comes_leaves_nothing_to_be_brought_in_line(found: Rows, data: st.DataObject) -> None:
+    board = replace(found, jobs=()).board()
+    for job in data.draw(st.permutations(found.jobs)):
+        board.apply(JobSubmitted(at_ms=NOW_MS, job=job))
+        in_order = order_of(board)
+        board.apply(LimitsChanged(at_ms=NOW_MS, account_id=job.account_id, limits=LIMITS, weight_milli=1000))
+        assert order_of(board) == in_order
+
+
+def order_of(board: Board) -> list[object]:
+    """Everything by which a board's waiting jobs are in order."""
+    cell = board.cell
+    return [
+        *((dict(queue._crowd), queue.could_start) for queue in cell.queues.values()),
+        *(
+            (tier, fit, dict(line.by_tag._live), dict(line.by_age._live))
+            for tier, queue in cell.queues.items()
+            for fit, line in queue.lines.items()
+        ),
+        *(
+            (
+                turn.tag,
+                turn.ranked_by,
+                turn.counted,
+                {fit: lane.head_job_id for fit, lane in turn.lanes.items()},
+            )
+            for account in cell.accounts.values()
+            for turn in (account.fast, account.relax)
+        ),
+        board.unstored_tags(),
+    ]
 
 
 @given(rows())

@@ -319,12 +319,13 @@ async def test_submissions_that_are_put_off_come_with_what_builds_on_them_and_th
     (started,) = service.running.values()
     early = service.notes.lines(without_waiting=True)
     assert [line.subject for line in early if line.kind == "JobSubmitted"] == [started]
+    assert len([line for line in early if line.kind == "AccountRestored"]) == 1, "whose job it is"
     assert not service.notes.behind
     await journal.write(connection, epoch=epoch, lines=early)
     unknown = (await read(connection, START_MS, service.now_ms + 1)).unknown
     assert not [sentence for sentence in unknown if "no earlier line" in sentence]
     late = service.notes.lines()
-    assert [line.kind for line in late] == ["JobSubmitted"]
+    assert [line.kind for line in late] == ["AccountRestored", "JobSubmitted"]
     await journal.write(connection, epoch=epoch, lines=late)
     period = await read(connection, START_MS, service.now_ms + 1)
     assert tuple(period.journal.records) == service.recorder.journal().records, "in their order"
