@@ -92,6 +92,8 @@ class FrontDoor(_Section):
     soon."""
     submissions_at_once: int = Field(default=64, ge=1)
     """Of these: what is submitted waits no longer than so many take one after the other."""
+    late_max_ms: int = Field(default=250, ge=10)
+    """While calls wait longer than this before anybody looks at them, submissions are told to come back."""
     watches_at_once: int = Field(default=5_000, ge=1)
     """Open watches. Each holds about 40 KB, most of it gRPC's."""
     streams_per_connection: int = Field(default=10_000, ge=1)

@@ -4,7 +4,8 @@ A server that takes on whatever comes does all of it late: what was accepted wai
 up. So the calls in progress are counted, and the number of those that may be is small enough that the last of
 them is answered soon. No account has more than a share of it, or one whose calls take long would keep all
 others out; and some places only moderators and those above take, so that a few accounts together do not keep
-out whoever could block them. To refuse costs little: it takes nothing of the database.
+out whoever could block them. And where calls wait long before they are counted at all, nothing new is taken
+on until they do not. To refuse costs little: it takes nothing of the database.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from scheduler.frontdoor.auth import Principal
@@ -39,11 +40,21 @@ _COUNT_SHARE = 20
 
 
 class Admission:
-    """Counts the calls in progress, and the submissions among them."""
+    """Counts the calls in progress, and the submissions among them; `late_ms` is how long others wait now."""
 
-    def __init__(self, settings: FrontDoorSettings) -> None:
+    def __init__(self, settings: FrontDoorSettings, late_ms: Callable[[], int]) -> None:
+        self._late_ms = late_ms
+        self._late_max_ms = settings.late_max_ms
         self._calls = _Places(settings.calls_at_once, kept=settings.calls_at_once // _KEPT_SHARE)
         self._submissions = _Places(settings.submissions_at_once, kept=0)
+
+    def refuse_if_late(self, path: str) -> None:
+        """Raise Overloaded for what is submitted while others wait long; asked before it is known who calls.
+
+        To find that out costs as much as to refuse, and is nothing that could change the answer.
+        """
+        if path == _SUBMIT and self._late_ms() > self._late_max_ms:
+            raise _overloaded("This front door is behind with what was asked of it.")
 
     @contextmanager
     def entered(self, path: str, principal: Principal) -> Iterator[None]:

@@ -191,6 +191,7 @@ class Gate(grpc.aio.ServerInterceptor):
         counters.started()
         code = grpc.StatusCode.OK
         try:
+            self._admission.refuse_if_late(path)
             principal = await self._doorman.admit(path, context.invocation_metadata() or ())
             _caller.set(principal)
             yield principal

@@ -202,6 +202,7 @@ async def _submissions(stub: Any, keys: Sequence[Any], server: _Server, seconds:
         f" {'p50 ms':>8} {'p99 ms':>8} {'broken':>7} {'door MB':>8}"
     )
     for load in (0.5, 1, 2, 4):
+        await _caught_up(stub, next(turns))
         answers = _Answers(accepted=[], refused=[])
         begun_s, tasks = time.perf_counter(), []
         for number in range(int(load * capacity * seconds)):
@@ -218,6 +219,13 @@ async def _submissions(stub: Any, keys: Sequence[Any], server: _Server, seconds:
         )
 
 
+async def _caught_up(stub: Any, key: Any) -> None:
+    """Wait until a submission is accepted again."""
+    answers = _Answers(accepted=[], refused=[])
+    while not answers.accepted:
+        await _submit(stub, key, time.perf_counter(), answers)
+
+
 def _percentiles(took_s: Sequence[float]) -> str:
     if len(took_s) < 2:
         return f"{'-':>8} {'-':>8}"
@@ -226,6 +234,7 @@ def _percentiles(took_s: Sequence[float]) -> str:
 
 async def _watches(pool: Pool, stub: Any, server: _Server, count: int) -> None:
     """Watch one job so many times, tell all of a change, and let nobody read."""
+    await _caught_up(stub, await _key(pool, "bench-0"))
     keys = [await _key(pool, "watched") for _ in range(-(-count // _STREAMS_OF_A_KEY))]
     job = await stub.CreateJob(
         job_pb2.CreateJobRequest(request_id=str(uuid.uuid4()), imagine=job_pb2.Imagine(prompt="a bench")),

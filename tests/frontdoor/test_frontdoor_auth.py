@@ -18,7 +18,7 @@ METHODS = {
 
 @pytest.fixture
 def frontdoor_settings() -> FrontDoorSettings:
-    return FrontDoorSettings(port=0, requests_per_second=25, streams_per_key=2)
+    return FrontDoorSettings(port=0, requests_per_second=25, streams_per_key=2, late_max_ms=60_000)
 
 
 def test_every_method_says_which_role_it_needs() -> None:

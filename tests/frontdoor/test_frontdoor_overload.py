@@ -41,6 +41,7 @@ def frontdoor_settings() -> FrontDoorSettings:
         submissions_at_once=SUBMISSIONS,
         calls_at_once=CALLS,
         watches_at_once=WATCHES,
+        late_max_ms=60_000,
     )
 
 
@@ -120,7 +121,7 @@ async def test_one_account_does_not_take_all_the_places(door: Door) -> None:
 
 
 def test_accounts_that_fill_a_front_door_leave_places_for_who_can_block_them() -> None:
-    admission = Admission(FrontDoorSettings(calls_at_once=32))
+    admission = Admission(FrontDoorSettings(calls_at_once=32), late_ms=lambda: 0)
 
     def enter(name: str, role: Role) -> None:
         who = Principal(account_id=name, key_id="k", role=role)

@@ -18,7 +18,7 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 @pytest.fixture
 def frontdoor_settings() -> FrontDoorSettings:
-    return FrontDoorSettings(port=0, stop_within_ms=60_000)
+    return FrontDoorSettings(port=0, stop_within_ms=60_000, late_max_ms=60_000)
 
 
 async def until_waits_for_a_lock(connection: asyncpg.Connection) -> None:
