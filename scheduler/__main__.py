@@ -1,4 +1,4 @@
-"""darkroom's server side: serve, demo, migrate, sweep-artifacts, lead, stop, simulate."""
+"""darkroom's server side: serve, demo, migrate, sweep-artifacts, doctor, lead, stop, simulate."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pydantic import ValidationError
 from rich.console import Console
 
 from scheduler.logs import configure_logs
-from scheduler.settings import Database, FrontDoor, Ops, RayCluster, Settings, Worker
+from scheduler.provenance import SettingsWrong, read_settings
+from scheduler.settings import Settings
 
 server = typer.Typer(
     add_completion=False, no_args_is_help=True, help="Run Darkroom.", pretty_exceptions_enable=False
@@ -173,6 +173,23 @@ async def _sweep_artifacts(settings: Settings, dsn: str, dry_run: bool) -> None:
 
 
 @server.command()
+def doctor(
+    data_dir: DataDir = None,
+    dsn: Dsn = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Check this machine and what the service's settings lead to: `darkroom doctor` without the client.
+
+    Exits with 6 if something does not work, and with 7 if something ought to be looked at.
+    """
+    from scheduler.client.commands_doctor import report
+    from scheduler.client.printing import Printer
+    from scheduler.doctor import service_diagnoses
+
+    report(Printer(as_json=as_json), service_diagnoses(data_dir=data_dir, dsn=dsn))
+
+
+@server.command()
 def stop(
     ray_address: Annotated[str | None, typer.Option(help="Ray cluster to join (`auto`, host:port).")] = None,
 ) -> None:
@@ -180,7 +197,7 @@ def stop(
 
     What runs is handed over first, and jobs that wait stay in the database.
     """
-    from scheduler.cluster.ray_session import ray_session, stop_actors
+    from scheduler.cluster.ray_session import ask_for_no_machines, ray_session, stop_actors
 
     settings = Settings()
     address = ray_address or settings.ray.address
@@ -191,6 +208,8 @@ def stop(
     with _expected_trouble(), ray_session(cluster):
         for name in stop_actors(cluster.namespace, settings.scheduling.close_down_within_ms / 1000):
             print(f"stopped {name}")
+        if settings.scaling.max_workers is not None:
+            ask_for_no_machines()
 
 
 @server.command()
@@ -326,19 +345,16 @@ def _given(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-_SECTIONS = {"database": Database, "ray": RayCluster, "frontdoor": FrontDoor, "ops": Ops, "worker": Worker}
-
-
 def _settings(top: dict[str, Any], **sections: dict[str, Any]) -> Settings:
     """Return the settings with these flags over the environment and the file.
 
     Exits with all that is wrong.
     """
     try:
-        return Settings(**top, **{name: given for name, given in sections.items() if given})  # type: ignore[arg-type]
-    except ValidationError as wrong:
-        for error in wrong.errors():
-            _errors.print(f"{'.'.join(map(str, error['loc'])) or 'settings'}: {error['msg']}", style="red")
+        return read_settings(**top, **{name: given for name, given in sections.items() if given})
+    except SettingsWrong as wrong:
+        for problem in wrong.problems:
+            _errors.print(problem, style="red")
         raise typer.Exit(EXIT_USAGE) from None
 
 

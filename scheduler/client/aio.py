@@ -76,6 +76,7 @@ from scheduler.client.errors import (
     DarkroomError,
     JobCancelled,
     JobFailed,
+    NoAnswerInTime,
     NotFoundOrNotYours,
     ServiceFailed,
     raised_for,
@@ -114,6 +115,7 @@ from scheduler.v1.job_pb2 import (
     CreateJobRequest,
     DeleteJobRequest,
     DownloadImagesRequest,
+    DownloadImagesResponse,
     Estimate,
     EstimateJobRequest,
     ExplainJobRequest,
@@ -206,6 +208,8 @@ class RetryPolicy:
 
     times: int = 4
     """Repeats of a single call."""
+    silence_s: float = 60.0
+    """A download that brings nothing for so long is given up. A watch may be silent."""
     stream_times: int = 20
     """Repeats of a stream without anything new: about a minute, in which a service can restart."""
     first_ms: int = 200
@@ -570,7 +574,8 @@ class DarkroomClient:
         part: PartFile | None = None
         skipping = False
         try:
-            async for answer in call:
+            parts = aiter(call)
+            while (answer := await self._next_part(parts)) is not None:
                 if answer.WhichOneof("part") == "header":
                     if part is not None:
                         saved[part.name] = await part.finish()
@@ -589,6 +594,15 @@ class DarkroomClient:
             call.cancel()
             if part is not None:
                 await part.discard()
+
+    async def _next_part(self, parts: AsyncIterator[DownloadImagesResponse]) -> DownloadImagesResponse | None:
+        """Return the next part of a download; None at its end. Raises NoAnswerInTime if none comes."""
+        try:
+            async with asyncio.timeout(self._retries.silence_s):
+                return await anext(parts, None)
+        except TimeoutError as silent:
+            sentence = f"{self.address} sent nothing more for {self._retries.silence_s:g} s."
+            raise NoAnswerInTime(sentence) from silent
 
     # The account
 

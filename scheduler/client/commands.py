@@ -1,8 +1,4 @@
-"""The commands of `darkroom`.
-
-Exit status: 0 done; 1 the service refused; 2 the command was not understood; 3 the service cannot be
-reached, is overloaded or failed; 4 the job ended without pictures; 5 a job that was verified came out
-different; 6 a check found something that must not be; 130 interrupted.
+"""The commands of `darkroom`. How they end is in `ExitCode`.
 
 The commands that run a service live in the server's packages, which a client need not have installed; here
 they are only named, and handed over with their arguments as they came.
@@ -10,9 +6,9 @@ they are only named, and handed over with their arguments as they came.
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import sys
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -22,6 +18,7 @@ import typer
 from scheduler.client.aio import DarkroomClient, succeeded
 from scheduler.client.commands_account import add_to as add_account_to
 from scheduler.client.commands_admin import admin
+from scheduler.client.commands_doctor import doctor
 from scheduler.client.commands_making import (
     DEFAULT_FOLDER,
     Fast,
@@ -35,8 +32,9 @@ from scheduler.client.commands_making import (
     tier_of,
     visibility_of,
 )
+from scheduler.client.commands_top import top
 from scheduler.client.config import NAMES, config_path, masked, store_setting
-from scheduler.client.errors import ExitCode, NotEnded
+from scheduler.client.errors import ExitCode, NotEnded, ServerNotInstalled
 from scheduler.client.names import Named, is_job, last_part
 from scheduler.client.printing import Printer
 from scheduler.client.running import (
@@ -47,6 +45,7 @@ from scheduler.client.running import (
     expected_trouble,
     go_on_if_agreed,
     named_argument,
+    of_server,
     run,
 )
 from scheduler.client.terminal import kind_word, state_word
@@ -55,12 +54,8 @@ from scheduler.v1.job_pb2 import Job, JobState
 app = typer.Typer(
     name="darkroom",
     help="Make pictures on a shared cluster of GPUs.",
-    epilog=(
-        "Exit status: 0 done, 1 refused, 2 not understood, 3 service unreachable or overloaded, "
-        "4 the job ended without pictures, 5 verified and different, 6 checked and broken, 130 interrupted."
-    ),
+    epilog="Exit status: " + "; ".join(f"{code:d} {code.meaning}" for code in ExitCode) + ".",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,  # they would print local variables, the key among them
 )
 add_to(app)
@@ -335,6 +330,8 @@ def download(
 
 
 add_account_to(app)
+app.command()(top)
+app.command()(doctor)
 
 
 # The client's own settings
@@ -365,17 +362,23 @@ def config_set(
 
 @config_app.command("show")
 def config_show(context: typer.Context, as_json: Json = False) -> None:
-    """Print each setting with its source; of the key, only its id."""
+    """Print each setting with its source; of secrets, only what names them.
+
+    Where the server is installed, its settings follow, as `darkroom serve` would have them here.
+    """
     printer = Printer(as_json=as_json)
     with expected_trouble(printer):
         settings = config_of(context).settings
-    shown = {name: (masked(name, each.value), each.source) for name, each in settings.items()}
+        shown = [(name, masked(name, each.value), each.source) for name, each in settings.items()]
+        with suppress(ServerNotInstalled):
+            shown += [
+                (f"service.{each.name}", each.value, each.source)
+                for each in of_server("scheduler.provenance").settings_shown()
+            ]
     if as_json:
-        printer.document(
-            {name: {"value": value, "source": source} for name, (value, source) in shown.items()}
-        )
+        printer.document({name: {"value": value, "source": source} for name, value, source in shown})
     else:
-        printer.table(["setting", "value", "source"], [[name, *pair] for name, pair in shown.items()])
+        printer.table(["setting", "value", "source"], shown)
 
 
 # The server's commands
@@ -390,21 +393,15 @@ def _server_command(name: str, summary: str) -> None:
         context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
     )
     def hand_over(context: typer.Context) -> None:
-        try:
-            importlib.import_module("scheduler.__main__").server([name, *context.args], prog_name="darkroom")
-        except ModuleNotFoundError as error:
-            if error.name is None or error.name.partition(".")[0] in ("scheduler", "gpu_worker", "billing"):
-                raise
-            Printer().note(
-                f"`darkroom {name}` needs the server's packages, and {error.name} is missing.\n"
-                "Install them with: pip install 'darkroom[server,worker]'"
-            )
-            raise typer.Exit(ExitCode.USAGE) from None
+        with expected_trouble(Printer()):
+            server = of_server("scheduler.__main__").server
+        server([name, *context.args], prog_name="darkroom")
 
 
 _server_command("serve", "Run the service on this machine, or on a Ray cluster.")
 _server_command("demo", "Start everything, make four jobs of two accounts, show and explain them, stop.")
 _server_command("migrate", "Bring a database to this release.")
 _server_command("lead", "Let this release's scheduler lead on a Ray cluster: the way back to an older one.")
+_server_command("sweep-artifacts", "Look through the artifact store for files that no row names.")
 _server_command("simulate", "Compare scheduling policies on a recorded or made-up workload.")
 _server_command("stop", "End the scheduler and the workers on a Ray cluster.")

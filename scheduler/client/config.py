@@ -16,7 +16,7 @@ from pathlib import Path
 
 import platformdirs
 
-from scheduler.client.aio import DarkroomClient, Tls
+from scheduler.client.aio import DarkroomClient, RetryPolicy, Tls
 from scheduler.client.errors import ConfigUnreadable
 
 DEFAULT_ADDRESS = "127.0.0.1:7443"
@@ -51,7 +51,7 @@ class ClientConfig:
         setting = self.settings.get(name)
         return setting.value if setting is not None else ""
 
-    def connect(self) -> DarkroomClient:
+    def connect(self, *, retries: RetryPolicy | None = None) -> DarkroomClient:
         """Return a client for these settings. Raises ConfigUnreadable if the key or a TLS file is no good."""
         files = {name: self.value(name) for name in ("ca_file", "certificate_file", "private_key_file")}
         paths = {name: Path(text).expanduser() if text else None for name, text in files.items()}
@@ -61,7 +61,7 @@ class ClientConfig:
             raise ConfigUnreadable("The key has characters that no key has; was it copied whole?")
         plain_text = self.value("plain_text") == "true"
         try:
-            return DarkroomClient(self.value("address"), key, tls=tls, plain_text=plain_text)
+            return DarkroomClient(self.value("address"), key, tls=tls, plain_text=plain_text, retries=retries)
         except OSError as error:
             raise ConfigUnreadable(f"{error.filename}: {error.strerror}.") from error
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import grpc
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
@@ -25,18 +25,25 @@ from scheduler.v1.job_pb2 import Job
 class ExitCode(IntEnum):
     """What the command line's exit status means."""
 
-    OK = 0
-    REFUSED = 1
-    USAGE = 2
-    UNAVAILABLE = 3
-    """The service cannot be reached, is overloaded, or failed while answering."""
-    JOB_FAILED = 4
-    """The job ended without pictures."""
-    DIFFERENT = 5
-    """A job was made again to verify it, and the pictures are not the same bits."""
-    VIOLATED = 6
-    """A check found something that must not be, or could not ask everything."""
-    INTERRUPTED = 130
+    meaning: str
+    """In a few words."""
+
+    def __new__(cls, number: int, meaning: str) -> Self:
+        """Return the member of that number."""
+        member = int.__new__(cls, number)
+        member._value_ = number
+        member.meaning = meaning
+        return member
+
+    OK = 0, "done"
+    REFUSED = 1, "the service refused, or somebody said no"
+    USAGE = 2, "the command or the settings were not understood"
+    UNAVAILABLE = 3, "the service cannot be reached, is overloaded, or failed"
+    JOB_FAILED = 4, "the job ended without pictures"
+    DIFFERENT = 5, "a job that was verified came out different"
+    VIOLATED = 6, "a check found something that must not be"
+    WARNED = 7, "a check found something to look at"
+    INTERRUPTED = 130, "interrupted"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -502,6 +509,14 @@ class ConfigUnreadable(DarkroomError):
     def in_file(cls, path: Path, why: str) -> ConfigUnreadable:
         """Return the error for one file."""
         return cls(f"{path}: {why}.")
+
+
+class ServerNotInstalled(DarkroomError):
+    """That part of Darkroom is the server's, whose packages a client need not have."""
+
+    reason = "SERVER_NOT_INSTALLED"
+    advice = "Install them with: pip install 'darkroom[server,worker]'"
+    exit_code = ExitCode.USAGE
 
 
 class JobEnded(DarkroomError):

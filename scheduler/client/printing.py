@@ -152,7 +152,7 @@ class Printer:
         self.facts(
             [
                 ("job", job.uid),
-                ("state", _state(job) + (", to be cancelled" if job.cancel_requested else "")),
+                ("state", job_state(job) + (", to be cancelled" if job.cancel_requested else "")),
                 ("waits because", waits(queued) if queued is not None else ""),
                 ("kind", kind_word(job)),
                 ("from", _source(job)),
@@ -284,7 +284,7 @@ class Printer:
         rows = [
             [
                 job.uid,
-                _state(job) + (", hidden" if job.HasField("hidden") else ""),
+                job_state(job) + (", hidden" if job.HasField("hidden") else ""),
                 kind_word(job),
                 tier_word(job.tier),
                 when(job, "create_time"),
@@ -351,7 +351,7 @@ class Printer:
         rows = [
             [
                 worker_id(worker.name),
-                _worker_state(worker),
+                worker_state(worker),
                 when(worker, "state_time"),
                 _run(worker.active) if worker.HasField("active") else "",
                 ", ".join(_run(run) for run in worker.parked),
@@ -450,7 +450,8 @@ def _tag(tag_ms: int) -> str:
     return f"{tag_ms / 1000:,.1f} s"
 
 
-def _state(job: Job) -> str:
+def job_state(job: Job) -> str:
+    """Return `queued`, `running`, …, or `parked` for one that runs and has no GPU at the moment."""
     parked = job.state == job_pb2.JOB_STATE_RUNNING and job.HasField("queue_status")
     return "parked" if parked else state_word(job.state)
 
@@ -468,7 +469,8 @@ def _delays(option: EstimateOption) -> str:
     return f"{jobs}, by {about(option.delayed_ms)} together"
 
 
-def _worker_state(worker: Worker) -> str:
+def worker_state(worker: Worker) -> str:
+    """Return `idle`, `running`, …, or `drained` for one that drains and has nothing left."""
     state = WorkerState.Name(worker.state).removeprefix("WORKER_STATE_").lower().replace("_", " ")
     # Nobody needs to wait for one that has finished what it had.
     emptied = worker.state == fleet_pb2.WORKER_STATE_DRAINING and not worker.HasField("active")

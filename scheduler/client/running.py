@@ -6,19 +6,21 @@ Expected trouble is a few sentences on stderr and a status, never a traceback: s
 from __future__ import annotations
 
 import asyncio
+import importlib
 import os
 import re
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from decimal import Decimal, InvalidOperation
+from types import ModuleType
 from typing import Annotated, TypeVar
 
 import typer
 
-from scheduler.client.aio import DarkroomClient
+from scheduler.client.aio import DarkroomClient, RetryPolicy
 from scheduler.client.config import ClientConfig, config_path, read_config
-from scheduler.client.errors import DarkroomError, ExitCode
+from scheduler.client.errors import DarkroomError, ExitCode, ServerNotInstalled
 from scheduler.client.names import Named, named
 from scheduler.client.printing import Printer
 
@@ -122,15 +124,34 @@ def config_of(context: typer.Context) -> ClientConfig:
     return read_config(flags=context.obj or {}, environment=os.environ, path=config_path())
 
 
-def run(context: typer.Context, printer: Printer, work: Callable[[DarkroomClient], Awaitable[None]]) -> None:
+def run(
+    context: typer.Context,
+    printer: Printer,
+    work: Callable[[DarkroomClient], Awaitable[None]],
+    *,
+    retries: RetryPolicy | None = None,
+) -> None:
     """Do `work` with a client; raise typer.Exit with the status that fits if it does not succeed."""
 
     async def connected() -> None:
-        async with config_of(context).connect() as client:
+        async with config_of(context).connect(retries=retries) as client:
             await work(client)
 
     with expected_trouble(printer):
         asyncio.run(connected())
+
+
+def of_server(module: str) -> ModuleType:
+    """Return a module of the server. Raises ServerNotInstalled where its packages are not there.
+
+    By name, since nothing of the client may need it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] in ("scheduler", "gpu_worker", "billing"):
+            raise
+        raise ServerNotInstalled(f"{error.name} is missing.") from error
 
 
 @contextmanager

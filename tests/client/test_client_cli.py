@@ -419,6 +419,16 @@ def test_a_server_command_without_the_servers_packages_says_what_to_install() ->
     assert "Traceback" not in serve.stderr
 
 
+def test_settings_and_doctor_are_the_clients_alone_without_the_servers_packages(tmp_path: Path) -> None:
+    typed = WALL + f"import os\nos.environ['XDG_CONFIG_HOME'] = {str(tmp_path)!r}\n"
+    typed += "from scheduler.client.commands import app\napp(sys.argv[1:])"
+    shown = python(typed, "--address", "127.0.0.1:1", "config", "show", "--json")
+    assert (shown.returncode, set(json.loads(shown.stdout))) == (0, {"address"}), shown.stderr
+    found = python(typed, "--address", "127.0.0.1:1", "doctor", "--json")
+    checks = [each["what"] for each in json.loads(found.stdout)["checks"]]
+    assert (found.returncode, checks) == (6, ["client", "room here", "settings", "address"]), found.stderr
+
+
 def test_a_server_command_gets_its_arguments_as_they_came() -> None:
     help_of_serve = python(
         "import sys\nfrom scheduler.client.commands import app\napp(sys.argv[1:])", "serve", "--help"
