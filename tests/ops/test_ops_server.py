@@ -6,9 +6,10 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 import aiohttp
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from scheduler.metrics import FrontDoorMetrics, SchedulerMetrics
+from scheduler.metrics import FrontDoorMetrics, Page, SchedulerMetrics
 from scheduler.ops import Checks, ops_server
 from scheduler.settings import Ops
 
@@ -32,11 +33,11 @@ async def refused() -> bool:
     raise ConnectionRefusedError("postgresql://darkroom:secret@db")
 
 
-async def scheduler_text() -> str:
-    return SchedulerMetrics.create(("basic",), ("stand-in",), now_ms=0).exposition()
+async def scheduler_answers(accept: str) -> Page:
+    return SchedulerMetrics(("basic",), ("stand-in",), now_ms=0).page(accept)
 
 
-async def scheduler_away() -> str:
+async def scheduler_away(accept: str) -> Page:
     raise RuntimeError("the actor died")
 
 
@@ -45,35 +46,49 @@ async def ask(
     *,
     database_answers: Callable[[], Awaitable[bool]] = yes,
     scheduler_leads: Callable[[], Awaitable[bool]] = yes,
-    scheduler_exposition: Callable[[], Awaitable[str]] = scheduler_text,
+    scheduler_page: Callable[[str], Awaitable[Page]] = scheduler_answers,
+    accept: str = "",
 ) -> tuple[int, str, str]:
     """Return status, body and content type of one answer of a server of its own."""
     checks = Checks(database_answers=database_answers, scheduler_leads=scheduler_leads)
-    metrics = FrontDoorMetrics.create(("basic",))
-    running = ops_server(_ANY_PORT, checks=checks, metrics=metrics, scheduler_exposition=scheduler_exposition)
+    metrics = FrontDoorMetrics(("basic",))
+    running = ops_server(_ANY_PORT, checks=checks, metrics=metrics, scheduler_page=scheduler_page)
     async with (
         running as server,
         aiohttp.ClientSession(f"http://127.0.0.1:{server.port}") as session,
-        session.get(path) as answer,
+        session.get(path, headers={"Accept": accept}) as answer,
     ):
         return answer.status, await answer.text(), answer.headers["Content-Type"]
 
 
-async def test_one_page_has_the_families_of_both_processes() -> None:
-    status, text, content_type = await ask("/metrics")
+def shown(text: str) -> set[str]:
+    return {family.name for family in text_string_to_metric_families(text)}
+
+
+async def test_each_process_has_a_page_of_its_own() -> None:
+    status, front_door, content_type = await ask("/metrics")
     assert (status, content_type) == (200, "text/plain; version=0.0.4; charset=utf-8")
-    names = [family.name for family in text_string_to_metric_families(text)]
-    assert len(names) == len(set(names))
-    assert {"darkroom_submissions", "darkroom_gpu_time_seconds", "process_cpu_seconds"} <= set(names)
-    assert "darkroom_scheduler_metrics_up 1.0" in text
+    assert {"darkroom_submissions", "process_cpu_seconds"} <= shown(front_door)
+    assert "darkroom_gpu_time_seconds" not in shown(front_door)
+    status, scheduler, content_type = await ask("/metrics/scheduler")
+    assert (status, content_type) == (200, "text/plain; version=0.0.4; charset=utf-8")
+    assert {"darkroom_gpu_time_seconds", "process_cpu_seconds"} <= shown(scheduler)
+    assert "darkroom_submissions" not in shown(scheduler)
 
 
-async def test_without_a_scheduler_the_front_door_still_shows_its_own() -> None:
-    status, text, _ = await ask("/metrics", scheduler_exposition=scheduler_away)
+async def test_without_a_scheduler_its_page_is_down_and_the_front_doors_is_up() -> None:
+    status, _, _ = await ask("/metrics/scheduler", scheduler_page=scheduler_away)
+    assert status == 503
+    status, text, _ = await ask("/metrics", scheduler_page=scheduler_away)
     assert status == 200
-    assert "darkroom_scheduler_metrics_up 0.0" in text
     assert "grpc_server_started_total" in text
-    assert "darkroom_gpu_time_seconds" not in text
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/metrics/scheduler"])
+async def test_a_scraper_that_asks_for_openmetrics_gets_it(path: str) -> None:
+    _, text, content_type = await ask(path, accept="application/openmetrics-text;version=1.0.0")
+    assert content_type.startswith("application/openmetrics-text; version=1.0.0")
+    assert text.endswith("# EOF\n")
 
 
 async def test_a_process_that_lives_is_healthy_even_when_nothing_else_is() -> None:

@@ -1,21 +1,20 @@
-"""What operators ask of a front door over HTTP: `/metrics`, `/healthz` and `/readyz`.
+"""The ops port of a front door: `/metrics`, `/metrics/scheduler`, `/healthz`, `/readyz`, and the page.
 
-None of the three waits longer than a scraper or a probe does: whatever does not answer in time is reported
-as away, and the rest is still served. There is no authentication, so the port is on loopback unless a
-setting says otherwise.
+None of the four waits longer than a scraper or a probe does: whatever does not answer in time is reported
+as away. They ask for no key, so the port is on loopback unless a setting says otherwise.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import structlog
 from aiohttp import web
 
-from scheduler.metrics import CONTENT_TYPE, FrontDoorMetrics
+from scheduler.metrics import FrontDoorMetrics, Page
 from scheduler.settings import Ops
 
 _log = structlog.get_logger()
@@ -23,6 +22,8 @@ _log = structlog.get_logger()
 # Well below the ten seconds that a Prometheus waits by default, and the one or two a load balancer does.
 _SCRAPE_TIMEOUT_S = 3.0
 _CHECK_TIMEOUT_S = 0.9
+# The largest is a key that somebody logs in with.
+_LARGEST_REQUEST_BYTES = 16 * 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,20 +47,23 @@ async def ops_server(
     *,
     checks: Checks,
     metrics: FrontDoorMetrics,
-    scheduler_exposition: Callable[[], Awaitable[str]],
+    scheduler_page: Callable[[str], Awaitable[Page]],
+    page: Iterable[web.AbstractRouteDef] = (),
 ) -> AsyncIterator[OpsServer]:
     """Serve while the context is open.
 
-    `scheduler_exposition` returns the text of SchedulerMetrics, which lives in the scheduler's process.
-    Raises OSError if the port is taken.
+    `scheduler_page` returns that of SchedulerMetrics, which live in the scheduler's process, for a scraper's
+    Accept header. `page` are the routes of the page for people. Raises OSError if the port is taken.
     """
-    routes = _Routes(checks=checks, metrics=metrics, scheduler_exposition=scheduler_exposition)
-    application = web.Application()
+    routes = _Routes(checks=checks, metrics=metrics, scheduler_page=scheduler_page)
+    application = web.Application(client_max_size=_LARGEST_REQUEST_BYTES)
     application.add_routes(
         [
             web.get("/metrics", routes.metrics_page),
+            web.get("/metrics/scheduler", routes.scheduler_metrics_page),
             web.get("/healthz", routes.healthz),
             web.get("/readyz", routes.readyz),
+            *page,
         ]
     )
     # Probes and scrapes every few seconds would bury everything else in the log.
@@ -78,24 +82,26 @@ class _Routes:
         *,
         checks: Checks,
         metrics: FrontDoorMetrics,
-        scheduler_exposition: Callable[[], Awaitable[str]],
+        scheduler_page: Callable[[str], Awaitable[Page]],
     ) -> None:
         self._checks = checks
         self._metrics = metrics
-        self._scheduler_exposition = scheduler_exposition
+        self._scheduler_page = scheduler_page
 
     async def metrics_page(self, request: web.Request) -> web.Response:
-        """The front door's families, then the scheduler's if it answers in time."""
+        """This process's families."""
+        return _shown(self._metrics.page(request.headers.get("Accept", "")))
+
+    async def scheduler_metrics_page(self, request: web.Request) -> web.Response:
+        """The leading scheduler's families; 503 if it does not answer in time."""
         try:
             async with asyncio.timeout(_SCRAPE_TIMEOUT_S):
-                scheduler = await self._scheduler_exposition()
+                page = await self._scheduler_page(request.headers.get("Accept", ""))
         except Exception as away:
-            # Whatever it is that keeps the scheduler from answering, now the front door's numbers are wanted.
+            # Whatever it is that keeps the scheduler from answering: a scraper sees that it is down.
             _log.warning("scheduler metrics were not fetched", error=repr(away))
-            scheduler = ""
-        self._metrics.scheduler_metrics_up.set(bool(scheduler))
-        text = self._metrics.exposition() + scheduler
-        return web.Response(body=text.encode(), headers={"Content-Type": CONTENT_TYPE})
+            return web.Response(status=503, text="the scheduler does not answer")
+        return _shown(page)
 
     async def healthz(self, request: web.Request) -> web.Response:
         """The process is alive and its event loop turns."""
@@ -112,6 +118,10 @@ class _Routes:
             if sentence is not None
         ]
         return web.json_response({"ready": not missing, "missing": missing}, status=503 if missing else 200)
+
+
+def _shown(page: Page) -> web.Response:
+    return web.Response(body=page.text.encode(), headers={"Content-Type": page.content_type})
 
 
 async def _missing(sentence: str, check: Callable[[], Awaitable[bool]]) -> str | None:
