@@ -1,4 +1,5 @@
-"""Lets workers leave while jobs go on: those of another release, and those whose machines are about to end.
+"""Lets workers leave while jobs go on: those of another release, those whose machines are about to end, and
+those that nobody needs.
 
 A scheduler that takes the lead from one of another release finds that one's workers at work, and goes on with
 them: what runs is adopted. Then they leave, a tenth of the fleet at once and the idle ones first: each is
@@ -6,7 +7,9 @@ given nothing more, has a while to finish what it has in hand, hands the rest ov
 this release. Where the new workers do not come, no more than that tenth is lost: the others stay at work,
 however long it takes.
 
-A machine that is about to end gives nobody a choice: its workers hand over at once what they have.
+A machine that is about to end gives nobody a choice: its workers hand over at once what they have. Those of a
+machine that is not needed have the same while as those of another release, all at once, and nothing comes
+in their places.
 """
 
 from __future__ import annotations
@@ -38,12 +41,17 @@ class Replacements:
         workers = self._desk.workers
         self._ended = {worker_id for worker_id in self._ended if workers.report(worker_id) is not None}
         for worker_id in workers.departing() - self._ended:
+            workers.leaves(worker_id)
             self._empty(worker_id, hands_over=True)
-        outdated = workers.outdated()
+        spare = workers.spare
+        for worker_id in (spare.keys() & workers.ids()) - workers.departing() - self._ended:
+            self._empty(worker_id, hands_over=now_ms - spare[worker_id] >= self._within_ms)
+        outdated = workers.outdated() - spare.keys()
         for worker_id in tuple(self._leaving):
             present = workers.report(worker_id) is not None
             # That a successor has not come for long is no reason to risk the next worker.
-            if (present and worker_id not in outdated) or not self._desk.fleet.has_slot(worker_id):
+            awaits = worker_id in self._desk.fleet.slots() and worker_id not in spare
+            if (present and worker_id not in outdated) or not awaits:
                 del self._leaving[worker_id]
         if not outdated:
             return
@@ -57,11 +65,11 @@ class Replacements:
             _log.info("worker of another release leaves", worker=worker_id)
             self._leaving[worker_id] = now_ms
         for worker_id in (self._leaving.keys() & outdated) - self._ended:
+            # Each time: one that fell silent meanwhile has joined again as if nothing had been said.
+            workers.leaves(worker_id)
             self._empty(worker_id, hands_over=now_ms - self._leaving[worker_id] >= self._within_ms)
 
     def _empty(self, worker_id: str, *, hands_over: bool) -> None:
-        # Each time: one that fell silent meanwhile has joined again as if nothing had been said.
-        self._desk.workers.leaves(worker_id)
         self._desk.look_at(worker_id)
         running = self._desk.running.on(worker_id)
         if hands_over:

@@ -15,9 +15,18 @@ from gpu_worker.contract import AttemptResult, Blame, Outcome, RenderSpec, RunIn
 from scheduler.arrivals import memory_beyond
 from scheduler.clock import to_ms
 from scheduler.desk import Desk
-from scheduler.fleet import RenderRefused, WorkerAwaited, WorkerFound, WorkerGone, WorkerHeard, WorkerLeaves
+from scheduler.fleet import (
+    GoneBecause,
+    RenderRefused,
+    RenderTaken,
+    WorkerAwaited,
+    WorkerFound,
+    WorkerGone,
+    WorkerHeard,
+    WorkerLeaves,
+)
 from scheduler.inbox import AttemptSettled, Item
-from scheduler.metrics import RequeueReason
+from scheduler.metrics import RequeueReason, RestartReason, WorkerState
 from scheduler.policy import events
 from scheduler.policy.events import (
     AttemptDrawn,
@@ -62,6 +71,8 @@ class RollCall:
         """Attempts whose end is being settled, with what their workers said; None: they were given up."""
         self._awaited: dict[str, dict[str, RenderSpec]] = {}
         """Workers from before this scheduler led that have yet to answer, with what is to be adopted then."""
+        self._gone: dict[str, tuple[str, GoneBecause]] = {}
+        """The last lives of slots, and why they ended."""
         self._paused: frozenset[Tier] = frozenset()
         self._fleet_is_met = False
 
@@ -72,6 +83,7 @@ class RollCall:
         | WorkerHeard
         | WorkerLeaves
         | WorkerGone
+        | RenderTaken
         | RenderRefused
         | AttemptSettled,
     ) -> None:
@@ -87,6 +99,8 @@ class RollCall:
                 self._desk.workers.departs(item.worker_id)
             case WorkerGone():
                 self._worker_gone(item)
+            case RenderTaken():
+                self._render_taken(item)
             case RenderRefused():
                 self._render_refused(item)
             case AttemptSettled():
@@ -202,6 +216,7 @@ class RollCall:
         for running in self._desk.running.on(report.worker_id):
             if running.incarnation != report.incarnation:
                 self._lose(running, f"The GPU worker {worker_id} was restarted.", executed=True)
+        self._show_life(report, now_ms)
         self._desk.workers.joined(report, now_ms, outdated=outdated)
         to_adopt = self._no_longer_awaited(report.worker_id) or {}
         if not self._awaited:
@@ -224,6 +239,39 @@ class RollCall:
             one = self._desk.running.get(attempt_id)
             if one is not None:
                 self.adopt(one, spec)
+
+    def _show_life(self, report: WorkerReport, now_ms: int) -> None:
+        """Show that a slot has a worker that it did not have before."""
+        before = self._gone.pop(report.worker_id, None)
+        if before is None:
+            self._desk.metrics.worker_began(report.worker_id, now_ms)
+        elif before[0] != report.incarnation:
+            self._desk.metrics.worker_began(report.worker_id, now_ms)
+            self._desk.metrics.worker_restarted(RestartReason(before[1].value))
+
+    def states(self) -> Mapping[WorkerState, int]:
+        """Return how many workers are in each state; together they are all slots that are not spare."""
+        workers, running = self._desk.workers, self._desk.running
+        present, busy = workers.ids(), running.busy_workers
+        loading = sum(self._loads(worker_id) for worker_id in present & busy)
+        draining = len(workers.closed() - busy)
+        absent = set(self._desk.fleet.slots()) - present - workers.spare.keys()
+        lost = len(absent & self._gone.keys())
+        return {
+            WorkerState.STARTING: len(absent) - lost,
+            WorkerState.IDLE: len(present - busy) - draining,
+            WorkerState.LOADING: loading,
+            WorkerState.RUNNING: len(present & busy) - loading,
+            WorkerState.DRAINING: draining,
+            WorkerState.LOST: lost,
+        }
+
+    def _loads(self, worker_id: str) -> bool:
+        """Return whether a worker has an attempt whose model it does not have yet."""
+        report, one = self._desk.workers.report(worker_id), self._desk.running.with_gpu(worker_id)
+        assert report is not None, "it is present"
+        assert one is not None, "it is busy"
+        return one.model not in report.warm_models
 
     def _no_longer_awaited(self, worker_id: str) -> Mapping[str, RenderSpec] | None:
         """Return the attempts to be adopted of a worker that was awaited until now; None: it was not."""
@@ -312,13 +360,30 @@ class RollCall:
     def _worker_gone(self, gone: WorkerGone) -> None:
         report = self._desk.workers.report(gone.worker_id)
         if report is not None and report.incarnation == gone.incarnation:
+            if gone.worker_id not in self._desk.workers.spare:
+                self._gone[gone.worker_id] = (gone.incarnation, gone.because)
+            self._desk.metrics.worker_ended(
+                gone.worker_id,
+                gone.incarnation,
+                busy=bool(self._desk.running.on(gone.worker_id)),
+                now_ms=self._desk.clock.now_ms(),
+            )
             self._desk.workers.gone(gone.worker_id)
             self._desk.tell(WorkerLost(at_ms=self._desk.clock.now_ms(), worker_id=WorkerId(gone.worker_id)))
         elif self._no_longer_awaited(gone.worker_id) is None:
             return
-        _log.warning("worker lost", worker=gone.worker_id, sentence=gone.sentence)
+        if gone.because is GoneBecause.REPLACED:
+            _log.info("worker ended", worker=gone.worker_id)
+        else:
+            _log.warning("worker lost", worker=gone.worker_id, sentence=gone.sentence)
         for running in self._desk.running.on(gone.worker_id):
             self._lose(running, gone.sentence, executed=True)
+
+    def _render_taken(self, taken: RenderTaken) -> None:
+        running = self._desk.running.get(taken.attempt_id)
+        if running is not None:
+            took_ms = self._desk.clock.now_ms() - running.given_ms
+            self._desk.metrics.attempt_placed(model=running.model, took_ms=took_ms)
 
     def _render_refused(self, refused: RenderRefused) -> None:
         running = self._desk.running.get(refused.attempt_id)
@@ -405,7 +470,7 @@ class RollCall:
         self, running: Running, settled: Settled, result: AttemptResult | None, now_ms: int
     ) -> None:
         if result is not None:
-            self._desk.metrics.run_ended(result)
+            self._desk.metrics.run_ended(running.model, result)
         if result is not None and settled.verdict is not Verdict.LOST:
             self._desk.metrics.attempt_ended(
                 tier=running.tier,
@@ -413,6 +478,8 @@ class RollCall:
                 run_ms=running.on_gpu_ms(now_ms),
                 load_ms=result.load_ms,
                 times=result.times,
+                deliver_ms=None if running.drawn_ms is None else now_ms - running.drawn_ms,
+                steps=running.steps if result.outcome is Outcome.SUCCEEDED else 0,
             )
         if settled.job_state == "queued":
             self._desk.metrics.job_requeued(_requeue_reason(result))
@@ -426,6 +493,7 @@ class RollCall:
         if running.tier is Tier.FAST:
             self._desk.metrics.settled(
                 plan=settled.plan,
+                due_ms=settled.due_ms,
                 billed_ms=settled.billed_ms,
                 released_ms=settled.released_ms,
                 thresholds=settled.thresholds,

@@ -1,13 +1,14 @@
 """The workers as the loop knows them: their newest reports, and what keeps one from taking jobs.
 
 There are several such reasons and they overlap: an operator drains it, it makes room for a worker of this
-release, its machine is about to end, it lost too many jobs in a row, it says that it is not healthy, it has
-in hand what is not ours, it refused what it was given. The board only hears whether it takes jobs.
+release, its machine is about to end or not needed, it lost too many jobs in a row, it says that it is not
+healthy, it has in hand what is not ours, it refused what it was given. The board only hears whether it takes
+jobs.
 """
 
 from __future__ import annotations
 
-from collections.abc import KeysView, Mapping
+from collections.abc import Collection, KeysView, Mapping
 from datetime import datetime
 
 from gpu_worker.contract import WorkerReport
@@ -36,6 +37,7 @@ class Workers:
         self._set_aside: dict[str, datetime] = {}
         self._outdated: dict[str, None] = {}
         self._departing: dict[str, None] = {}
+        self._spare: dict[str, int] = {}
         self._all_closed = False
 
     def __len__(self) -> int:
@@ -96,6 +98,17 @@ class Workers:
         if worker_id in self._slots:
             self._departing[worker_id] = None
 
+    @property
+    def spare(self) -> Mapping[str, int]:
+        """Slots that are to have no workers, and since when."""
+        return self._spare
+
+    def spare_slots(self, slots: Collection[str], now_ms: int) -> set[str]:
+        """Note which slots are to have no workers; returns those of which that is new, or over."""
+        changed = self._spare.keys() ^ set(slots)
+        self._spare = {slot: self._spare.get(slot, now_ms) for slot in slots}
+        return changed
+
     def leaves(self, worker_id: str) -> None:
         """Give a worker nothing as long as it lives: it is to make room."""
         self._slots[worker_id].leaves = True
@@ -130,6 +143,7 @@ class Workers:
             and slot.report.healthy
             and not slot.at_odds
             and not slot.leaves
+            and worker_id not in self._spare
             and worker_id not in self._draining
             and (aside_until is None or to_ms(aside_until) <= now_ms)
         )

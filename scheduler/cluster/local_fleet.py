@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import os
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 from gpu_worker.contract import (
@@ -29,7 +29,9 @@ from gpu_worker.contract import (
 )
 from scheduler.fleet import (
     FleetFact,
+    GoneBecause,
     RenderRefused,
+    RenderTaken,
     WorkerAwaited,
     WorkerFound,
     WorkerGone,
@@ -88,21 +90,24 @@ class LocalFleet:
         gpu_ms: int | None = None,
         device: str = "stub",
         memory_bytes: Sequence[int] | None = None,
+        per_machine: int | None = None,
     ) -> None:
         """Make `workers` workers whose attempts end after `take_ms` with the GPU (None: when told)
-        and count `gpu_ms` (None: that). `memory_bytes`: of each.
+        and count `gpu_ms` (None: that). `memory_bytes`: of each. `per_machine`: so many have one (None: all).
         """
         memory_bytes = memory_bytes or [_MEMORY_BYTES] * workers
         self._take_ms = take_ms
         self._gpu_ms = gpu_ms if gpu_ms is not None else (take_ms or 0)
         self._device = device
-        self._stubs = {
-            f"here/gpu-{index}": _Stub(
-                worker_id=f"here/gpu-{index}",
-                incarnation=str(uuid.uuid4()),
-                memory_bytes=memory_bytes[index],
-            )
+        names = [
+            f"here/gpu-{index}"
+            if per_machine is None
+            else f"here-{index // per_machine}/gpu-{index % per_machine}"
             for index in range(workers)
+        ]
+        self._stubs = {
+            name: _Stub(worker_id=name, incarnation=str(uuid.uuid4()), memory_bytes=of_it)
+            for name, of_it in zip(names, memory_bytes, strict=True)
         }
         self._epoch = 0
         self._tell: Callable[[FleetFact], None] = lambda fact: None
@@ -118,6 +123,10 @@ class LocalFleet:
         """Workers that the next scheduler does not hear of at once, but when they are told to speak again."""
         self.stays_away = False
         """Whether what takes their places does not come, until it is told to speak again."""
+        self.wanted: int | None = None
+        """How many workers there should be, as it was told last."""
+        self.spare: frozenset[str] = frozenset()
+        """Slots that are to have no workers, as it was told last."""
 
     async def open(self, epoch: int, tell: Callable[[FleetFact], None]) -> None:
         """See Fleet.open. A fleet may be opened again, by the next scheduler: its attempts go on."""
@@ -159,6 +168,7 @@ class LocalFleet:
         stub.stack.append(run)
         self.rendered.append(request)
         self._get_gpu(stub, run)
+        self._tell(RenderTaken(worker_id=worker_id, attempt_id=request.attempt_id))
         if active is not None:
             self._tell(WorkerHeard(report=self._report(stub)))
 
@@ -197,11 +207,19 @@ class LocalFleet:
         if self.stays_away:
             self.fall_silent(worker_id)
         else:
-            self.kill(worker_id)
+            comes_back = worker_id not in self.spare
+            self.kill(worker_id, because=GoneBecause.REPLACED, comes_back=comes_back)
 
-    def has_slot(self, worker_id: str) -> bool:
-        """See Fleet.has_slot."""
-        return worker_id in self._stubs
+    def want(self, workers: int, spare: Collection[str]) -> None:
+        """See Fleet.want."""
+        self.wanted = workers
+        again, self.spare = self.spare - frozenset(spare), frozenset(spare)
+        for worker_id in sorted(again):
+            self.speak_again(worker_id)
+
+    def slots(self) -> Collection[str]:
+        """See Fleet.slots."""
+        return self._stubs.keys()
 
     def remove(self, worker_id: str) -> None:
         """Let a worker leave with its machine."""
@@ -241,6 +259,7 @@ class LocalFleet:
         sentence: str = "The stub was told to fail.",
         steps_redone: int = 0,
         park_waits: tuple[int, ...] = (),
+        load_ms: int = 0,
     ) -> AttemptResult:
         """End a run that a worker has in hand (None: the active one), and tell.
 
@@ -263,6 +282,7 @@ class LocalFleet:
             times=StageTimes(denoise_ms=run.done_ms if handed_over else max(0, whole_ms - kept.gpu_ms)),
             kept=kept,
             images=_no_pictures(request) if outcome is Outcome.SUCCEEDED else (),
+            load_ms=load_ms,
             steps_redone=steps_redone,
             park_waits=park_waits,
             checkpoint=self._checkpoint(run) if handed_over else None,
@@ -274,8 +294,10 @@ class LocalFleet:
         self._tell(WorkerHeard(report=self._report(stub)))
         return result
 
-    def kill(self, worker_id: str) -> None:
-        """End a worker's life and begin the next."""
+    def kill(
+        self, worker_id: str, *, because: GoneBecause = GoneBecause.DIED, comes_back: bool = True
+    ) -> None:
+        """End a worker's life and begin the next; `comes_back`: at once."""
         stub = self._stubs[worker_id]
         before = stub.incarnation
         for run in stub.stack:
@@ -286,8 +308,13 @@ class LocalFleet:
         stub.results.clear()
         stub.warm_models = ()
         stub.sentence = ""
-        self._tell(WorkerGone(worker_id=worker_id, incarnation=before, sentence="The stub was killed."))
-        self._tell(WorkerFound(report=self._report(stub)))
+        self._tell(
+            WorkerGone(
+                worker_id=worker_id, incarnation=before, sentence="The stub was killed.", because=because
+            )
+        )
+        if comes_back:
+            self._tell(WorkerFound(report=self._report(stub)))
 
     def beat(self, worker_id: str) -> None:
         """Let a worker's long poll be answered."""
@@ -314,7 +341,12 @@ class LocalFleet:
         """Let a worker be taken for lost while it goes on with what it has in hand."""
         stub = self._stubs[worker_id]
         self._tell(
-            WorkerGone(worker_id=worker_id, incarnation=stub.incarnation, sentence="The stub was silent.")
+            WorkerGone(
+                worker_id=worker_id,
+                incarnation=stub.incarnation,
+                sentence="The stub was silent.",
+                because=GoneBecause.SILENT,
+            )
         )
 
     def speak_again(self, worker_id: str) -> None:

@@ -4,6 +4,11 @@ Workers outlive the scheduler that started them: they are detached and named by 
 scheduler finds them by name, also those of another release, which it goes on with until they are replaced.
 They are not restarted by Ray but by this fleet: a death is then a fact that is told once (ActorDiedError),
 not a silence that may or may not end.
+
+Where machines are rented as they are needed, a worker that holds its GPU keeps its machine: Ray's autoscaler
+takes back only those on which nothing runs. So the workers of spare machines are ended, and GPUs are asked
+for by their number (`request_resources`), below which Ray then does not go until it is told another. A Ray
+without an autoscaler keeps the number and does nothing.
 """
 
 from __future__ import annotations
@@ -19,11 +24,13 @@ import ray
 import ray.util
 import structlog
 from ray._private.state import state as ray_state
+from ray.autoscaler.sdk import request_resources
 from ray.exceptions import (
     ActorDiedError,
     ActorUnavailableError,
     ActorUnschedulableError,
     RayActorError,
+    RayError,
     RayTaskError,
 )
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -33,7 +40,9 @@ from gpu_worker.contract import AttemptResult, Heartbeat, RenderRequest, StaleEp
 from gpu_worker.settings import WorkerSettings
 from scheduler.fleet import (
     FleetFact,
+    GoneBecause,
     RenderRefused,
+    RenderTaken,
     WorkerAwaited,
     WorkerFound,
     WorkerGone,
@@ -54,6 +63,8 @@ _FIRST_WORDS_S = 1.0
 # A worker imports torch before it can answer for the first time.
 _FIRST_ANSWER_S = 120.0
 _ASK_AGAIN_S = 0.2
+# A head that is started anew has forgotten what was asked for.
+_ASK_FOR_MACHINES_S = 30.0
 _HEARD_AS_SET = 1_000
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
 
@@ -128,7 +139,10 @@ def gpu_slots(nodes: list[dict[str, Any]], names: Mapping[str, str]) -> list[Slo
 class RayFleet:
     """Implements `scheduler.fleet.Fleet`."""
 
-    def __init__(self, *, worker: WorkerSettings, namespace: str, heartbeat_ms: int) -> None:
+    def __init__(
+        self, *, worker: WorkerSettings, namespace: str, heartbeat_ms: int, is_scaled: bool = False
+    ) -> None:
+        """Of workers with these settings. `is_scaled`: none is started before `want` has said where."""
         self._settings = worker
         self._namespace = namespace
         self._heartbeat_ms = heartbeat_ms
@@ -145,8 +159,18 @@ class RayFleet:
         self._names: dict[str, str] = {}
         self._others: dict[str, str] = {}
         """Names of the workers of other releases, by their slots' ids, that are still to be listened to."""
+        self._replaced: set[str] = set()
+        """Workers that were told to make room, until they are gone."""
         self._ending: set[str] = set()
         """Nodes that are about to end."""
+        self._wanted: int | None = None
+        """GPUs to keep in the cluster; None: that is left to others."""
+        self._asked_for: int | None = None
+        self._ask_at_s = 0.0
+        """By the event loop's clock."""
+        self._starts = not is_scaled
+        self._spare: frozenset[str] = frozenset()
+        self._wants_changed = asyncio.Event()
         self._calls: set[asyncio.Task[None]] = set()
         self._in_turn: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -174,6 +198,7 @@ class RayFleet:
                     self._failed.result()
                 await self._look_at_nodes()
                 self._give_up_awaited()
+                await self._ask_for_machines()
         finally:
             await self._close()
 
@@ -208,12 +233,21 @@ class RayFleet:
     def replace(self, worker_id: str) -> None:
         """See Fleet.replace."""
         actor = self._actors[worker_id]
-        # Its slot's long poll hears of its death, and starts the next.
+        self._replaced.add(worker_id)
+        # Its slot's long poll hears of its death, and starts the next where one is wanted.
         self._call(asyncio.to_thread(ray.kill, actor, no_restart=True), f"replace {worker_id}")
 
-    def has_slot(self, worker_id: str) -> bool:
-        """See Fleet.has_slot."""
-        return worker_id in self._listening
+    def want(self, workers: int, spare: Collection[str]) -> None:
+        """See Fleet.want."""
+        self._wanted = workers
+        if not self._starts or self._spare != spare:
+            self._starts, self._spare = True, frozenset(spare)
+            self._wants_changed.set()
+            self._wants_changed = asyncio.Event()
+
+    def slots(self) -> Collection[str]:
+        """See Fleet.slots."""
+        return self._listening.keys()
 
     @property
     def _interval_ms(self) -> int:
@@ -251,7 +285,8 @@ class RayFleet:
                     if self._own_name(worker_id) not in living[worker_id]:
                         self._others[worker_id] = living[worker_id][0]
                 self._answered[worker_id] = asyncio.Event()
-                listening = asyncio.create_task(self._listen(slot), name=f"listen {worker_id}")
+                listens = self._listen(slot, lives=worker_id in living)
+                listening = asyncio.create_task(listens, name=f"listen {worker_id}")
                 listening.add_done_callback(self._notice_failure)
                 self._listening[worker_id] = listening
         return found
@@ -310,12 +345,39 @@ class RayFleet:
             scheduling_strategy=NodeAffinitySchedulingStrategy(slot.node_id, soft=False),
         ).remote(replace(self._settings, worker_id=slot.worker_id))
 
-    async def _listen(self, slot: Slot) -> None:
-        """Keep a long poll open to one slot's worker, and start another worker when it died."""
+    async def _ask_for_machines(self) -> None:
+        if self._wanted is None:
+            return
+        now_s = asyncio.get_running_loop().time()
+        # Ray may count spare machines for the number that is asked for, and keep them beside those at work,
+        # which keep themselves.
+        gpus = 0 if self._spare else self._wanted
+        if gpus != self._asked_for or now_s >= self._ask_at_s:
+            try:
+                await asyncio.to_thread(request_resources, bundles=[{"GPU": 1}] * gpus)
+            except RayError as trouble:
+                _log.warning("machines not asked for", gpus=gpus, trouble=str(trouble))
+            else:
+                self._asked_for, self._ask_at_s = gpus, now_s + _ASK_FOR_MACHINES_S
+
+    async def _until_wanted(self, worker_id: str) -> None:
+        while not self._starts or worker_id in self._spare:
+            await self._wants_changed.wait()
+
+    async def _listen(self, slot: Slot, *, lives: bool) -> None:
+        """Keep a long poll open to one slot's worker, and start another worker when it died.
+
+        `lives`: as far as Ray knows, it has one. Where none is wanted, none is started.
+        """
         worker_id = slot.worker_id
         pause_s = _FIRST_PAUSE_S
         try:
             while True:
+                if not lives:
+                    await self._until_wanted(worker_id)
+                    if slot.node_id in self._ending:
+                        return
+                lives = False
                 actor = await asyncio.to_thread(self._find_or_start, slot)
                 self._actors[worker_id] = actor
                 try:
@@ -344,7 +406,7 @@ class RayFleet:
                     report: WorkerReport = await actor.report.remote(self._epoch)
                 if report.incarnation != known:
                     self._awaited.discard(worker_id)
-                    self._gone(worker_id, f"The GPU worker {worker_id} was restarted.")
+                    self._gone(worker_id, f"The GPU worker {worker_id} was restarted.", GoneBecause.RESTARTED)
                     self._incarnations[worker_id] = report.incarnation
                     outdated = report.release != self._settings.release
                     self._tell(WorkerFound(report=report, outdated=outdated))
@@ -354,7 +416,7 @@ class RayFleet:
                         beat: Heartbeat = await actor.heartbeat.remote(self._epoch, self._interval_ms)
                     self._tell(WorkerHeard(report=beat.report))
             except TimeoutError:
-                self._gone(worker_id, f"The GPU worker {worker_id} was silent.")
+                self._gone(worker_id, f"The GPU worker {worker_id} was silent.", GoneBecause.SILENT)
             except ActorUnavailableError:
                 await asyncio.sleep(_ASK_AGAIN_S)  # Ray finds out whether it died; asking again tells
 
@@ -363,14 +425,21 @@ class RayFleet:
         # until Ray finds that out.
         if asyncio.get_running_loop().time() >= self._awaited_until_s:
             for worker_id in tuple(self._awaited):
-                self._gone(worker_id, f"The GPU worker {worker_id} was silent.")
+                self._gone(worker_id, f"The GPU worker {worker_id} was silent.", GoneBecause.SILENT)
 
-    def _gone(self, worker_id: str, sentence: str) -> bool:
+    def _gone(self, worker_id: str, sentence: str, because: GoneBecause = GoneBecause.DIED) -> bool:
         """Tell that the present life of a worker is over; returns whether there was one."""
         incarnation = self._incarnations.pop(worker_id, None)
         if incarnation is not None or worker_id in self._awaited:
             self._awaited.discard(worker_id)
-            self._tell(WorkerGone(worker_id=worker_id, incarnation=incarnation or "", sentence=sentence))
+            if worker_id in self._replaced:
+                self._replaced.discard(worker_id)
+                because = GoneBecause.REPLACED
+            self._tell(
+                WorkerGone(
+                    worker_id=worker_id, incarnation=incarnation or "", sentence=sentence, because=because
+                )
+            )
         return incarnation is not None
 
     async def _close(self) -> None:
@@ -387,6 +456,9 @@ class RayFleet:
             await self._ask_in_turn(worker_id, "render", request)
         except WorkerBusy as busy:
             self._tell(RenderRefused(worker_id=worker_id, attempt_id=request.attempt_id, sentence=str(busy)))
+        else:
+            # Or its life is over, and with it the attempt's: then this says nothing any more.
+            self._tell(RenderTaken(worker_id=worker_id, attempt_id=request.attempt_id))
 
     async def _forget(self, worker_id: str, attempt_id: str, kept: bool) -> None:
         try:

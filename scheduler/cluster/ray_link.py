@@ -22,6 +22,7 @@ from gpu_worker.contract import Progress
 from scheduler.answers import Explained, Outlook, QueuesView, WhatIf, WorkerView
 from scheduler.cluster.ray_fleet import actor_name, living_workers
 from scheduler.cluster.scheduler_actor import StillStarting
+from scheduler.metrics import Page
 from scheduler.refusals import Overloaded
 from scheduler.settings import RELEASE
 from scheduler.updates import Abilities, JobUpdate, QueueStatus
@@ -33,12 +34,17 @@ _ASK_AGAIN_S = 0.2
 _ANSWER_S = 2.0
 # Playing futures forward takes seconds on a large board.
 _FORESEE_S = 10.0
+_NODES_EVERY_S = 2.0
 # Notices that wait for the scheduler to come back. Jobs beyond are found by its sweep.
 _MOST_JOBS_NOTED = 100_000
 
 
 class _NoSuchActor(Exception):
     """Nobody of that name is in the cluster."""
+
+
+class NodeGone(RuntimeError):
+    """Ray counts this process's node among the dead: what is started anew beside another raylet can go on."""
 
 
 # The scheduler is away: it may be busy with a million rows, or be started anew by Ray; or the database is,
@@ -49,7 +55,15 @@ _AWAY = (RayError, StillStarting, TimeoutError, _NoSuchActor, Overloaded)
 class RayLink:
     """Implements `scheduler.link.SchedulerLink`. Made by `ray_link`."""
 
-    def __init__(self, *, namespace: str, holder: Callable[[], Awaitable[str]], release: str) -> None:
+    def __init__(
+        self,
+        *,
+        namespace: str,
+        holder: Callable[[], Awaitable[str]],
+        release: str,
+        nodes: Callable[[], Sequence[Mapping[str, Any]]],
+    ) -> None:
+        self._nodes = nodes
         self._namespace = namespace
         self._release = release
         self._holder = holder
@@ -200,19 +214,39 @@ class RayLink:
             actor = await self._scheduler()
             await _within(within_s + _ANSWER_S, actor.close_down.remote(within_s))
 
-    async def scheduler_metrics(self) -> str:
-        """Return the scheduler's metrics as text. Raises TimeoutError while it is away."""
+    async def scheduler_metrics(self, accept: str = "") -> Page:
+        """Return its metrics for a scraper's Accept header. Raises TimeoutError while it is away."""
         try:
             actor = await self._scheduler()
-            text: str = await _within(_ANSWER_S, actor.metrics.remote())
+            page: Page = await _within(_ANSWER_S, actor.metrics.remote(accept))
         except _AWAY as away:
             raise TimeoutError("the scheduler does not answer") from away
-        return text
+        return page
 
     async def _run(self) -> None:
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._poll(), name="poll updates")
-            group.create_task(self._notify(), name="notify scheduler")
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._poll(), name="poll updates")
+                group.create_task(self._notify(), name="notify scheduler")
+                group.create_task(self._watch_node(), name="watch node")
+        except* NodeGone as gone:
+            # Expected trouble, which its sentence explains; whatever else failed with it came of it.
+            why = gone.exceptions[0]
+        else:
+            return
+        raise why
+
+    async def _watch_node(self) -> None:
+        """Raise NodeGone once the raylet beside this process has ended: no call would go anywhere any more.
+
+        Ray ends its workers then, but not a driver.
+        """
+        own = ray.get_runtime_context().get_node_id()
+        while True:
+            for node in await asyncio.to_thread(self._nodes):
+                if node["NodeID"] == own and not node["Alive"]:
+                    raise NodeGone("The raylet beside this front door has ended. Start both again.")
+            await asyncio.sleep(_NODES_EVERY_S)
 
     async def _poll(self) -> None:
         epoch, newest = 0, 0
@@ -383,10 +417,17 @@ class _ProgressStream:
 
 @asynccontextmanager
 async def ray_link(
-    *, namespace: str, holder: Callable[[], Awaitable[str]], release: str = RELEASE
+    *,
+    namespace: str,
+    holder: Callable[[], Awaitable[str]],
+    release: str = RELEASE,
+    nodes: Callable[[], Sequence[Mapping[str, Any]]] = ray.nodes,
 ) -> AsyncIterator[RayLink]:
-    """Open the line of a front door of a release and keep it open inside the context."""
-    link = RayLink(namespace=namespace, holder=holder, release=release)
+    """Open the line of a front door of a release and keep it open inside the context.
+
+    `nodes` are those of the cluster, as Ray describes them.
+    """
+    link = RayLink(namespace=namespace, holder=holder, release=release, nodes=nodes)
     try:
         yield link
     finally:

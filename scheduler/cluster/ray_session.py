@@ -14,7 +14,9 @@ from typing import Any
 import ray
 import ray.util
 import structlog
+from ray.autoscaler.sdk import request_resources
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from scheduler.cluster.ray_fleet import actor_name
 from scheduler.cluster.scheduler_actor import SchedulerActor, lives
@@ -165,7 +167,15 @@ def start_scheduler(settings: Settings, dsn: str) -> None:
         namespace=settings.ray.namespace,
         lifetime="detached",
         get_if_exists=True,
+        # No autoscaler takes the head away. Elsewhere the scheduler would keep it from taking that machine.
+        scheduling_strategy=NodeAffinitySchedulingStrategy(_head(nodes), soft=True),
     ).remote(settings.model_dump_json(), dsn)
+
+
+def _head(nodes: list[dict[str, Any]]) -> str:
+    """Return the id of the head, or of any node while the head is being started anew."""
+    node_id: str = max(nodes, key=lambda node: "node:__internal_head__" in node["Resources"])["NodeID"]
+    return node_id
 
 
 def _in_order(release: str) -> tuple[int, ...]:
@@ -194,6 +204,14 @@ def stop_actors(namespace: str, within_s: float = 0.0) -> list[str]:
                 ray.get(actor.close_down.remote(within_s), timeout=within_s + _ANSWER_S)
         ray.kill(actor, no_restart=True)
     return sorted(names)
+
+
+def ask_for_no_machines() -> None:
+    """Let Ray's autoscaler take back every machine on which nothing runs.
+
+    It would keep for ever what the scheduler asked for last.
+    """
+    request_resources(bundles=[])
 
 
 def _join(address: str, namespace: str, *, show_logs: bool) -> None:

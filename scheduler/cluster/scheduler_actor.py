@@ -21,6 +21,8 @@ from scheduler.answers import Explained, Outlook, QueuesView, WhatIf, WorkerView
 from scheduler.cluster.ray_fleet import RayFleet, actor_name
 from scheduler.leader import Leader, lead
 from scheduler.logs import configure_logs
+from scheduler.metrics import Page
+from scheduler.policy.fleet_size import Bounds
 from scheduler.recovery import collect_seldom
 from scheduler.settings import Settings
 from scheduler.store.lanes import Lane
@@ -94,9 +96,9 @@ class SchedulerActor:
         """Return the workers that have joined and are not lost."""
         return self._ready().workers_view()
 
-    async def metrics(self) -> str:
-        """Return the scheduler's metrics as text."""
-        return self._ready().metrics.exposition()
+    async def metrics(self, accept: str) -> Page:
+        """Return the scheduler's metrics, in the format that a scraper's Accept header asks for."""
+        return self._ready().metrics.page(accept)
 
     async def epoch(self) -> int:
         """Return the epoch it leads with; raises StillStarting before it does."""
@@ -128,11 +130,15 @@ class SchedulerActor:
                     worker=worker_settings(settings),
                     namespace=settings.ray.namespace,
                     heartbeat_ms=settings.worker.heartbeat_ms,
+                    is_scaled=bounds(settings) is not None,
                 ),
                 models=read_models(settings.models_file),
                 sweep_ms=settings.scheduling.sweep_ms,
                 drain_within_ms=settings.scheduling.drain_within_ms,
+                reconcile_every_ms=settings.scheduling.reconcile_every_ms,
+                scaling=bounds(settings),
             ) as leader:
+                leader.metrics.process.configured_as(settings.fingerprint)
                 self._leader = leader
                 collect_seldom()
                 await leader.run()
@@ -173,6 +179,18 @@ def lives(name: str, namespace: str) -> bool:
     except ValueError:
         return False  # Ray's way of saying that there is none
     return True
+
+
+def bounds(settings: Settings) -> Bounds | None:
+    """Return within which bounds the fleet follows its work; None: it is what the cluster has."""
+    scaling = settings.scaling
+    if scaling.max_workers is None or settings.ray.address is None:
+        return None
+    return Bounds(
+        at_least=scaling.min_workers,
+        at_most=scaling.max_workers,
+        shrinks_after_ms=scaling.shrink_after_ms,
+    )
 
 
 def worker_settings(settings: Settings) -> WorkerSettings:

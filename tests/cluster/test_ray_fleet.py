@@ -19,7 +19,15 @@ from gpu_worker.contract import Outcome, RenderKind, RenderRequest, RenderSpec, 
 from gpu_worker.settings import WorkerSettings
 from scheduler.cluster.ray_fleet import RayFleet, actor_name, interval_ms, living_workers
 from scheduler.cluster.ray_session import stop_actors
-from scheduler.fleet import FleetFact, RenderRefused, WorkerAwaited, WorkerFound, WorkerGone, WorkerHeard
+from scheduler.fleet import (
+    FleetFact,
+    GoneBecause,
+    RenderRefused,
+    WorkerAwaited,
+    WorkerFound,
+    WorkerGone,
+    WorkerHeard,
+)
 from tests.cluster.small_ray import NAMESPACE, NODE
 
 _WORKER = f"{NODE}/gpu-0"
@@ -47,7 +55,7 @@ def a_request(*, tier: str = "fast", parks: str | None = None) -> RenderRequest:
     )
 
 
-def a_fleet(folder: Path, *, step_ms: int = 0, release: str = "test") -> RayFleet:
+def a_fleet(folder: Path, *, step_ms: int = 0, release: str = "test", is_scaled: bool = False) -> RayFleet:
     worker = WorkerSettings(
         worker_id="",
         release=release,
@@ -57,7 +65,7 @@ def a_fleet(folder: Path, *, step_ms: int = 0, release: str = "test") -> RayFlee
         device="cpu",
         timed_step_ms=step_ms,
     )
-    return RayFleet(worker=worker, namespace=NAMESPACE, heartbeat_ms=3_000)
+    return RayFleet(worker=worker, namespace=NAMESPACE, heartbeat_ms=3_000, is_scaled=is_scaled)
 
 
 @asynccontextmanager
@@ -172,6 +180,35 @@ async def test_workers_of_another_release_are_gone_on_with_until_they_are_replac
             _WORKER: [f"worker-0.2.0-{_WORKER}"],
             f"{NODE}/gpu-1": [f"worker-0.1.0-{NODE}/gpu-1"],
         }
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+async def test_a_fleet_that_is_scaled_has_workers_only_where_they_are_wanted(tmp_path: Path) -> None:
+    other = f"{NODE}/gpu-1"
+    fleet = a_fleet(tmp_path, is_scaled=True)
+    async with opened(fleet) as facts:
+
+        async def found() -> str:
+            while not isinstance(fact := await facts.get(), WorkerFound):
+                pass
+            return fact.report.worker_id
+
+        assert set(fleet.slots()) == {_WORKER, other}
+        fleet.want(1, {other})
+        assert await found() == _WORKER
+        assert living_workers(NAMESPACE).keys() == {_WORKER}
+        # Like any other that is spare, it stays until it is told to end.
+        fleet.want(1, {_WORKER})
+        assert await found() == other
+        assert living_workers(NAMESPACE).keys() == {_WORKER, other}
+        fleet.replace(_WORKER)
+        while not isinstance(fact := await facts.get(), WorkerGone):
+            pass
+        assert (fact.worker_id, fact.because) == (_WORKER, GoneBecause.REPLACED)
+        assert living_workers(NAMESPACE).keys() == {other}
+        fleet.want(2, ())
+        assert await found() == _WORKER
 
 
 @pytest.mark.ray

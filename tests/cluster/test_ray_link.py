@@ -13,7 +13,7 @@ import ray
 
 from gpu_worker.contract import Progress
 from scheduler.cluster.ray_fleet import actor_name
-from scheduler.cluster.ray_link import ray_link
+from scheduler.cluster.ray_link import NodeGone, ray_link
 from scheduler.refusals import Overloaded
 from scheduler.updates import JobUpdate, UpdateBatch
 from tests.cluster.small_ray import NAMESPACE
@@ -198,3 +198,17 @@ async def test_each_change_of_the_scheduler_tells_a_watcher_to_look_again() -> N
                 await scheduler.replace.remote()
                 # Nothing of the job itself is in it, and so all of them say the same.
                 assert await looking == JobUpdate(job_id="job", event_seq=0, state="")
+
+
+async def test_a_front_door_ends_when_the_raylet_beside_it_has_ended() -> None:
+    own, alive = ray.get_runtime_context().get_node_id(), True
+
+    def nodes() -> list[dict[str, Any]]:
+        return [{"NodeID": "another", "Alive": False}, {"NodeID": own, "Alive": alive}]
+
+    async with ray_link(namespace=NAMESPACE, holder=no_holder, nodes=nodes) as link:
+        assert not link.background.done()
+    async with ray_link(namespace=NAMESPACE, holder=no_holder, nodes=nodes) as link:
+        alive = False
+        with pytest.raises(NodeGone):
+            await link.background

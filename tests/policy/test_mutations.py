@@ -503,6 +503,46 @@ MUTANTS = [
         new="pass",
         broken="test_preemption.test_a_draining_worker_has_nothing_parked_on_it",
     ),
+    # -- how many GPUs there are -----------------------------------------------------------------------
+    Mutant(
+        what="a fleet shrinks at once",
+        file="fleet_size.py",
+        old="while self._peaks[0][0] < now_ms - self._shrinks_after_ms:",
+        new="while len(self._peaks) > 1:",
+        broken="test_fleet_size.test_a_fleet_grows_at_once_and_shrinks_when_fewer_have_been_enough_for_a_while",
+    ),
+    Mutant(
+        what="a new scheduler forgets the fleet that it finds",
+        file="fleet_size.py",
+        old="deque([(now_ms, gpus)])",
+        new="deque([(now_ms, 0)])",
+        broken="test_fleet_size.test_a_new_scheduler_keeps_the_fleet_that_it_finds_for_a_while",
+    ),
+    Mutant(
+        what="a machine is given up of which a GPU is needed",
+        file="fleet_size.py",
+        old="if left - machine.gpus >= gpus:",
+        new="if left > gpus:",
+        broken="test_fleet_size.test_a_machine_of_which_one_gpu_is_needed_stays_as_a_whole",
+    ),
+    Mutant(
+        what="what is at work goes before what is idle",
+        file="fleet_size.py",
+        old="return machine.runs, machine.workers,",
+        new="return -machine.runs, machine.workers,",
+        broken=(
+            "test_fleet_size.test_one_without_workers_goes_before_one_that_is_idle_and_that_before_one_at_work"
+        ),
+    ),
+    Mutant(
+        what="what would have to be started stays in place of what is there",
+        file="fleet_size.py",
+        old="return machine.runs, machine.workers,",
+        new="return machine.runs, -machine.workers,",
+        broken=(
+            "test_fleet_size.test_one_without_workers_goes_before_one_that_is_idle_and_that_before_one_at_work"
+        ),
+    ),
 ]
 
 
