@@ -130,16 +130,20 @@ class OpenHolds:
     count: int
     held_ms: int
     """GPU time after the multiplier, metered time included."""
+    oldest_at: datetime | None
+    """When the oldest was placed; None: there is none."""
 
 
 async def open_holds(connection: asyncpg.Connection) -> OpenHolds:
     """Return what is held now, of all accounts. Locks nothing."""
     row = await connection.fetchrow(
-        """SELECT count(*) AS count, coalesce(sum(lots_ms + metered_ms), 0)::bigint AS held_ms
+        """/* open_holds */
+           SELECT count(*) AS count, coalesce(sum(lots_ms + metered_ms), 0)::bigint AS held_ms,
+                  min(placed_at) AS oldest_at
            FROM billing.hold WHERE state = 'open'"""
     )
     assert row is not None
-    return OpenHolds(count=row["count"], held_ms=row["held_ms"])
+    return OpenHolds(count=row["count"], held_ms=row["held_ms"], oldest_at=row["oldest_at"])
 
 
 def hold_id(job_id: UUID, attempt_id: UUID) -> UUID:
@@ -407,7 +411,7 @@ async def _insert(
             for number, (lot_id, ms) in enumerate(parts)
         )
     await connection.execute(
-        """WITH hold AS (
+        """/* insert_holds */ WITH hold AS (
                INSERT INTO billing.hold (
                       hold_id, account_id, job_id, attempt_id, predicted_ms, multiplier_bp, lots_ms,
                       metered_ms, metered_micros, overage_allowed, overage_micros_per_minute, currency,

@@ -21,7 +21,7 @@ async def claim(
     not remembered. Claim before locking accounts, to keep one order. Raises RequestIdReused.
     """
     while not await connection.fetchval(
-        """INSERT INTO billing.idempotency (account_id, method, request_id, input_hash)
+        """/* claim_request */ INSERT INTO billing.idempotency (account_id, method, request_id, input_hash)
            VALUES ($1, $2, $3, $4) ON CONFLICT DO NOTHING RETURNING true""",
         account_id,
         method,

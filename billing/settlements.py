@@ -74,6 +74,9 @@ class Settled:
     """What an attempt did cost."""
 
     attempt_id: str
+    due_ms: int
+    """What the measured time costs, after the multiplier; more than was charged where it ran beyond its hold
+    and nothing was left to take."""
     billed_ms: int
     """Charged time, after the multiplier, what was paid in money included. 0 for relax and for a void."""
     amount_micros: int
@@ -211,6 +214,7 @@ def _charge(books: Books, ended: _Ended, hold: Hold | None) -> _Charge:
         unpaid_ms=unpaid_ms,
         settled=Settled(
             attempt_id=settlement.attempt_id,
+            due_ms=due_ms,
             billed_ms=billed,
             amount_micros=amount_micros,
             absorbed_ms=absorbed_ms,
@@ -357,7 +361,7 @@ async def _insert(
     """
     rows = await connection.fetch(
         # Which holds are open is not asked in a WHERE: the index of those would then be read whole for it.
-        """WITH ended AS (
+        """/* insert_settlements */ WITH ended AS (
                UPDATE billing.hold
                   SET state = CASE WHEN hold.state = 'expired' THEN 'expired'
                                    WHEN ending = 'post' THEN 'posted' ELSE 'voided' END,

@@ -5,7 +5,8 @@ starts the next when one has died. Ray is not to (`max_restarts=0`): a death is 
 It takes no CPU slot, since its work is the GPU's, and answers while it draws. Nothing is decided here: every
 method is the worker's of the same name, and what those raise reaches the caller as the same class.
 
-The engine is imported inside the actor's process, so that those who only call it need no torch.
+The engine and the worker are imported inside the actor's process, so that those who only call it need neither
+torch nor an encoder of videos.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from gpu_worker.outputs import Artifacts
 from gpu_worker.run import Engine
 from gpu_worker.settings import WorkerSettings
 from gpu_worker.timed_engine import TimedEngine
-from gpu_worker.worker import Worker
 
 
 def engine_of(settings: WorkerSettings) -> Engine:
@@ -39,9 +39,11 @@ def engine_of(settings: WorkerSettings) -> Engine:
 
 @ray.remote(num_cpus=0)
 class GpuWorker:
-    """A worker, reachable. See `Worker` for what each method promises."""
+    """A worker, reachable. See `gpu_worker.worker.Worker` for what each method promises."""
 
     def __init__(self, settings: WorkerSettings) -> None:
+        from gpu_worker.worker import Worker
+
         self._worker = Worker(settings, engine_of(settings), Artifacts(settings.artifacts_url))
 
     async def render(self, request: RenderRequest) -> None:

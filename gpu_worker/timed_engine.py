@@ -79,6 +79,9 @@ class TimedEngine:
         if entry is None:
             raise EngineFailure(reason="MODEL_MISSING", sentence=f"This worker has no model {model}.")
         cold = model not in self._warm
+        if cold and self._step_ms:
+            # A load is time that the GPU is somebody's and draws nothing.
+            time.sleep(self._step_ms / 1000)
         self._warm = {**self._warm, model: entry.memory_bytes}
         return cold
 

@@ -7,6 +7,7 @@ What is not given is embedded: PostgreSQL, Ray and the artifact store on this ma
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -20,9 +21,11 @@ from gpu_worker.models import read_models
 from scheduler.cluster.ray_fleet import actor_name
 from scheduler.cluster.ray_link import RayLink, ray_link
 from scheduler.cluster.ray_session import ensure_scheduler, ray_session, start_scheduler
+from scheduler.frontdoor.auth import Doorman
 from scheduler.frontdoor.server import serve
+from scheduler.logs import lines_counted
 from scheduler.metrics import FrontDoorMetrics
-from scheduler.ops import Checks, ops_server
+from scheduler.ops import Checks, History, Lookout, OpsPage, ops_server
 from scheduler.settings import Settings
 from scheduler.store.bootstrap import ensure_admin_key
 from scheduler.store.embedded import embedded_postgresql
@@ -49,7 +52,7 @@ class Service:
     address: str
     """Of the gRPC front door, host:port."""
     ops_address: str
-    """Of /metrics, /healthz and /readyz, host:port."""
+    """Of the page for operators, /metrics, /metrics/scheduler, /healthz and /readyz, host:port."""
     admin_key: str | None
     """Made now; shown once. None: the database had one already."""
     background: tuple[asyncio.Task[None], ...]
@@ -90,7 +93,9 @@ async def running(
         async with pool.transaction() as connection:
             admin_key = await ensure_admin_key(connection, datetime.now(UTC), anew=new_admin_key)
             plans = [version.plan for version in await billing_plans.all_newest(connection)]
-        metrics = FrontDoorMetrics.create(plans)
+        metrics = FrontDoorMetrics(plans)
+        metrics.process.configured_as(settings.fingerprint)
+        stack.enter_context(lines_counted(metrics.process.logged))
 
         stack.enter_context(ray_session(settings.ray, show_logs=show_worker_logs))
         ensure_scheduler(settings, dsn, leads=await _holder(pool))
@@ -103,15 +108,18 @@ async def running(
         front_door = await stack.enter_async_context(
             serve(settings, pool=pool, link=link, models=models, metrics=metrics)
         )
+        history = History(link.scheduler_metrics, time.time)
+        reading = await stack.enter_async_context(_meanwhile(history.run()))
         ops = await stack.enter_async_context(
             ops_server(
                 settings.ops,
                 checks=Checks(database_answers=lambda: _answers(pool), scheduler_leads=link.scheduler_ready),
                 metrics=metrics,
-                scheduler_exposition=link.scheduler_metrics,
+                scheduler_page=link.scheduler_metrics,
+                page=_ops_page(settings, pool, link, front_door.doorman, history).routes(),
             )
         )
-        background = (link.background, front_door.background)
+        background = (link.background, front_door.background, reading)
         await _unless_failed(_until(link.scheduler_ready, "no scheduler took the lead"), background)
         if settings.ray.address is None:
             # On a cluster workers come and go; here a service without its workers has not started.
@@ -123,6 +131,20 @@ async def running(
             admin_key=admin_key,
             background=background,
         )
+
+
+def _ops_page(settings: Settings, pool: Pool, link: RayLink, doorman: Doorman, history: History) -> OpsPage:
+    def now() -> datetime:
+        return datetime.now(UTC)
+
+    return OpsPage(
+        keys=doorman,
+        lookout=Lookout(pool=pool, link=link, history=history, clock=now, monotonic_s=time.monotonic),
+        # Where something else is to end TLS for the keys of gRPC, it is to do so here.
+        plain_text_allowed=settings.frontdoor.insecure,
+        clock=now,
+        monotonic_s=time.monotonic,
+    )
 
 
 async def take_lead(settings: Settings) -> str:
@@ -156,6 +178,17 @@ async def _migrate_beside_others(dsn: str) -> None:
             "migrations wait until nothing older runs; then run `darkroom migrate --after`",
             files=[migration.file for migration in migrated.waiting],
         )
+
+
+@asynccontextmanager
+async def _meanwhile(work: Coroutine[Any, Any, None]) -> AsyncIterator[asyncio.Task[None]]:
+    """Do `work` while the context is open."""
+    task = asyncio.create_task(work)
+    try:
+        yield task
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 async def _holder(pool: Pool) -> str:

@@ -20,6 +20,7 @@ from scheduler.running import Running, RunningAttempts
 from scheduler.store import journal
 from scheduler.store.lanes import Lane
 from scheduler.updates import Updates
+from scheduler.waits import Waits
 from scheduler.workers import Workers
 
 
@@ -38,12 +39,19 @@ class Desk:
     running: RunningAttempts = field(default_factory=RunningAttempts)
     workers: Workers = field(default_factory=Workers)
     notes: journal.Notes = field(default_factory=journal.Notes)
+    waits: Waits = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Watch the waiting."""
+        object.__setattr__(self, "waits", Waits(self.board))
 
     def tell(self, *facts: Event) -> None:
         """Tell the board what happened, and take it down."""
         for fact in facts:
+            concerned = self.waits.concerned(fact)
             self.board.apply(fact)
             self.notes.note(fact)
+            self.waits.heard(fact, concerned)
 
     def look_at(self, worker_id: str) -> None:
         """Let the board give a worker new attempts, or not, if that has changed."""

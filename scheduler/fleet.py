@@ -7,8 +7,9 @@ decides nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Protocol
 
 from gpu_worker.contract import AttemptResult, RenderRequest, WorkerReport
@@ -47,6 +48,17 @@ class WorkerLeaves:
     worker_id: str
 
 
+class GoneBecause(StrEnum):
+    """Why a worker's life is over, as far as the fleet knows."""
+
+    DIED = "died"
+    SILENT = "silent"
+    RESTARTED = "restarted"
+    """Another life answered in its place."""
+    REPLACED = "replaced"
+    """It was told to make room."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class WorkerGone:
     """The worker's process died, or was silent for three heartbeat intervals. Whatever it had is lost."""
@@ -55,6 +67,15 @@ class WorkerGone:
     incarnation: str
     """Empty: it was awaited, and has not answered."""
     sentence: str
+    because: GoneBecause = GoneBecause.DIED
+
+
+@dataclass(frozen=True, kw_only=True)
+class RenderTaken:
+    """A worker has taken an attempt that it was given."""
+
+    worker_id: str
+    attempt_id: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +87,9 @@ class RenderRefused:
     sentence: str
 
 
-FleetFact = WorkerAwaited | WorkerFound | WorkerHeard | WorkerLeaves | WorkerGone | RenderRefused
+FleetFact = (
+    WorkerAwaited | WorkerFound | WorkerHeard | WorkerLeaves | WorkerGone | RenderTaken | RenderRefused
+)
 
 
 class Fleet(Protocol):
@@ -102,10 +125,20 @@ class Fleet(Protocol):
         """
 
     def replace(self, worker_id: str) -> None:
-        """End a worker that has nothing in hand, and start another on its GPU unless its machine ends."""
+        """End a worker that has nothing in hand.
 
-    def has_slot(self, worker_id: str) -> bool:
-        """Return whether the cluster has this worker's GPU, with a worker on it or without."""
+        Another is started on its GPU unless its machine ends, or the slot is spare.
+        """
+
+    def want(self, workers: int, spare: Collection[str]) -> None:
+        """Have the cluster keep machines for so many workers, and start none on the `spare` slots.
+
+        Workers that are there stay until they are replaced. To be said again whenever it may have changed; a
+        fleet that is never told has workers on all GPUs that the cluster has.
+        """
+
+    def slots(self) -> Collection[str]:
+        """Return the ids of the workers of all GPUs that the cluster has, those without one included."""
 
     async def run(self) -> None:
         """Listen until cancelled. The workers live on."""

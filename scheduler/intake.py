@@ -97,6 +97,7 @@ async def made_before(
             return None
         job = await _first_job(connection, outcome)
     metrics.job_submitted(tier=job.tier, outcome=SubmissionOutcome.REPLAYED)
+    metrics.replayed("CreateJob")
     return job
 
 
@@ -132,6 +133,8 @@ async def submit(
             accepted = Accepted(job=await _first_job(connection, outcome), queue_status=None)
     if outcome is None:
         link.jobs_changed([accepted.job.job_id])
+    else:
+        metrics.replayed("CreateJob")
     metrics.job_submitted(
         tier=accepted.job.tier,
         outcome=SubmissionOutcome.ACCEPTED if outcome is None else SubmissionOutcome.REPLAYED,
@@ -197,6 +200,7 @@ async def refuse_early(
 async def cancel(
     pool: Pool,
     link: SchedulerLink,
+    metrics: FrontDoorMetrics,
     *,
     account_id: str,
     job_id: str,
@@ -215,6 +219,8 @@ async def cancel(
             await _cancel(connection, account_id, job_id, at)
             await idempotency.store(connection, account_id, "CancelJob", request_id, {"job_id": job_id})
         job = await jobs.read_job(connection, job_id)
+    if outcome is not None:
+        metrics.replayed("CancelJob")
     if job is None:
         raise NotFoundOrNotYours
     link.jobs_changed([job_id])
@@ -247,6 +253,8 @@ async def move(
             status = await _move(connection, metrics, account_id, job_id, tier, devices_of(link), at)
             await idempotency.store(connection, account_id, "UpdateJob", request_id, {"job_id": job_id})
         job = await jobs.read_job(connection, job_id)
+    if outcome is not None:
+        metrics.replayed("UpdateJob")
     if job is None:
         raise NotFoundOrNotYours
     link.jobs_changed([job_id])
@@ -254,7 +262,14 @@ async def move(
 
 
 async def delete(
-    pool: Pool, *, account_id: str, job_id: str, request_id: str, digest: bytes, at: datetime
+    pool: Pool,
+    metrics: FrontDoorMetrics,
+    *,
+    account_id: str,
+    job_id: str,
+    request_id: str,
+    digest: bytes,
+    at: datetime,
 ) -> None:
     """Delete a finished job's row but for what the ledger refers to; one that is deleted stays as it is.
 
@@ -266,6 +281,8 @@ async def delete(
         if outcome is None:
             await _delete(connection, account_id, job_id, at)
             await idempotency.store(connection, account_id, "DeleteJob", request_id, {"job_id": job_id})
+    if outcome is not None:
+        metrics.replayed("DeleteJob")
 
 
 def expected_status(tier: Tier, place: LivePlace, terms: Terms) -> QueueStatus:

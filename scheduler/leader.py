@@ -12,15 +12,19 @@ from scheduler.answers import Explained, Outlook, QueuesView, WhatIf, WorkerView
 from scheduler.arrivals import Arrivals
 from scheduler.backlog import Backlog
 from scheduler.clock import LeaderClock
+from scheduler.figures import Figures
 from scheduler.fleet import Fleet
 from scheduler.forecasts import Forecasts, ListenedBoard
 from scheduler.inbox import AccountsChanged, ClosingDown, FleetChanged, Inbox, JobsChanged
+from scheduler.logs import lines_counted
 from scheduler.loop import Loop
 from scheduler.metrics import SchedulerMetrics
 from scheduler.oracle import Oracle
+from scheduler.policy.fleet_size import Bounds
 from scheduler.policy.foresight.lately import Lately
 from scheduler.policy.ids import Tier
 from scheduler.policy.parameters import Parameters
+from scheduler.reconciler import Reconciler
 from scheduler.recovery import restore
 from scheduler.settlement import Settlement
 from scheduler.store import leadership
@@ -52,6 +56,8 @@ class Leader:
         updates: Updates,
         metrics: SchedulerMetrics,
         oracle: Oracle,
+        figures: Figures,
+        reconciler: Reconciler,
     ) -> None:
         self.epoch = epoch
         self.updates = updates
@@ -62,6 +68,8 @@ class Leader:
         self._fleet = fleet
         self._inbox = inbox
         self._oracle = oracle
+        self._figures = figures
+        self._reconciler = reconciler
 
     async def run(self) -> None:
         """Lead until cancelled. Raises an ExceptionGroup with Deposed when another scheduler leads."""
@@ -72,6 +80,9 @@ class Leader:
             group.create_task(self._settlement.run(), name="settlement")
             group.create_task(self._fleet.run(), name="fleet")
             group.create_task(self._oracle.run(), name="forecasts")
+            group.create_task(self._figures.run(), name="figures")
+            group.create_task(self._reconciler.run(), name="reconciler")
+            group.create_task(self.metrics.process.watch_event_loop(), name="event loop")
 
     @property
     def workers(self) -> int:
@@ -133,11 +144,14 @@ async def lead(
     models: Models,
     sweep_ms: int,
     drain_within_ms: int = 60_000,
+    reconcile_every_ms: int = 300_000,
+    scaling: Bounds | None = None,
     parameters: Parameters | None = None,
 ) -> AsyncIterator[Leader]:
     """Take the lead, find the workers and restore the board; yields a leader that is ready to `run`.
 
-    Workers of another release have `drain_within_ms` each to finish what they have before they are replaced.
+    Workers of another release have `drain_within_ms` each to finish what they have before they are replaced,
+    and so have those that are not needed. Without `scaling` the fleet is what the cluster has.
     Waits while the database is away. Raises Deposed if yet another scheduler takes the lead meanwhile.
     """
     parameters = parameters or Parameters()
@@ -145,12 +159,15 @@ async def lead(
     lane = Lane(dsn, f"{holder} loop")
     backlog_lanes = [Lane(dsn, f"backlog {number}") for number in range(_BACKLOG_LANES)]
     questions = Lane(dsn, "questions")
+    reconciling = Lane(dsn, "reconciler")
     try:
         taken = await lane.run(lambda connection: leadership.take_lead(connection, holder))
         clock = LeaderClock(started_ms=taken.now_ms)
         inbox = Inbox()
         updates = Updates(taken.epoch)
-        metrics = SchedulerMetrics.create(await lane.run(_plan_names), models.entries, now_ms=clock.now_ms())
+        metrics = SchedulerMetrics(await lane.run(_plan_names), models.entries, now_ms=clock.now_ms())
+        for watched in (lane, *backlog_lanes, questions, reconciling):
+            watched.watched_by(metrics.process)
         settlement = Settlement(
             dsn=dsn,
             lanes=_SETTLEMENT_LANES,
@@ -158,6 +175,7 @@ async def lead(
             inbox=inbox,
             clock=clock,
             parameters=parameters,
+            metrics=metrics,
         )
         arrivals = Arrivals(lane=lane, epoch=taken.epoch, clock=clock, models=models)
         lately = Lately(clock.now_ms())
@@ -169,6 +187,7 @@ async def lead(
             clock=clock,
             models=models,
             lane=questions,
+            bounds=scaling,
         )
         loop = Loop(
             board=board,
@@ -184,6 +203,7 @@ async def lead(
             metrics=metrics,
             sweep_ms=sweep_ms,
             drain_within_ms=drain_within_ms,
+            wanted_gpus=None if scaling is None else oracle.wanted_gpus,
         )
         await fleet.open(taken.epoch, inbox.put)
         backlog = await restore(
@@ -197,22 +217,38 @@ async def lead(
             tell=inbox.put,
         )
         metrics.scheduler_leader.set(1)
-        yield Leader(
-            epoch=taken.epoch,
-            loop=loop,
-            backlog=backlog,
-            settlement=settlement,
-            fleet=fleet,
-            inbox=inbox,
-            updates=updates,
-            metrics=metrics,
-            oracle=oracle,
-        )
+        with lines_counted(metrics.process.logged):
+            yield Leader(
+                epoch=taken.epoch,
+                loop=loop,
+                backlog=backlog,
+                settlement=settlement,
+                fleet=fleet,
+                inbox=inbox,
+                updates=updates,
+                metrics=metrics,
+                oracle=oracle,
+                figures=Figures(
+                    board=board,
+                    running=loop.desk.running,
+                    waits=loop.desk.waits,
+                    oracle=oracle,
+                    # A fleet that nobody can grow is to have a worker for each GPU and no more: what the work
+                    # asks for beyond is a reason to wait, not to wake somebody.
+                    wanted_workers=oracle.wanted_gpus if scaling else lambda: len(fleet.slots()),
+                    clock=clock,
+                    metrics=metrics,
+                ),
+                reconciler=Reconciler(
+                    lane=reconciling, clock=clock, metrics=metrics, every_ms=reconcile_every_ms
+                ),
+            )
     finally:
         await lane.close()
         for backlog_lane in backlog_lanes:
             await backlog_lane.close()
         await questions.close()
+        await reconciling.close()
 
 
 async def _plan_names(connection: Connection) -> list[str]:

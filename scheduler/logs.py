@@ -8,10 +8,23 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import structlog
 from structlog.typing import EventDict, WrappedLogger
+
+_counters: list[Callable[[str], None]] = []
+
+
+@contextmanager
+def lines_counted(count: Callable[[str], None]) -> Iterator[None]:
+    """Tell `count` the level of every line that this process logs while the context is open."""
+    _counters.append(count)
+    try:
+        yield
+    finally:
+        _counters.remove(count)
 
 
 def configure_logs(level: str = "info") -> None:
@@ -20,6 +33,7 @@ def configure_logs(level: str = "info") -> None:
         processors=[
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
+            _counted,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             *([] if level == "debug" else [_values_left_out]),
             structlog.processors.format_exc_info,
@@ -30,6 +44,12 @@ def configure_logs(level: str = "info") -> None:
         # is then, which a test or a daemon may have replaced.
         logger_factory=lambda *_: structlog.WriteLogger(sys.stderr),
     )
+
+
+def _counted(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+    for count in _counters:
+        count(event["level"])
+    return event
 
 
 def _values_left_out(_: WrappedLogger, __: str, event: EventDict) -> EventDict:

@@ -8,18 +8,18 @@ called. If the process dies between any two of these steps, the rows tell the ne
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from billing import ledger
 from gpu_worker.contract import RenderSpec
 from scheduler.answers import WorkerRun, WorkerView
 from scheduler.arrivals import MOST_SWEPT, Arrivals
 from scheduler.backlog import Backlog
-from scheduler.clock import LeaderClock, from_ms
+from scheduler.clock import LeaderClock, from_ms, to_ms
 from scheduler.desk import Desk
 from scheduler.fleet import Fleet
 from scheduler.inbox import AccountsChanged, ClosingDown, FleetChanged, Inbox, Item, JobsChanged, RowsRead
-from scheduler.metrics import SchedulerMetrics, WorkerState
+from scheduler.metrics import SchedulerMetrics
 from scheduler.moves import Moves
 from scheduler.policy.board import Board
 from scheduler.policy.events import Event
@@ -28,6 +28,7 @@ from scheduler.policy.parameters import Parameters
 from scheduler.replacements import Replacements
 from scheduler.roll_call import RollCall
 from scheduler.running import Running
+from scheduler.scaling import Scaling
 from scheduler.settlement import Settlement
 from scheduler.store import journal, leadership, operations
 from scheduler.store.lanes import Lane
@@ -77,7 +78,9 @@ class Loop:
         metrics: SchedulerMetrics,
         sweep_ms: int,
         drain_within_ms: int,
+        wanted_gpus: Callable[[], int] | None = None,
     ) -> None:
+        """Without `wanted_gpus` the fleet is what the cluster has."""
         self._desk = Desk(
             board=board,
             parameters=parameters,
@@ -94,6 +97,7 @@ class Loop:
         self._roll_call = RollCall(self._desk, settlement)
         self._moves = Moves(self._desk)
         self._replacements = Replacements(self._desk, within_ms=drain_within_ms)
+        self._scaling = None if wanted_gpus is None else Scaling(self._desk, wanted_gpus=wanted_gpus)
         self._backlog: Backlog | None = None
         """What waited when this scheduler took over; None: all of it is on the board."""
         self._fleet_changed = False
@@ -103,6 +107,11 @@ class Loop:
         self._journaled_ms = 0
         self._tidy_at_ms = clock.now_ms() + _TIDY_FIRST_MS
         self._shown_ms = 0
+
+    @property
+    def desk(self) -> Desk:
+        """For questions; only the loop changes what is on it."""
+        return self._desk
 
     @property
     def board(self) -> Board:
@@ -137,6 +146,8 @@ class Loop:
             if len(unheeded) >= MOST_SWEPT and self._backlog is None:
                 self._swept_ms = 0  # there may be more
             accounts |= self._arrivals.renewed(now_ms)
+            if self._scaling is not None:
+                self._scaling.go_on(now_ms)
             self._replacements.go_on(now_ms)
             if self._closing_down:
                 self._roll_call.hand_over()
@@ -177,7 +188,11 @@ class Loop:
                 lambda connection: leadership.keep_time(connection, self._desk.epoch, now_ms, kept_ms=kept_ms)
             )
             holds = await self._desk.lane.run(ledger.open_holds)
-            self._desk.metrics.holds_seen(holds=holds.count, held_ms=holds.held_ms)
+            self._desk.metrics.holds_seen(
+                holds=holds.count,
+                held_ms=holds.held_ms,
+                oldest_ms=None if holds.oldest_at is None else to_ms(holds.oldest_at),
+            )
         if self._desk.notes.behind or now_ms - self._journaled_ms >= _JOURNAL_MS:
             self._journaled_ms = now_ms
             # While what waited is being told, that comes before its lines: they alone are a million.
@@ -306,19 +321,8 @@ class Loop:
         self._desk.metrics.parked_seen(self._desk.running.parked)
         if now_ms - self._shown_ms >= _SHOW_FLEET_MS:
             self._shown_ms = now_ms
-            self._show_fleet()
+            self._desk.metrics.fleet_seen(self._roll_call.states())
         self._desk.metrics.cycle_ended(took_ns=time.monotonic_ns() - began_ns, now_ms=now_ms)
-
-    def _show_fleet(self) -> None:
-        present, busy = self._desk.workers.ids(), self._desk.running.busy_workers
-        running, draining = len(present & busy), len(self._desk.workers.closed() - busy)
-        self._desk.metrics.fleet_seen(
-            {
-                WorkerState.RUNNING: running,
-                WorkerState.DRAINING: draining,
-                WorkerState.IDLE: len(present) - running - draining,
-            }
-        )
 
 
 def _run_view(running: Running) -> WorkerRun:

@@ -14,7 +14,7 @@ import structlog
 
 from gpu_worker.contract import WorkerReport
 from scheduler.desk import Desk
-from scheduler.metrics import ResumedWhere
+from scheduler.metrics import DecisionResult, ResumedWhere
 from scheduler.policy.decisions import GiveUp, Migrate, Resume, Start, Stop
 from scheduler.policy.events import (
     AttemptMigrated,
@@ -29,7 +29,7 @@ from scheduler.policy.events import (
     TagsStored,
 )
 from scheduler.policy.ids import AttemptId, JobId, WorkerId
-from scheduler.running import Running
+from scheduler.running import Running, steps_ahead
 from scheduler.store import dispatch, endings
 from scheduler.store.jobs import spec_from_json
 from scheduler.store.parking import DrawnAttempt, MigratedAttempt, PlannedMigration, PlannedResume
@@ -46,6 +46,22 @@ class Moves:
 
     async def make(self) -> bool:
         """Decide, commit, act once; returns whether to decide again, because something was refused."""
+        again = await self._decide()
+        if not again:
+            self._show_left()
+        return again
+
+    def _show_left(self) -> None:
+        """Count the lines in which somebody waits who could start, by what is missing."""
+        cell = self._desk.board.cell
+        for tier, queue in cell.queues.items():
+            for fit in queue.lines:
+                able = cell.fleet.can_take(fit)
+                self._desk.metrics.line_waits(
+                    tier, DecisionResult.NO_GPU if able else DecisionResult.NO_MODEL_FIT
+                )
+
+    async def _decide(self) -> bool:
         now_ms = self._desk.clock.now_ms()
         decisions = self._desk.board.decide(now_ms)
         self._desk.notes.decided(decisions)
@@ -175,7 +191,9 @@ class Moves:
             started_ms=now_ms,
             given_ms=now_ms,
             checkpoint=started.checkpoint,
+            steps=steps_ahead(spec, started.checkpoint if start.resume_from is not None else None),
         )
+        waited = self._desk.waits.started(plan.job_id, plan.account_id, now_ms)
         self._desk.tell(
             AttemptStarted(
                 at_ms=now_ms,
@@ -188,7 +206,12 @@ class Moves:
         )
         self._desk.metrics.attempt_started(tier=plan.tier, warm=start.warm)
         if started.waited_ms is not None:
-            self._desk.metrics.job_started(tier=plan.tier, waited_ms=started.waited_ms)
+            self._desk.metrics.job_started(
+                tier=plan.tier,
+                waited_ms=started.waited_ms,
+                held_ms=waited.held_ms,
+                promised_ms=waited.told_ms,
+            )
         _log.info(
             "attempt started",
             job=plan.job_id,
@@ -237,6 +260,7 @@ class Moves:
         before = self._desk.running.pop(move.attempt_id)
         assert before is not None, "what the board moves runs"
         plan = migrated.planned
+        spec = spec_from_json(migrated.spec)
         running = replace(
             before,
             attempt_id=plan.to_attempt_id,
@@ -247,6 +271,7 @@ class Moves:
             parked_since_ms=None,
             parked_ms=0,
             checkpoint=migrated.checkpoint,
+            steps=steps_ahead(spec, migrated.checkpoint),
         )
         self._desk.tell(
             AttemptMigrated(
@@ -257,7 +282,7 @@ class Moves:
             )
         )
         self._desk.fleet.forget(before.worker_id, before.attempt_id, kept=True)
-        self._desk.give(running, spec_from_json(migrated.spec), migrated.checkpoint)
+        self._desk.give(running, spec, migrated.checkpoint)
         self._desk.metrics.run_resumed(ResumedWhere.OTHER_GPU)
         _log.info(
             "attempt migrated",

@@ -13,9 +13,10 @@ from scheduler.arrivals import memory_wanted
 from scheduler.clock import LeaderClock
 from scheduler.forecasts import Forecasts
 from scheduler.policy.board import Board
-from scheduler.policy.demand import Aims, demand
+from scheduler.policy.demand import Aims, TierLoad, demand
 from scheduler.policy.events import AccountRestored, UsageReset
 from scheduler.policy.explain import Stage
+from scheduler.policy.fleet_size import Bounds, SteadyDemand
 from scheduler.policy.foresight import what_if
 from scheduler.policy.foresight.what_if import Change
 from scheduler.policy.ids import AccountId, JobId, Tier
@@ -28,9 +29,10 @@ from scheduler.updates import QueueReason, QueueStatus, StartTimes
 _BY_TIME = (QueueReason.WAITING_FOR_GPU, QueueReason.CONCURRENCY_LIMIT)
 """What holds a job only until others have ended."""
 
-_AIMS = Aims(wait_ms={Tier.FAST: 30_000, Tier.RELAX: 30 * 60_000}, at_least=1, at_most=10_000)
-"""The waits that the service promises, and the largest fleet of one cell. What it may cost is for whoever
-buys the GPUs."""
+_WAIT_MS = {Tier.FAST: 30_000, Tier.RELAX: 30 * 60_000}
+"""The waits that the service promises."""
+_AIMS = Aims(wait_ms=_WAIT_MS, at_least=1, at_most=10_000)
+"""Up to the largest fleet of one cell. What it may cost is for whoever buys the GPUs."""
 
 _WANTED_S = 1.0
 _THOUGHT_OF = JobId("")
@@ -52,7 +54,9 @@ class Oracle:
         clock: LeaderClock,
         models: Models,
         lane: Lane,
+        bounds: Bounds | None,
     ) -> None:
+        """Without `bounds` the fleet is what it is, and what is wanted is only shown: as the work is now."""
         self._board = board
         self._forecasts = forecasts
         self._parameters = parameters
@@ -62,6 +66,8 @@ class Oracle:
         """Not the loop's: it never waits for a question."""
         self._turn = asyncio.Lock()
         self._estimates = 0
+        self._bounds = bounds
+        self._steady: SteadyDemand | None = None
         self._wanted = 0
         self._wanted_until = 0.0
         """Monotonic, s."""
@@ -102,21 +108,38 @@ class Oracle:
             idle_gpus=sharing.idle,
             fast_gpus=sharing.fast,
             relax_floor_gpus=sharing.relax_floor,
-            wanted_gpus=self._wanted_gpus(now_ms) if self._board.is_whole else None,
+            wanted_gpus=self.wanted_gpus() if self._board.is_whole else None,
         )
 
-    def _wanted_gpus(self, now_ms: int) -> int:
-        """Return how many GPUs the work of a moment ago asks for.
+    def wanted_gpus(self) -> int:
+        """Return how many GPUs the work of a moment ago asks for: within the bounds, no fewer than of late.
 
         That takes a walk over all of it: it is done once a second, and for a twentieth of the time at most.
         """
         begin = time.monotonic()
         if begin >= self._wanted_until:
+            now_ms = self._clock.now_ms()
             loads = {tier: self._board.load(tier, now_ms) for tier in Tier}
-            self._wanted = demand(loads, _AIMS, self._parameters).gpus
+            self._wanted = self._demand(loads, now_ms)
             end = time.monotonic()
             self._wanted_until = end + max(_WANTED_S, 20 * (end - begin))
         return self._wanted
+
+    def _demand(self, loads: Mapping[Tier, TierLoad], now_ms: int) -> int:
+        bounds = self._bounds
+        if bounds is None:
+            return demand(loads, _AIMS, self._parameters).gpus
+        if self._steady is None:
+            # The scheduler before this one had its reasons for the fleet that is there.
+            present = min(self._board.sharing().gpus, bounds.at_most)
+            self._steady = SteadyDemand(present, now_ms, shrinks_after_ms=bounds.shrinks_after_ms)
+        aims = Aims(wait_ms=_WAIT_MS, at_least=bounds.at_least, at_most=bounds.at_most)
+        return self._steady.wanted(demand(loads, aims, self._parameters).gpus, now_ms)
+
+    def expected_wait_ms(self, job: Job) -> int | None:
+        """Return how long a waiting job is told to wait; None: that is not known."""
+        start = self._forecasts.start_times(job)
+        return None if start is None else start.p50_ms
 
     async def estimate(self, what_ifs: Sequence[WhatIf]) -> Sequence[Outlook | None]:
         """Return what would come of each, alone; None: it cannot be told, or too many ask at once."""

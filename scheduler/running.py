@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, KeysView
 from dataclasses import dataclass
 
-from gpu_worker.contract import Checkpoint
+from gpu_worker.contract import Checkpoint, RenderKind, RenderSpec
 from scheduler.policy.ids import AccountId, JobId, Tier
 
 
@@ -37,6 +37,8 @@ class Running:
     """How long it was parked before that."""
     checkpoint: Checkpoint | None = None
     """The newest of its job that is stored."""
+    steps: int = 0
+    """Denoising steps that this attempt has before it when it begins; 0: not known."""
 
     def on_gpu_ms(self, now_ms: int) -> int:
         """Return how long it has had its worker's GPU."""
@@ -119,6 +121,17 @@ class RunningAttempts:
     def parked(self) -> int:
         """How many are parked."""
         return len(self._parked)
+
+
+def steps_ahead(spec: RenderSpec, checkpoint: Checkpoint | None) -> int:
+    """Return how many denoising steps an attempt has before it that goes on from there; 0: not known.
+
+    How many a variation or an upscale takes is the engine's to say.
+    """
+    if spec.kind is not RenderKind.IMAGINE:
+        return 0
+    done = 0 if checkpoint is None else checkpoint.step
+    return max(0, -(-spec.steps * spec.stop_percent // 100) - done)
 
 
 def _discard(index: dict[str, dict[str, None]], key: str, attempt_id: str) -> None:

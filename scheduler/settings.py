@@ -7,6 +7,7 @@ everything embedded, on this machine, on loopback.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from pathlib import Path
@@ -150,10 +151,23 @@ class Moderation(_Section):
 
 
 class Ops(_Section):
-    """/metrics, /healthz and /readyz."""
+    """The page for operators, /metrics, /metrics/scheduler, /healthz and /readyz.
+
+    All of it is plain text. The page takes keys from this machine, and from others over TLS that something in
+    front of it ends (and says so by X-Forwarded-Proto) or where `frontdoor.insecure` allows plain text.
+    """
 
     host: str = "127.0.0.1"
     port: int = Field(default=7444, ge=0, le=65535)
+
+
+class Canary(_Section):
+    """Small jobs that front doors give the service, to see that it works: one in each tier, now and then."""
+
+    account: str | None = None
+    """Whose they are; None: there are none. It needs fast time, and a plan with relax. Its pictures are shown
+    to all unless it keeps them private."""
+    every_s: int = Field(default=60, ge=10, le=3_600)
 
 
 class Worker(_Section):
@@ -181,12 +195,35 @@ class Scheduling(_Section):
     waiting_max: int = Field(default=1_000_000, ge=1)
     """Jobs that may wait in this cell: the scheduler has all of them in memory, about 1 KB each. More or
     less, since front doors count once a second."""
+    reconcile_every_ms: int = Field(default=300_000, ge=1_000)
+    """How often the ledger is compared with its journal."""
     drain_within_ms: int = Field(default=60_000, ge=0, le=24 * 3_600_000)
     """How long a worker that drains has to finish what it has; what is left then goes on elsewhere. So has
     one of another release, before one of this takes its GPU."""
     close_down_within_ms: int = Field(default=10_000, ge=0, le=3_600_000)
     """For steps to end and checkpoints to be stored when the workers are to end: a local service that is told
     to stop, `darkroom stop`. What is not stored by then is drawn again from the checkpoint before."""
+
+
+class Scaling(_Section):
+    """A fleet that follows its work, on a cluster whose machines Ray's autoscaler starts and ends.
+
+    A local Ray has the workers that `ray.local_gpus` says.
+    """
+
+    max_workers: int | None = Field(default=None, ge=1, le=10_000)
+    """Workers that the scheduler may ask for: the budget. None: the fleet is what the cluster has."""
+    min_workers: int = Field(default=1, ge=0, le=10_000)
+    """Workers without any work."""
+    shrink_after_ms: int = Field(default=300_000, ge=0, le=24 * 3_600_000)
+    """How long fewer are enough before there are fewer; Ray's idle timeout comes on top. A worker that starts
+    loads its model again, which may take a minute."""
+
+    @model_validator(mode="after")
+    def _a_least_below_the_most(self) -> Scaling:
+        if self.max_workers is not None and self.min_workers > self.max_workers:
+            raise ValueError(f"min_workers is {self.min_workers}, above max_workers, {self.max_workers}")
+        return self
 
 
 class Lifetimes(_Section):
@@ -232,8 +269,10 @@ class Settings(BaseSettings):
     pictures: Pictures = Pictures()
     moderation: Moderation = Moderation()
     ops: Ops = Ops()
+    canary: Canary = Canary()
     worker: Worker = Worker()
     scheduling: Scheduling = Scheduling()
+    scaling: Scaling = Scaling()
     lifetimes: Lifetimes = Lifetimes()
 
     @classmethod
@@ -266,6 +305,12 @@ class Settings(BaseSettings):
                     "with this process and cannot be reached from other machines"
                 )
         return self
+
+    @property
+    def fingerprint(self) -> str:
+        """The same for processes with the same settings; the database's address, with its password, aside."""
+        said = self.model_dump_json(exclude={"database": {"dsn"}})
+        return hashlib.sha256(said.encode()).hexdigest()[:12]
 
     @property
     def artifacts(self) -> str:

@@ -7,6 +7,7 @@ that arrived while its last commit was in flight; one account's ends stay in ord
 from __future__ import annotations
 
 import asyncio
+import time
 import zlib
 from collections import deque
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ import structlog
 from gpu_worker.contract import AttemptResult, Blame, Outcome
 from scheduler.clock import LeaderClock
 from scheduler.inbox import AttemptSettled, Inbox
+from scheduler.metrics import SchedulerMetrics
 from scheduler.policy.parameters import Parameters
 from scheduler.store.endings import (
     REFUSED_VALUE,
@@ -149,14 +151,18 @@ class Settlement:
         inbox: Inbox,
         clock: LeaderClock,
         parameters: Parameters,
+        metrics: SchedulerMetrics,
     ) -> None:
         self._lanes = [Lane(dsn, f"settlement {number}") for number in range(lanes)]
+        for lane in self._lanes:
+            lane.watched_by(metrics.process)
         self._queues: list[deque[_Claim]] = [deque() for _ in range(lanes)]
         self._filled = [asyncio.Event() for _ in range(lanes)]
         self._epoch = epoch
         self._inbox = inbox
         self._clock = clock
         self._parameters = parameters
+        self._metrics = metrics
 
     def put(self, account_id: str, worker_id: str, end: AttemptEnd) -> None:
         """Settle this end soon. Its outcome comes to the inbox."""
@@ -209,10 +215,17 @@ class Settlement:
         return outcome
 
     async def _settle_ends(self, connection: Connection, ends: list[AttemptEnd]) -> list[Settled | Unknown]:
-        return await settle_attempts(
-            connection,
-            epoch=self._epoch,
-            ends=ends,
-            parameters=self._parameters,
-            now_ms=self._clock.now_ms(),
-        )
+        begin_s = time.monotonic()
+        try:
+            outcomes = await settle_attempts(
+                connection,
+                epoch=self._epoch,
+                ends=ends,
+                parameters=self._parameters,
+                now_ms=self._clock.now_ms(),
+            )
+        except Exception:
+            self._metrics.settlement_failed()
+            raise
+        self._metrics.settlement_committed(time.monotonic() - begin_s)
+        return outcomes

@@ -43,7 +43,7 @@ _numbers = itertools.count()
 
 # What takes longest, and mostly waits for processes of its own: when the run is shared between processes, it
 # must not come last, where one of them would have nothing to do beside it.
-_FIRST = ("service", "faults", "upgrade", "cluster")
+_FIRST = ("service", "faults", "deploy", "ops", "upgrade", "cluster")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -16,6 +16,7 @@ from scheduler.frontdoor import ledger_messages, messages, translate
 from scheduler.frontdoor.fields import Violations, digest
 from scheduler.frontdoor.gate import caller
 from scheduler.link import SchedulerLink
+from scheduler.metrics import FrontDoorMetrics
 from scheduler.refusals import NotFoundOrNotYours
 from scheduler.store import accounts as store
 from scheduler.store import jobs
@@ -33,6 +34,7 @@ class AccountService(account_pb2_grpc.AccountServiceServicer):
 
     pool: Pool
     link: SchedulerLink
+    metrics: FrontDoorMetrics
     clock: Callable[[], datetime]
 
     async def GetAccount(  # noqa: N802
@@ -68,6 +70,8 @@ class AccountService(account_pb2_grpc.AccountServiceServicer):
                 await _change(connection, account_id, wanted, self.clock())
                 await idempotency.store(connection, account_id, "UpdateAccount", request_id, {})
             account = await _account(connection, account_id, self.clock())
+        if outcome is not None:
+            self.metrics.replayed("UpdateAccount")
         # Consent may be what a held job waits for. Told also of a repeated request: the front door that did
         # it may have died before it told.
         self.link.accounts_changed([account_id])

@@ -173,13 +173,21 @@ class Doorman:
         Raises Unauthenticated, RateLimited, AccountBlocked or RoleRequired, in this order: a stranger
         learns nothing, and who is refused may not ask faster than others.
         """
-        key = await self._valid_key(metadata)
-        self._take_token(key.key_id)
-        if key.blocked:
-            raise AccountBlocked
-        needed = ROLE_NEEDED[path]
-        if not key.role.reaches(needed):
-            raise RoleRequired(role=needed.value)
+        given = next((value for name, value in metadata if name == "authorization"), "")
+        return await self._admit(given, ROLE_NEEDED[path])
+
+    async def admit_key(self, key: str, needed: Role) -> Principal:
+        """Return whose key `dk_…` this is, for who does not come by gRPC. Raises what `admit` does."""
+        return await self._admit(f"Bearer {key}", needed)
+
+    async def still_admitted(self, key_id: str, needed: Role) -> Principal | None:
+        """Return whose key this is, which was shown here before.
+
+        None if it was revoked, its account was blocked, or it does not reach that role. Raises Overloaded.
+        """
+        key = await self._look_up(key_id)
+        if key is None or key.blocked or not key.role.reaches(needed):
+            return None
         return Principal(account_id=key.account_id, key_id=key.key_id, role=key.role)
 
     def forget(self, account_id: str) -> None:
@@ -231,8 +239,16 @@ class Doorman:
         if not self._streams[key_id]:
             del self._streams[key_id]
 
-    async def _valid_key(self, metadata: Iterable[tuple[str, str | bytes]]) -> ApiKey:
-        given = next((value for name, value in metadata if name == "authorization"), "")
+    async def _admit(self, given: str | bytes, needed: Role) -> Principal:
+        key = await self._valid_key(given)
+        self._take_token(key.key_id)
+        if key.blocked:
+            raise AccountBlocked
+        if not key.role.reaches(needed):
+            raise RoleRequired(role=needed.value)
+        return Principal(account_id=key.account_id, key_id=key.key_id, role=key.role)
+
+    async def _valid_key(self, given: str | bytes) -> ApiKey:
         match = _KEY.fullmatch(given) if isinstance(given, str) else None
         if match is None:
             raise Unauthenticated

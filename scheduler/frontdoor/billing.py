@@ -19,6 +19,7 @@ from scheduler.frontdoor import ledger_messages, messages
 from scheduler.frontdoor.fields import Violations, digest, page_token, whole_number
 from scheduler.frontdoor.gate import caller
 from scheduler.link import SchedulerLink
+from scheduler.metrics import FrontDoorMetrics
 from scheduler.refusals import NotFoundOrNotYours
 from scheduler.store.pool import Pool
 
@@ -33,6 +34,7 @@ class BillingService(billing_pb2_grpc.BillingServiceServicer):
 
     pool: Pool
     link: SchedulerLink
+    metrics: FrontDoorMetrics
     clock: Callable[[], datetime]
 
     async def GetBalance(  # noqa: N802
@@ -147,6 +149,8 @@ class BillingService(billing_pb2_grpc.BillingServiceServicer):
                 )
             else:
                 answer = json_format.ParseDict(outcome, billing_pb2.PlanChange())
+        if outcome is not None:
+            self.metrics.replayed("ChangePlan")
         # Told also of a repeated request: the front door that did it may have died before it told.
         self.link.accounts_changed([account_id])
         return answer

@@ -120,6 +120,8 @@ class Deeds:
                 await idempotency.store(connection, principal.account_id, method, request_id, deed.answer)
         result = AdminResult.DONE if outcome is None else AdminResult.REPLAYED
         self.metrics.admin_acted(action=action, result=result)
+        if outcome is not None:
+            self.metrics.replayed(method)
 
 
 def _method(request: Message) -> str:

@@ -307,10 +307,7 @@ class _Counters:
         self.metrics.grpc_server_msg_sent.labels(*self.rpc).inc()
 
     def ended(self, code: grpc.StatusCode, took_s: float) -> None:
-        self.metrics.grpc_server_handled.labels(*self.rpc, _CODE_NAMES[code]).inc()
-        grpc_type, service, method = self.rpc
-        if grpc_type == "unary":
-            self.metrics.grpc_server_handling_seconds.labels(service, method).observe(took_s)
+        self.metrics.call_ended(rpc=self.rpc, code=_CODE_NAMES[code], took_s=took_s)
 
 
 def _code_name(code: grpc.StatusCode) -> str:

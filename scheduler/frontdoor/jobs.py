@@ -219,6 +219,7 @@ class JobService(job_pb2_grpc.JobServiceServicer):
         job = await intake.cancel(
             self.pool,
             self.link,
+            self.metrics,
             account_id=principal.account_id,
             job_id=name.job_id,
             request_id=request_id,
@@ -241,6 +242,7 @@ class JobService(job_pb2_grpc.JobServiceServicer):
             raise NotFoundOrNotYours
         await intake.delete(
             self.pool,
+            self.metrics,
             account_id=principal.account_id,
             job_id=name.job_id,
             request_id=request_id,

@@ -31,6 +31,7 @@ from scheduler.frontdoor.admission import Admission, QueueRoom
 from scheduler.frontdoor.artifacts import Artifacts
 from scheduler.frontdoor.auth import SERVICES, Doorman, every_method_has_a_role
 from scheduler.frontdoor.billing import BillingService
+from scheduler.frontdoor.canary import Canary
 from scheduler.frontdoor.deeds import Deeds, deed_refused
 from scheduler.frontdoor.deletions import Deletions
 from scheduler.frontdoor.downloads import Downloads
@@ -76,6 +77,8 @@ class FrontDoor:
     host: str
     port: int
     """The one it listens on, also where the settings said 0."""
+    doorman: Doorman
+    """Who knows all keys, for whatever else asks for one."""
     background: asyncio.Task[None]
     """Ends only by failing: whoever keeps the service up awaits it too."""
 
@@ -176,10 +179,10 @@ async def serve(
         services,
     )
     account_pb2_grpc.add_AccountServiceServicer_to_server(
-        AccountService(pool=pool, link=link, clock=clock), services
+        AccountService(pool=pool, link=link, metrics=metrics, clock=clock), services
     )
     billing_pb2_grpc.add_BillingServiceServicer_to_server(
-        BillingService(pool=pool, link=link, clock=clock), services
+        BillingService(pool=pool, link=link, metrics=metrics, clock=clock), services
     )
     admin_pb2_grpc.add_AdminServiceServicer_to_server(
         AdminService(
@@ -219,8 +222,23 @@ async def serve(
     reflection.enable_server_reflection(
         [*(service.full_name for service in SERVICES), health.SERVICE_NAME, reflection.SERVICE_NAME], server
     )
-    metrics.follow_pool(size=lambda: pool.size, idle=lambda: pool.idle)
+    metrics.follow_pool(most=pool.most, used=lambda: pool.used)
     pool.observe_waits(metrics.db_pool_wait_seconds.observe)
+    pool.watched_by(metrics.process)
+
+    canary = None
+    if settings.canary.account is not None:
+        canary = Canary(
+            settings.canary,
+            account_id=settings.canary.account,
+            pool=pool,
+            link=link,
+            metrics=metrics,
+            models=models,
+            estimates=estimates,
+            deletions=deletions,
+            clock=clock,
+        )
 
     port = _listen(server, settings.frontdoor)
     with private_socket(server) as knocked_at:
@@ -238,10 +256,12 @@ async def serve(
                 Renewals(pool, link, clock),
                 pool,
                 healths,
+                metrics.process.watch_event_loop(),
+                *([] if canary is None else [canary.run()]),
             )
         )
         try:
-            yield FrontDoor(host=settings.frontdoor.host, port=port, background=background)
+            yield FrontDoor(host=settings.frontdoor.host, port=port, doorman=doorman, background=background)
         finally:
             await healths.enter_graceful_shutdown()
             watches.close()
@@ -266,8 +286,11 @@ async def _background(
     renewals: Renewals,
     pool: Pool,
     healths: health.aio.HealthServicer,
+    *others: Coroutine[None, None, None],
 ) -> None:
     async with asyncio.TaskGroup() as group:
+        for other in others:
+            group.create_task(other)
         group.create_task(knocks)
         group.create_task(standings.run())
         group.create_task(estimates.run())

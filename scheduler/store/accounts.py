@@ -238,7 +238,7 @@ async def forget(connection: Connection, account_id: str) -> None:
 async def find_keys(connection: Connection, key_ids: Sequence[str]) -> dict[str, ApiKey]:
     """Return by their ids those of these keys that exist and are not revoked."""
     rows = await connection.fetch(
-        """SELECT key_id, account_id, role, secret_hash, blocked
+        """/* find_keys */ SELECT key_id, account_id, role, secret_hash, blocked
            FROM scheduler.api_key JOIN scheduler.account USING (account_id)
            WHERE key_id = ANY($1) AND revoked_at IS NULL""",
         key_ids,

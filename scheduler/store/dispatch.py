@@ -306,7 +306,7 @@ async def _insert(
     job_ids = [plan.job_id for plan in planned]
     checkpoints = [checkpoint_from_json(rows[job_id]["checkpoint"]) for job_id in job_ids]
     inserted = await connection.execute(
-        """WITH started AS (
+        """/* start_attempts */ WITH started AS (
                UPDATE scheduler.job SET state = 'running', started_at = coalesce(started_at, $10)
                FROM unnest($2::uuid[], $14::text[]) AS plan (job_id, tier)
                WHERE job.job_id = plan.job_id AND NOT past AND state = 'queued' AND job.tier = plan.tier

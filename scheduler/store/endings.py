@@ -109,6 +109,8 @@ class Settled:
     gpu_ms: int
     """Executed and not wasted: what usage was corrected to."""
     absorbed_ms: int
+    due_ms: int
+    """What its measured time costs its account, after its multiplier."""
     billed_ms: int
     released_ms: int
     """Held for it, after its multiplier, and given back."""
@@ -223,6 +225,7 @@ def _settled_before(row: asyncpg.Record) -> Settled:
         event_seq=row["event_seq"],
         gpu_ms=row["gpu_ms"] or 0,
         absorbed_ms=0,
+        due_ms=0,
         billed_ms=0,
         released_ms=0,
         counts_as_loss=row["counts_as_loss"],
@@ -362,6 +365,7 @@ async def _close(
             event_seq=sequences[closing.row["job_id"]],
             gpu_ms=closing.used_ms,
             absorbed_ms=closing.absorbed_ms,
+            due_ms=charge.due_ms,
             billed_ms=charge.billed_ms,
             released_ms=charge.released_ms,
             thresholds=charge.thresholds,
@@ -407,7 +411,7 @@ def _used_up(charge: ledger.Settled) -> str:
 
 async def _close_attempts(connection: asyncpg.Connection, closings: Sequence[_Closing], at: datetime) -> None:
     done = await connection.execute(
-        """UPDATE scheduler.attempt
+        """/* close_attempts */ UPDATE scheduler.attempt
            SET state = new.state, ended_at = $5, gpu_ms = new.gpu_ms, times = new.times,
                kept_ms = new.kept_ms, parked_at = NULL, counts_as_loss = new.counts_as_loss,
                reported_token = new.token, reported_incarnation = new.incarnation

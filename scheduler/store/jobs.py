@@ -264,7 +264,7 @@ async def insert_job(connection: Connection, job: NewJob, sentence: str) -> Stor
     """Write a waiting job and its first event, which says `sentence`."""
     # The event's number is drawn first, so that the job's row is written once and not updated at once.
     row = await connection.fetchrow(
-        f"""WITH event AS (
+        f"""/* insert_job */ WITH event AS (
                 SELECT nextval(pg_get_serial_sequence('scheduler.job_event', 'seq')) AS seq),
             job AS (
                 INSERT INTO scheduler.job (
@@ -300,7 +300,9 @@ async def insert_job(connection: Connection, job: NewJob, sentence: str) -> Stor
 
 async def read_job(connection: Connection, job_id: str) -> StoredJob | None:
     """Return a job, None if there is none of that id or if it was deleted."""
-    row = await connection.fetchrow(f"{_SELECT} WHERE job.job_id = $1 AND deleted_at IS NULL", UUID(job_id))
+    row = await connection.fetchrow(
+        f"/* read_job */ {_SELECT} WHERE job.job_id = $1 AND deleted_at IS NULL", UUID(job_id)
+    )
     return None if row is None else _stored(row)
 
 
@@ -322,7 +324,7 @@ async def list_jobs(
 ) -> list[StoredJob]:
     """Return up to `limit` jobs of an account in these states (none: in any), newest first."""
     rows = await connection.fetch(
-        f"""{_SELECT} WHERE account_id = $1 AND deleted_at IS NULL
+        f"""/* list_jobs */ {_SELECT} WHERE account_id = $1 AND deleted_at IS NULL
                         AND (cardinality($2::text[]) = 0 OR job.state = ANY($2))
                         AND ($3::bigint IS NULL OR arrival < $3) ORDER BY arrival DESC LIMIT $4""",
         account_id,

@@ -14,6 +14,9 @@ from typing import TypeVar
 import asyncpg
 import structlog
 
+from scheduler.metrics.labels import DbErrorClass
+from scheduler.store.watched import Watch, Watcher
+
 T = TypeVar("T")
 
 _log = structlog.get_logger()
@@ -54,6 +57,21 @@ AGAIN = (
 """What ends a transaction that has done nothing wrong."""
 
 
+def kind_of(error: Exception) -> DbErrorClass:
+    """Return what kind of trouble an error of the driver is."""
+    match error:
+        case TimeoutError():
+            return DbErrorClass.TIMEOUT
+        case _ if isinstance(error, AWAY):
+            return DbErrorClass.AWAY
+        case _ if isinstance(error, AGAIN):
+            return DbErrorClass.AGAIN
+        case asyncpg.IntegrityConstraintViolationError() | asyncpg.DataError():
+            return DbErrorClass.REFUSED
+        case _:
+            return DbErrorClass.OTHER
+
+
 @contextmanager
 def connecting() -> Iterator[None]:
     """Make of a database that lets nobody in, as a backup is being put in its place, one that is away.
@@ -92,6 +110,11 @@ class Lane:
         self._name = name
         self._idle_in_transaction_ms = idle_in_transaction_ms
         self._connection: asyncpg.Connection | None = None
+        self._watch = Watch()
+
+    def watched_by(self, watcher: Watcher) -> None:
+        """Tell `watcher` of statements and of trouble from now on."""
+        self._watch.begin(watcher)
 
     async def run(self, work: Callable[[asyncpg.Connection], Awaitable[T]]) -> T:
         """Do `work`, again and again while the database is away. It must be keyed, so that twice is once."""
@@ -100,12 +123,17 @@ class Lane:
             try:
                 return await work(await self._connected())
             except AWAY as trouble:
+                self._watch.failed(kind_of(trouble))
                 _log.warning(
                     "database away", lane=self._name, trouble=type(trouble).__name__, text=str(trouble)
                 )
                 await self.close()
             except AGAIN as trouble:
+                self._watch.failed(kind_of(trouble))
                 _log.info("transaction repeated", lane=self._name, trouble=type(trouble).__name__)
+            except asyncpg.PostgresError as trouble:
+                self._watch.failed(kind_of(trouble))
+                raise
             await asyncio.sleep(wait_s)
             wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
 
@@ -124,4 +152,5 @@ class Lane:
                     command_timeout=_STATEMENT_S,
                     server_settings=session_settings(f"darkroom {self._name}", self._idle_in_transaction_ms),
                 )
+            self._watch.over(self._connection)
         return self._connection

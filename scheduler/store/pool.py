@@ -15,7 +15,8 @@ from typing import Any, TypeAlias, cast
 import asyncpg
 
 from scheduler.refusals import Overloaded
-from scheduler.store.lanes import AGAIN, AWAY, connecting, session_settings
+from scheduler.store.lanes import AGAIN, AWAY, connecting, kind_of, session_settings
+from scheduler.store.watched import Watch, Watcher
 
 Connection: TypeAlias = asyncpg.Connection
 """One connection, inside the caller's transaction."""
@@ -29,25 +30,30 @@ _STATEMENT_S = 15.0
 class Pool:
     """A bounded number of connections to one database."""
 
-    def __init__(self, pool: asyncpg.Pool, dsn: str) -> None:
+    def __init__(self, pool: asyncpg.Pool, dsn: str, watch: Watch) -> None:
         self.dsn = dsn
         """Of the database, for who needs a connection that is not lent."""
         self._pool = pool
         self._observe_wait: Callable[[float], None] = lambda _: None
+        self._watch = watch
 
     @property
-    def size(self) -> int:
-        """Connections open."""
-        return self._pool.get_size()
+    def most(self) -> int:
+        """Connections that may be open."""
+        return self._pool.get_max_size()
 
     @property
-    def idle(self) -> int:
-        """Connections open and not lent."""
-        return self._pool.get_idle_size()
+    def used(self) -> int:
+        """Connections that are lent."""
+        return self._pool.get_size() - self._pool.get_idle_size()
 
     def observe_waits(self, observe: Callable[[float], None]) -> None:
         """Tell `observe` how many seconds each later borrower waited for its connection."""
         self._observe_wait = observe
+
+    def watched_by(self, watcher: Watcher) -> None:
+        """Tell `watcher` of statements and of trouble from now on."""
+        self._watch.begin(watcher)
 
     @asynccontextmanager
     async def reading(self) -> AsyncIterator[Connection]:
@@ -91,7 +97,7 @@ class Pool:
     @asynccontextmanager
     async def _lent(self) -> AsyncIterator[Connection]:
         begun = asyncio.get_running_loop().time()
-        with _database_away_is_a_refusal():
+        with _database_away_is_a_refusal(self._watch):
             with connecting():
                 lent = await self._pool.acquire(timeout=_ACQUIRE_S)
             try:
@@ -108,17 +114,22 @@ class Pool:
 
 
 @contextmanager
-def _database_away_is_a_refusal() -> Any:
+def _database_away_is_a_refusal(watch: Watch) -> Any:
     try:
         yield
     except (*AWAY, TimeoutError) as trouble:
+        watch.failed(kind_of(trouble))
         raise Overloaded(
             sentence="The database does not answer at the moment. Send the same request again."
         ) from trouble
     except AGAIN as trouble:
+        watch.failed(kind_of(trouble))
         raise Overloaded(
             sentence="Somebody else changed the same at the same moment. Send the same request again."
         ) from trouble
+    except asyncpg.PostgresError as trouble:
+        watch.failed(kind_of(trouble))
+        raise
 
 
 async def open_pool(dsn: str, size: int, *, application: str = "darkroom frontdoor") -> Pool:
@@ -127,7 +138,12 @@ async def open_pool(dsn: str, size: int, *, application: str = "darkroom frontdo
     Values of type jsonb are text on these connections as on all others, so that the ledger's code meets the
     same connection everywhere. Raises Overloaded if the database is away.
     """
-    with _database_away_is_a_refusal(), connecting():
+    watch = Watch()
+
+    async def open_one(connection: Connection) -> None:
+        watch.over(connection)
+
+    with _database_away_is_a_refusal(watch), connecting():
         return Pool(
             await asyncpg.create_pool(
                 dsn,
@@ -136,9 +152,11 @@ async def open_pool(dsn: str, size: int, *, application: str = "darkroom frontdo
                 timeout=_ACQUIRE_S,
                 command_timeout=_STATEMENT_S,
                 server_settings=session_settings(application),
+                init=open_one,
                 reset=_nothing_to_reset,
             ),
             dsn,
+            watch,
         )
 
 

@@ -72,7 +72,7 @@ async def _gaps_ms(running: ServiceProcess, jobs: int, side: int) -> list[float]
 
 
 def _idle_ms(ops: str) -> float:
-    with urllib.request.urlopen(f"http://{ops}/metrics") as answer:
+    with urllib.request.urlopen(f"http://{ops}/metrics/scheduler") as answer:
         found = _IDLE.search(answer.read().decode())
     assert found is not None
     return float(found.group(1)) * 1000

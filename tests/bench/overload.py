@@ -105,7 +105,7 @@ async def _door(dsn: str, folder: Path, asked: Connection) -> None:
         frontdoor=FrontDoorSettings(port=0, requests_per_second=1_000_000),
     )
     stub = _Stub()
-    async with serve(settings, pool, stub, read_models(None), FrontDoorMetrics.create(PLANS)) as door:
+    async with serve(settings, pool, stub, read_models(None), FrontDoorMetrics(PLANS)) as door:
         asked.send(door.address)
         while True:
             attempt_id = await asyncio.to_thread(asked.recv)

@@ -347,8 +347,8 @@ class Stage:
         return missing
 
     async def exposition(self) -> str:
-        """Return what a front door shows of the whole service's metrics. Raises OSError."""
-        url = f"http://{self.doors[0].ops}/metrics"
+        """Return what a front door shows of the scheduler's metrics. Raises OSError."""
+        url = f"http://{self.doors[0].ops}/metrics/scheduler"
         with await asyncio.to_thread(urllib.request.urlopen, url, timeout=10) as answer:
             return str(answer.read().decode())
 

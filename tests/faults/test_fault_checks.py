@@ -118,7 +118,7 @@ async def told_of_a_memory_that_is_not_the_database(running: ServiceProcess, cro
         job_id = await crowd.members[0].create(0, job_pb2.TIER_RELAX)
         while not (await admin.queues()).tiers[1].waiting:  # noqa: ASYNC110 - its scheduler takes it up
             await asyncio.sleep(0.1)
-        with await asyncio.to_thread(urlopen, f"http://{running.ops}/metrics") as exposition:
+        with await asyncio.to_thread(urlopen, f"http://{running.ops}/metrics/scheduler") as exposition:
             told = await checks.memory_is_the_database(admin, nothing, exposition.read().decode())
         await admin.resume_tier(job_pb2.TIER_RELAX, reason="a test")
         await crowd.members[0].watch(0, job_id)

@@ -82,7 +82,7 @@ async def door(
         scheduling=scheduling_settings,
     )
     pool = await open_pool(dsn, 4)
-    scheduler, metrics, clock = SmallScheduler(), FrontDoorMetrics.create(PLANS), Clock()
+    scheduler, metrics, clock = SmallScheduler(), FrontDoorMetrics(PLANS), Clock()
     async with AsyncExitStack() as stack:
         stack.push_async_callback(pool.close)
         service = await stack.enter_async_context(AsyncExitStack())

@@ -30,7 +30,7 @@ async def pool(database: str) -> AsyncIterator[Pool]:
 
 def _serve(pool: Pool, models: Models, folder: Path, frontdoor: FrontDoorSettings):  # type: ignore[no-untyped-def]
     settings = Settings(data_dir=folder, frontdoor=frontdoor)
-    return serve(settings, pool, SmallScheduler(), models, FrontDoorMetrics.create(PLANS))
+    return serve(settings, pool, SmallScheduler(), models, FrontDoorMetrics(PLANS))
 
 
 async def test_anybody_may_ask_for_health_and_reflection(door: Door) -> None:

@@ -18,10 +18,11 @@ from billing import admin as billing_admin
 from gpu_worker.contract import RenderKind, RenderSpec
 from gpu_worker.models import read_models
 from scheduler import intake
-from scheduler.cluster.local_fleet import LocalFleet
+from scheduler.fleet import Fleet
 from scheduler.leader import Leader, lead
 from scheduler.metrics import FrontDoorMetrics
 from scheduler.policy.decisions import Charge
+from scheduler.policy.fleet_size import Bounds
 from scheduler.policy.ids import AccountId, JobId, Tier
 from scheduler.policy.parameters import Parameters
 from scheduler.running import Running
@@ -109,6 +110,7 @@ class Stage:
         await intake.cancel(
             self.pool,
             self.link,  # type: ignore[arg-type]
+            self.metrics,
             account_id=account_id,
             request_id=str(uuid.uuid4()),
             job_id=job_id,
@@ -155,7 +157,12 @@ class Stage:
 
     @asynccontextmanager
     async def leading(
-        self, fleet: LocalFleet, *, parameters: Parameters | None = None, drain_within_ms: int = 60_000
+        self,
+        fleet: Fleet,
+        *,
+        parameters: Parameters | None = None,
+        drain_within_ms: int = 60_000,
+        scaling: Bounds | None = None,
     ) -> AsyncIterator[Leader]:
         """Lead while the context is open; then die without a word, as a killed process would."""
         async with lead(
@@ -165,6 +172,7 @@ class Stage:
             models=read_models(None),
             sweep_ms=200,
             drain_within_ms=drain_within_ms,
+            scaling=scaling,
             parameters=parameters,
         ) as leader:
             self.link.leader = leader
@@ -310,7 +318,7 @@ async def stage(database: str, connection: asyncpg.Connection) -> AsyncIterator[
             pool=pool,
             link=DirectLink(),
             connection=connection,
-            metrics=FrontDoorMetrics.create(["basic", "standard", "pro"]),
+            metrics=FrontDoorMetrics(["basic", "standard", "pro"]),
         )
     finally:
         await pool.close()

@@ -69,8 +69,8 @@ async def test_what_parks_and_losses_came_to_is_counted(stage: Stage) -> None:
         result = fleet.finish(FIRST, steps_redone=3, park_waits=(1, 0))
         await stage.until_state(leader, job_id, "succeeded")
         assert result.outcome is Outcome.SUCCEEDED
-        await stage.until(leader, lambda: "darkroom_steps_redone_total 3.0" in leader.metrics.exposition())
-        figures = leader.metrics.exposition()
+        await stage.until(leader, lambda: "darkroom_steps_redone_total 3.0" in leader.metrics.page().text)
+        figures = leader.metrics.page().text
     assert 'darkroom_park_wait_steps_bucket{le="0.0"} 1.0' in figures
     assert "darkroom_park_wait_steps_count 2.0" in figures
     assert "darkroom_checkpoint_bytes_total 1000.0" in figures

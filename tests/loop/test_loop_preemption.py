@@ -91,7 +91,7 @@ async def test_fast_job_parks_a_relax_run_which_goes_on_afterwards_and_is_charge
         fleet.finish(WORKER)
         job = await stage.until_state(leader, relax, "succeeded")
         await shares_in_memory_equal_the_database(stage, leader)
-        figures = leader.metrics.exposition()
+        figures = leader.metrics.page().text
     assert "darkroom_parks_total 1.0" in figures
     assert 'darkroom_resumes_total{where="same_gpu"} 1.0' in figures
     (attempt,) = await stage.attempts(relax)

@@ -22,7 +22,17 @@ from scheduler import leader
 from scheduler.policy.ids import AccountId, Tier
 from scheduler.policy.parameters import Parameters
 from scheduler.policy.usage import Rescaling
-from scheduler.store import checkpoints, dispatch, endings, journal, leadership, live, operations, parking
+from scheduler.store import (
+    checkpoints,
+    dispatch,
+    endings,
+    journal,
+    leadership,
+    live,
+    operations,
+    parking,
+    reconciling,
+)
 from scheduler.store.leadership import Deposed
 from tests.loop.conftest import Stage, a_planned_attempt
 
@@ -93,6 +103,9 @@ _READINGS: Mapping[str, Deed] = {
     "live.unheeded": lambda connection, _: live.unheeded(connection, most=1, everywhere=True),
     "live.waiting_accounts": lambda connection, _: live.waiting_accounts(connection),
     "operations.wishes": lambda connection, _: operations.wishes(connection),
+    "reconciling.look": lambda connection, _: reconciling.look(
+        connection, after_lot_id=0, lots=10, again=(), counted_to=0, count_to=0
+    ),
 }
 
 _WRITES: Mapping[str, Mapping[str, Deed]] = {

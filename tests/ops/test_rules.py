@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import re
-import shlex
 import subprocess
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
-import typer
 import yaml
 
 from deploy.prometheus import slo
-from scheduler.client.commands import app
 from scheduler.policy.parameters import Parameters
 from tests.ops.known import KNOWN
 from tests.ops.promql import faults, selectors
 from tests.ops.shipped import ROOT, RULE_TESTS, RULES, alerts, boards, rules, substituted, tool
+from tests.structure.pages import blocks
 
 _RUNBOOK = ROOT / "deploy/runbook.md"
 _ALERTMANAGER = ROOT / "deploy/alertmanager/alertmanager.yml"

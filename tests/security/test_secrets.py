@@ -109,6 +109,7 @@ async def test_a_service_keeps_its_secrets_through_good_and_bad_times(
     command_lines = [" ".join(_command_line(process)) for process in processes]
     assert any("ray::" in line for line in command_lines)
     metrics = await asyncio.to_thread(_page, f"http://{service.ops}/metrics")
+    metrics += await asyncio.to_thread(_page, f"http://{service.ops}/metrics/scheduler")
     assert "darkroom_jobs" in metrics
     ray_logs = _ray_logs(command_lines)
     assert ray_logs

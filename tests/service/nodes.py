@@ -24,7 +24,7 @@ _RAY = str(Path(sys.executable).with_name("ray"))
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
-    """One node with one logical GPU."""
+    """A node with logical GPUs."""
 
     name: str
     address: str
@@ -49,10 +49,13 @@ def cluster_environment(**more: str) -> dict[str, str]:
 
 
 @contextmanager
-def a_node(name: str, *arguments: str, environment: Mapping[str, str]) -> Iterator[Node]:
+def a_node(name: str, *arguments: str, environment: Mapping[str, str], gpus: int = 1) -> Iterator[Node]:
     """Run a node while the context is open; it may be killed meanwhile."""
-    process, said = _started(
-        [_RAY, "start", *arguments, "--block", "--node-name", name, "--num-cpus", "1", "--num-gpus", "1"],
+    process, said = started(
+        [
+            *(_RAY, "start", *arguments, "--block", "--node-name", name),
+            *("--num-cpus", "1", "--num-gpus", str(gpus)),
+        ],
         environment,
     )
     joined = re.search(r"--address='([^']+)'", said)
@@ -66,7 +69,7 @@ def a_node(name: str, *arguments: str, environment: Mapping[str, str]) -> Iterat
             process.kill()
 
 
-def _started(command: list[str], environment: Mapping[str, str]) -> tuple[subprocess.Popen[str], str]:
+def started(command: list[str], environment: Mapping[str, str]) -> tuple[subprocess.Popen[str], str]:
     """Start a node and return it with what it said.
 
     Ray's processes give each other 30 s to come up: on a busy machine one of many starts fails, and is tried

@@ -51,6 +51,10 @@ class ServiceProcess:
         """Return once this worker has joined."""
         self._wait_for(rf'"worker": "{worker_id}".*"event": "worker joined"')
 
+    def wait_for_slot_gone(self, worker_id: str) -> None:
+        """Return once the machine of this worker has left the cluster."""
+        self._wait_for(rf'"worker": "{worker_id}".*"event": "slot gone with its node"')
+
     def last_said(self, event: str, job_id: str) -> dict[str, Any]:
         """Return the newest log line of that event that is about this job."""
         said: dict[str, Any] = json.loads(

@@ -111,7 +111,7 @@ async def test_connections_carry_a_name_and_waits_are_observed(pool: Pool) -> No
     pool.observe_waits(waits.append)
     async with pool.reading() as connection:
         assert await connection.fetchval("SHOW application_name") == "darkroom frontdoor"
-        assert pool.size - pool.idle == 1
+        assert (pool.used, pool.most) == (1, 2)
     assert len(waits) == 1
 
 

@@ -7,6 +7,7 @@ import asyncio
 import asyncpg
 import pytest
 
+from scheduler.metrics import DbErrorClass, DbQuery
 from scheduler.store.lanes import AWAY, Lane
 from scheduler.store.leadership import Deposed, require_leader, take_lead
 from scheduler.store.pool import open_pool
@@ -94,3 +95,46 @@ async def test_front_door_that_fell_silent_in_a_transaction_loses_its_locks_too(
     async with pool.reading() as connection:
         assert await connection.fetchval("SHOW idle_in_transaction_session_timeout") == "10s"
     await pool.close()
+
+
+async def test_trouble_and_named_statements_are_told_to_whoever_watches(
+    database: str, connection: asyncpg.Connection
+) -> None:
+    told: list[object] = []
+
+    class Told:
+        def statement_ended(self, query: DbQuery, took_s: float) -> None:
+            assert took_s > 0
+            told.append(query)
+
+        def database_failed(self, kind: DbErrorClass) -> None:
+            told.append(kind)
+
+    lane = Lane(database, "test")
+    lane.watched_by(Told())
+    tries = 0
+
+    async def cut_once(lanes_own: asyncpg.Connection) -> None:
+        nonlocal tries
+        tries += 1
+        await lanes_own.fetchval("SELECT 'nobody named this'")
+        await lanes_own.fetchval("/* open_holds */ SELECT 1")
+        if tries == 1:
+            await connection.execute(
+                "SELECT pg_terminate_backend($1)", await lanes_own.fetchval("SELECT pg_backend_pid()")
+            )
+        await lanes_own.fetchval("SELECT 1")
+
+    await lane.run(cut_once)
+    for statement in (
+        "SELECT 1 / 0",
+        "SELECT no_such_column",
+        "INSERT INTO billing.account VALUES (NULL, now())",
+    ):
+        with pytest.raises(asyncpg.PostgresError):
+            await lane.run(lambda lanes_own, one=statement: lanes_own.execute(one))  # type: ignore[misc]
+    await lane.close()
+    assert told == [
+        *(DbQuery.OPEN_HOLDS, DbErrorClass.AWAY, DbQuery.OPEN_HOLDS),
+        *(DbErrorClass.REFUSED, DbErrorClass.OTHER, DbErrorClass.REFUSED),
+    ]

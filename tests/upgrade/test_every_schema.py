@@ -122,7 +122,7 @@ async def live_a_little(dsn: str) -> None:
 
 
 def a_stage(dsn: str, connection: asyncpg.Connection, pool: Any) -> Stage:
-    metrics = FrontDoorMetrics.create(["basic", "standard", "pro"])
+    metrics = FrontDoorMetrics(["basic", "standard", "pro"])
     return Stage(dsn=dsn, pool=pool, link=DirectLink(), connection=connection, metrics=metrics)
 
 
