@@ -47,7 +47,7 @@ def test_protos_pass_buf_lint() -> None:
     run("buf", "lint", "proto")
 
 
-def test_generated_code_is_what_the_protos_give(tmp_path: Path) -> None:
+def test_generated_code_and_reference_are_what_the_protos_give(tmp_path: Path) -> None:
     made = subprocess.run(
         [ROOT / "tests" / "generate_protos.sh", tmp_path],
         env={**os.environ, "PYTHON": sys.executable},
@@ -66,6 +66,7 @@ def test_generated_code_is_what_the_protos_give(tmp_path: Path) -> None:
 def _generated(folder: Path) -> Iterator[Path]:
     for package in ("scheduler/v1", "billing/v1"):
         yield from (folder / package).glob("*_pb2*.py*")
+    yield folder / "proto" / "reference.md"
 
 
 SHARED = ("gpu_worker.contract", "gpu_worker.prompt", "gpu_worker.models")
