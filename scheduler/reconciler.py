@@ -35,6 +35,8 @@ class Reconciler:
         self._every_ms = every_ms
         self._after_lot_id = 0
         self._gaps_ms: dict[int, int] = {}
+        self._plans: set[str] = set()
+        """With accounts, at some look."""
         self._counted_to: int | None = None
         self._count_to: int | None = None
         """The newest entry a look ago; None: there was none yet."""
@@ -82,5 +84,8 @@ class Reconciler:
         for one in books.moved:
             kind = BillingKind(one.movement.value)
             self._metrics.fast_time_moved(plan=one.plan, kind=kind, ms=one.ms)
+        for left in self._plans - {plan.plan for plan in books.plans}:
+            self._metrics.accounts_seen(plan=left, accounts=0, exhausted=0)
         for plan in books.plans:
+            self._plans.add(plan.plan)
             self._metrics.accounts_seen(plan=plan.plan, accounts=plan.accounts, exhausted=plan.exhausted)

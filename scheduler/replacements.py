@@ -80,4 +80,7 @@ class Replacements:
         assert report is not None, "only those that are present can leave"
         if not running and not report.unacknowledged and not (report.drawn or report.active or report.parked):
             self._ended.add(worker_id)
+            # Until its death is told it may be wanted again: what it were given then would be lost.
+            self._desk.workers.leaves(worker_id)
+            self._desk.look_at(worker_id)
             self._desk.fleet.replace(worker_id)

@@ -98,7 +98,7 @@ class Waits:
         if isinstance(event, JobSubmitted) and len(self._came) < _MOST_TOLD:
             self._came.append(event.job)
         if concerned is not None:
-            self._look_at(concerned, event.at_ms)
+            self._look_at(concerned, event.at_ms, came=event.job if isinstance(event, JobSubmitted) else None)
 
     def tell(self, expected_ms: Callable[[Job], int | None]) -> None:
         """Note what jobs that came since the last time, and did not start at once, are told."""
@@ -118,15 +118,16 @@ class Waits:
         self._close(wait, now_ms)
         return Started(held_ms=wait.held_ms, told_ms=told_ms)
 
-    def _look_at(self, account_id: AccountId, now_ms: int) -> None:
-        """Begin and end the eligible times of an account's jobs."""
+    def _look_at(self, account_id: AccountId, now_ms: int, *, came: Job | None) -> None:
+        """Begin and end the eligible times of an account's jobs. `came`: the one that is heard of now."""
         waits = self._waits.setdefault(account_id, {})
         account = self._board.cell.accounts.get(account_id)
         eligible = {} if account is None else _eligible(account)
         for job_id, tier in eligible.items():
             wait = waits.get(job_id)
             if wait is None:
-                waits[job_id] = self._first(job_id, tier, now_ms)
+                heard_of = came is not None and job_id == came.job_id
+                waits[job_id] = self._first(job_id, tier, now_ms, held=not heard_of)
             elif wait.because is not None or wait.tier is not tier:
                 self._close(wait, now_ms)
                 self._open(wait, tier, None, now_ms)
@@ -143,11 +144,14 @@ class Waits:
         if not waits:
             del self._waits[account_id]
 
-    def _first(self, job_id: JobId, tier: Tier, now_ms: int) -> _Wait:
-        """Return the waiting of a job that is eligible for the first time, as far as is known."""
+    def _first(self, job_id: JobId, tier: Tier, now_ms: int, *, held: bool) -> _Wait:
+        """Return the waiting of a job that is eligible for the first time, as far as is known.
+
+        One that is so when it is heard of was not `held` before: until then the fleet had not looked at it.
+        """
         accepted_ms = self._board.cell.jobs[job_id].accepted_ms
         wait = _Wait(tier=tier, since_ms=now_ms, paused_ms=self._paused(tier, now_ms))
-        if self._whole_since_ms is not None and accepted_ms >= self._whole_since_ms:
+        if held and self._whole_since_ms is not None and accepted_ms >= self._whole_since_ms:
             wait.hold(HeldBecause.CONCURRENCY_LIMIT, now_ms - accepted_ms)
         return wait
 

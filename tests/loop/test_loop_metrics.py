@@ -292,6 +292,16 @@ async def test_an_account_without_fast_time_is_exhausted(stage: Stage) -> None:
         assert figure(leader, "accounts_exhausted", plan="basic") == 1
 
 
+async def test_a_plan_that_everybody_left_has_no_accounts(stage: Stage) -> None:
+    await stage.open_account("ada", plan="basic")
+    async with stage.leading(LocalFleet(workers=1, take_ms=0)) as leader:
+        await leader._reconciler.look()
+        assert figure(leader, "accounts", plan="basic") == 1
+        await stage.connection.execute("UPDATE billing.subscription SET ended_at = now()")
+        await leader._reconciler.look()
+        assert figure(leader, "accounts", plan="basic") == 0
+
+
 async def test_log_lines_are_counted_by_level(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
     configure_logs("info")
     fleet = LocalFleet(workers=1, take_ms=None)

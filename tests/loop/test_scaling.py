@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from billing import invariants
 from scheduler.cluster.local_fleet import LocalFleet
 from scheduler.leader import Leader
@@ -85,6 +87,27 @@ async def test_what_runs_on_a_machine_that_is_not_needed_is_finished_there(stage
             await stage.until_state(leader, job_id, "succeeded")
     assert [len(await stage.attempts(job_id)) for job_id in jobs] == [1, 1]
     assert await invariants.check(stage.connection) == []
+
+
+class SlowToEnd(LocalFleet):
+    """Whose workers live on for a while after they were told to end."""
+
+    def replace(self, worker_id: str) -> None:
+        self.replaced.append(worker_id)
+
+    def want(self, workers: int, spare: Collection[str]) -> None:
+        self.wanted, self.spare = workers, frozenset(spare)
+
+
+async def test_a_worker_that_was_told_to_end_is_given_nothing_though_it_is_wanted_again(stage: Stage) -> None:
+    fleet = SlowToEnd(workers=2, take_ms=None, per_machine=1)
+    await stage.open_account("ada")
+    async with stage.leading(fleet, scaling=AT_ONCE) as leader:
+        await until_ended(stage, leader, fleet, "here-0/gpu-0")
+        jobs = [await stage.submit("ada", Tier.FAST) for _ in range(3)]
+        await stage.until(leader, lambda: fleet.wanted == 3 and not fleet.spare)
+        await stage.until_waits(leader, jobs[1], "waiting_for_gpu")
+        assert set(fleet.busy) == {"here-1/gpu-0"}
 
 
 async def test_what_is_not_finished_in_time_goes_on_where_machines_stay(stage: Stage) -> None:

@@ -66,7 +66,9 @@ class Cell:
             self.board.apply(event)
             self.waits.heard(event, concerned)
 
-    def submit(self, name: str, at_ms: int, tier: Tier = Tier.FAST) -> JobId:
+    def submit(
+        self, name: str, at_ms: int, tier: Tier = Tier.FAST, *, accepted_ms: int | None = None
+    ) -> JobId:
         job = Job(
             job_id=JobId(name),
             account_id=ADA,
@@ -77,7 +79,7 @@ class Cell:
             model="stand-in",
             memory_bytes=1_000,
         )
-        self.tell(JobSubmitted(at_ms=at_ms, job=job))
+        self.tell(JobSubmitted(at_ms=at_ms, job=job, accepted_ms=accepted_ms))
         return job.job_id
 
     def start(self, job_id: JobId, at_ms: int) -> dict[HeldBecause, int]:
@@ -108,6 +110,13 @@ def test_a_job_that_only_others_are_before_is_not_held() -> None:
     cell = Cell()
     first = cell.submit("first", 1_000)
     assert cell.start(first, 61_000) == {}
+
+
+def test_a_job_that_the_scheduler_hears_of_late_is_not_held_by_its_account() -> None:
+    cell = Cell(running=3)
+    cell.submit("known", 0)
+    late = cell.submit("late", 61_000, accepted_ms=1_000)
+    assert cell.waits.started(late, ADA, 62_000).held_ms == {}
 
 
 @pytest.mark.parametrize("tier", Tier)
