@@ -250,8 +250,9 @@ def ray_token() -> Diagnosis:
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
     if not path.is_file():
         return fail("Ray token", f"Ray asks for one, and {path} is not there.", anew)
-    if stat.S_IMODE(path.stat().st_mode) & 0o077:
-        return warn("Ray token", f"Others on this machine can read {path}.", f"chmod 600 {path}")
+    # A group of its own may read it: root's file, for the service's user.
+    if stat.S_IMODE(path.stat().st_mode) & 0o007:
+        return warn("Ray token", f"Everybody on this machine can get at {path}.", f"chmod o= {path}")
     return ok("Ray token", f"in {path}")
 
 

@@ -82,13 +82,19 @@ def _version(package: str) -> str:
 
 
 def open_files(settings: Settings) -> Diagnosis:
-    """Return whether a front door can have as many connections open as its settings let in."""
-    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    """Return whether a front door can have as many connections open as its settings let in.
+
+    What is known is this shell's limit. A unit has its own, and a shell may raise its own up to the hard one.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = settings.frontdoor.watches_at_once + settings.frontdoor.calls_at_once + _OPEN_FILES_BESIDE
-    if most < wanted:
-        sentence = f"{most:,} for one process, and a front door may come to need {wanted:,}."
-        return warn("open files", sentence, f"ulimit -n {wanted}, or LimitNOFILE={wanted} in the unit")
-    return ok("open files", f"{most:,} for one process")
+    sentence = f"{soft:,} for a process of this shell, and a front door may come to need {wanted:,}"
+    if soft >= wanted:
+        return ok("open files", sentence)
+    fix = f"ulimit -n {wanted}, or LimitNOFILE={wanted} in the unit"
+    if hard >= wanted:
+        return ok("open files", f"{sentence}: {fix}")
+    return warn("open files", f"{sentence}; this shell cannot raise it.", fix)
 
 
 def shared_memory(folder: Path = _SHARED_MEMORY) -> Diagnosis:

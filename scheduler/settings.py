@@ -167,7 +167,8 @@ class Canary(_Section):
     account: str | None = None
     """Whose they are; None: there are none. It needs fast time, and a plan with relax. Its pictures are shown
     to all unless it keeps them private."""
-    every_s: int = Field(default=60, ge=10, le=3_600)
+    every_s: int = Field(default=60, ge=10, le=300)
+    """Often enough that CanaryFailing (deploy/prometheus/alert_rules.yml) tells a failure from a pause."""
 
 
 class Worker(_Section):

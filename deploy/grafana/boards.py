@@ -91,7 +91,7 @@ HEALTH = Board(
         Panel(
             question="How long do jobs wait?",
             means="Eligible time before a job's first start: what its account's own limits held is not "
-            "in it. The points are traces of single jobs.",
+            "in it.",
             unit="s",
             queries=tuple(
                 ask(
@@ -572,7 +572,8 @@ MACHINE = Board(
         ),
         Panel(
             question="Does a job get through from end to end?",
-            means="Time since the canary's last job succeeded, by tier. Empty where no canary is set up.",
+            means="Time since the canary's last job succeeded, by tier. Somebody is told after 10 minutes "
+            "in fast and after 65 in relax. Empty where no canary is set up.",
             unit="s",
             queries=(
                 ask(
@@ -580,7 +581,7 @@ MACHINE = Board(
                     "{{tier}}",
                 ),
             ),
-            limits=((None, GREEN), (600, RED)),
+            limits=((None, GREEN), (600, YELLOW), (3_900, RED)),
         ),
         Panel(
             question="Does Ray have its nodes, and room for what it is asked for?",

@@ -165,7 +165,7 @@ async def things_happen(running: ServiceProcess, looking: Prometheus) -> None:
         await result_of(await ann.imagine("a lighthouse", tier=FAST))
         await _a_balance_is_off(running, looking)
         await _refused(admin, people, dan)
-        await _crowded(running, admin, ann, bob, cleo)
+        await _crowded(running, looking, admin, ann, bob, cleo)
         worker = (await admin.workers())[0].name
         await admin.drain_worker(worker, reason=WHY, within=timedelta(0))
         async with _cancelled(await bob.imagine("a lighthouse", tier=FAST)) as drawn:
@@ -192,12 +192,13 @@ async def _refused(admin: DarkroomClient, people: People, dan: DarkroomClient) -
 
 async def _crowded(
     running: ServiceProcess,
+    looking: Prometheus,
     admin: DarkroomClient,
     ann: DarkroomClient,
     bob: DarkroomClient,
     cleo: DarkroomClient,
 ) -> None:
-    """Fill the GPUs with relax runs, park some for fast jobs, and kill a worker."""
+    """Fill the GPUs with relax runs, park some for fast jobs, and lose a worker."""
     relax = [await one.imagine("a lighthouse", tier=RELAX) for _ in range(4) for one in (ann, bob, cleo)]
     # Forecasts are made by a process that starts with the first queue: who comes after that is told when to
     # expect a start.
@@ -206,9 +207,19 @@ async def _crowded(
     relax += [await one.imagine("a lighthouse", tier=RELAX) for one in (ann, bob, cleo)]
     fast = [await one.imagine("a lighthouse", tier=FAST) for one in (ann, bob, cleo)]
     await asyncio.gather(*(until_step(handle, 2) for handle in fast))
-    running.kill_worker(running.last_said("attempt started", fast[0].id)["worker"])
+    await asyncio.to_thread(_a_worker_is_away, running, looking)
     for handle in [*fast, *relax]:
         await result_of(handle)
+
+
+def _a_worker_is_away(running: ServiceProcess, looking: Prometheus) -> None:
+    """Stop a worker until somebody is told that it is missing, then kill it: another takes its place."""
+    worker = next(one for one in running.processes() if "".join(one.cmdline()).startswith("ray::GpuWorker"))
+    worker.suspend()
+    try:
+        looking.until('ALERTS{alertname="GpuWorkersMissing"}')
+    finally:
+        worker.kill()
 
 
 async def _told(handle: JobHandle) -> bool:

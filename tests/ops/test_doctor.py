@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import http.server
+import resource
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,6 +43,18 @@ async def test_a_front_door_that_may_not_open_what_it_lets_in_is_found(
     found = await found_of(machine)
     assert found["open files"].level is Level.WARN
     assert found["open files"].fix.startswith("ulimit -n 1000001256")
+
+
+async def test_a_shell_with_fewer_open_files_than_a_service_needs_is_no_fault_of_the_service(
+    machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1_024, 524_288))
+    open_files = (await found_of(machine))["open files"]
+    assert open_files.level is Level.OK
+    assert open_files.sentence.startswith(
+        "1,024 for a process of this shell, and a front door may come to need"
+    )
+    assert "LimitNOFILE=6256" in open_files.sentence
 
 
 async def test_a_machine_where_nothing_runs_yet_is_well(machine: Path) -> None:
@@ -187,6 +200,21 @@ async def test_a_cluster_that_asks_for_no_token_is_found(
     monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
     monkeypatch.setenv("RAY_AUTH_MODE", mode)
     monkeypatch.setenv("RAY_AUTH_TOKEN", token)
+    assert ray_token().level is level
+
+
+@pytest.mark.parametrize(
+    ("mode", "level"), [(0o600, Level.OK), (0o640, Level.OK), (0o644, Level.WARN), (0o642, Level.WARN)]
+)
+def test_a_token_may_be_read_by_its_group_and_by_nobody_else(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, mode: int, level: Level
+) -> None:
+    token = machine / "ray_auth_token"
+    token.write_text("0" * 64)
+    token.chmod(mode)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
     assert ray_token().level is level
 
 

@@ -30,6 +30,12 @@ _FIRST = series_of(catalogue()).keys()
 # What a machine that does much else at the same time makes true of the service.
 _SLOW_MACHINE = {"FrontDoorBudgetBurn", "FastStartBudgetBurn", "EventLoopBlocked", "EtaDishonest"}
 
+# What it makes true for a moment, and no longer.
+_SLOW_MOMENTS = {
+    *("FairnessErrorHigh", "DatabasePoolExhausted", "SchedulerStalled", "SchedulerLeaderCountWrong"),
+    *("TargetMissing", "ReconcileStale"),
+}
+
 
 @pytest.fixture(scope="module")
 def looked() -> Iterator[Prometheus]:
@@ -77,10 +83,11 @@ def test_what_happened_pends_and_fires_and_nothing_else_does(looked: Prometheus)
     pending = {name for name, state in seen if state == "pending"}
     # 25 jobs were refused for want of fast time, and a balance was changed by hand.
     assert firing == {"Watchdog", "QuotaRejectionSurge", "LedgerDrift"}
-    # A worker was killed while jobs waited for a GPU: if it had not come back, it would be trouble.
+    # A worker was away while jobs waited for a GPU: if another had not come, it would be trouble.
     assert "GpuWorkersMissing" in pending
     # The canary's first job is yet to come when all begins.
-    assert pending <= {"GpuWorkersMissing", "GpusIdleWhileJobsWait", "CanaryFailing"}
+    expected = {"GpuWorkersMissing", "GpusIdleWhileJobsWait", "CanaryFailing"}
+    assert pending - _SLOW_MOMENTS <= expected
 
 
 def test_everything_is_scraped_and_every_rule_could_be_evaluated(looked: Prometheus) -> None:

@@ -261,7 +261,7 @@ def test_a_reroll_has_a_new_seed_unless_the_prompt_fixes_one(ann: Artist, grid: 
 
 def test_a_job_that_waits_is_moved_and_one_that_waits_or_runs_is_cancelled(ann: Artist, ben: Artist) -> None:
     # On each of the two GPUs something that takes a while.
-    running = [sent(ben, "a boat", "--w", "512", "--h", "512") for _ in range(2)]
+    running = [sent(ben, "a boat", "--w", "448", "--h", "448") for _ in range(2)]
     waiting = sent(ann, "a boat", "--relax")
     shown = ann.types("show", waiting["uid"]).stdout
     assert "place 1" in shown

@@ -149,5 +149,7 @@ async def test_what_happened_is_on_the_pages(scraped: ServiceProcess) -> None:
     debits = total(scheduler, "darkroom_billing_gpu_seconds_total", kind="debit")
     assert debits == pytest.approx(total(scheduler, "darkroom_billing_measured_gpu_seconds_total"))
     assert debits > 0
+    async with asyncio.timeout(60):
+        while total(scheduler, "darkroom_billing_reconcile_runs_total", result="clean") < 1:
+            scheduler = await scrape(scraped, "/metrics/scheduler")
     assert total(scheduler, "darkroom_billing_drift_gpu_seconds") == 0
-    assert total(scheduler, "darkroom_billing_reconcile_runs_total", result="clean") >= 1
