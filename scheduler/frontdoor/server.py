@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import cast
 
 import grpc
@@ -246,18 +247,17 @@ async def serve(
         await server.start()
         background = asyncio.create_task(
             _background(
-                lateness.run(knocked_at),
-                standings,
-                room,
-                estimates,
-                deletions,
-                Lifetimes(pool, clock, settings.lifetimes),
-                Orphans(pool, artifacts, clock, timedelta(days=settings.lifetimes.orphans_days)),
-                Renewals(pool, link, clock),
-                pool,
-                healths,
-                metrics.process.watch_event_loop(),
-                *([] if canary is None else [canary.run()]),
+                partial(lateness.run, knocked_at),
+                standings.run,
+                room.run,
+                estimates.run,
+                deletions.run,
+                Lifetimes(pool, clock, settings.lifetimes).run,
+                Orphans(pool, artifacts, clock, timedelta(days=settings.lifetimes.orphans_days)).run,
+                Renewals(pool, link, clock).run,
+                partial(_keep_telling_health, pool, healths),
+                metrics.process.watch_event_loop,
+                *([] if canary is None else [canary.run]),
             )
         )
         try:
@@ -275,31 +275,10 @@ async def serve(
                     await background
 
 
-async def _background(
-    knocks: Coroutine[None, None, None],
-    standings: Standings,
-    room: QueueRoom,
-    estimates: Estimates,
-    deletions: Deletions,
-    lifetimes: Lifetimes,
-    orphans: Orphans,
-    renewals: Renewals,
-    pool: Pool,
-    healths: health.aio.HealthServicer,
-    *others: Coroutine[None, None, None],
-) -> None:
+async def _background(*kinds_of_work: Callable[[], Coroutine[None, None, None]]) -> None:
     async with asyncio.TaskGroup() as group:
-        for other in others:
-            group.create_task(other)
-        group.create_task(knocks)
-        group.create_task(standings.run())
-        group.create_task(estimates.run())
-        group.create_task(deletions.run())
-        group.create_task(lifetimes.run())
-        group.create_task(orphans.run())
-        group.create_task(room.run())
-        group.create_task(renewals.run())
-        group.create_task(_keep_telling_health(pool, healths))
+        for work in kinds_of_work:
+            group.create_task(work())
 
 
 def _options(settings: FrontDoorSettings) -> list[tuple[str, int]]:

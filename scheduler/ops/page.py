@@ -26,6 +26,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from scheduler.metrics import GpuUse
 from scheduler.ops.lookout import Lookout
 from scheduler.ops.sessions import LIFETIME_S, KeyHolder, Keys, LoginTries, Sessions
+from scheduler.policy.explain import about
 from scheduler.refusals import AccountBlocked, Overloaded, RateLimited, RoleRequired, Unauthenticated
 from scheduler.store.accounts import Role
 
@@ -285,21 +286,9 @@ def _templates(links: Mapping[str, str]) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(about=_about, clock=_clock_time, iso=_iso, gib=_gib)
+    environment.filters.update(about=lambda ms: about(int(ms)), clock=_clock_time, iso=_iso, gib=_gib)
     environment.globals.update(link=links.__getitem__, sections=_SECTIONS, uses=list(GpuUse))
     return environment
-
-
-def _about(ms: float) -> str:
-    """Return a time for people, in the rounding of the command line: `20 s`, `3 min`, `2 h 10 min`."""
-    seconds = (max(int(ms), 0) + 500) // 1000
-    if seconds < 100:
-        return f"{seconds} s"
-    minutes = (seconds + 30) // 60
-    if minutes < 100:
-        return f"{minutes} min"
-    hours, minutes = divmod((minutes + 5) // 10 * 10, 60)
-    return f"{hours} h {minutes} min" if minutes else f"{hours} h"
 
 
 def _clock_time(at: datetime | float) -> str:

@@ -323,7 +323,7 @@ def _of_running(cell: Cell, attempt: Attempt, now_ms: int, *, cancelled: bool) -
         active = cell.fleet.hands(attempt.worker_id).active
         holder = None if active is None else cell.attempts.get(active)
         ends_ms = None if holder is None else holder.ends_ms
-        waited = _about(now_ms - attempt.parked_since_ms)
+        waited = about(now_ms - attempt.parked_since_ms)
         sentences = [
             f"It has been parked for {waited}, between two steps, as a fast job needed its GPU; "
             "no step is done twice."
@@ -331,7 +331,7 @@ def _of_running(cell: Cell, attempt: Attempt, now_ms: int, *, cancelled: bool) -
         if ends_ms is not None:
             sentences.append(f"That job will probably end {_in(ends_ms - now_ms)}; then it goes on.")
         if attempt.checkpoint is not None:
-            patience = _about(cell.parameters.park_patience_ms)
+            patience = about(cell.parameters.park_patience_ms)
             sentences.append(
                 f"Once parked for {patience} it goes on on another GPU of its kind if one is free sooner."
             )
@@ -414,21 +414,21 @@ def _of_bound(bound: Bound | None, tier: Tier, place: Place, parameters: Paramet
         if tier is Tier.RELAX:
             yield (
                 "Fast jobs may take every GPU it could use, so there is no time by which it surely starts; "
-                f"once it has waited {_about(parameters.aging_ms)}, relax gets one start in "
+                f"once it has waited {about(parameters.aging_ms)}, relax gets one start in "
                 f"{parameters.relax_first_one_in} of those that fast would have."
             )
         return
     yield (
-        f"It starts within {_about(bound.within_ms)} if nobody else comes: {_number(bound.gpus, 'GPU')} "
+        f"It starts within {about(bound.within_ms)} if nobody else comes: {_number(bound.gpus, 'GPU')} "
         f"{'is' if bound.gpus == 1 else 'are'} sure for {tier}, one job takes at most "
-        f"{_about(parameters.max_predicted_ms)}, and the others' jobs with tags up to "
+        f"{about(parameters.max_predicted_ms)}, and the others' jobs with tags up to "
         f"{_tag(place.tag)} go before it."
     )
-    yield f"Each account that comes before then adds at most {_about(bound.newcomer_ms)}."
+    yield f"Each account that comes before then adds at most {about(bound.newcomer_ms)}."
     if bound.calm_ms is not None and bound.calm_ms < bound.within_ms:
-        yield f"Without fast jobs it would start within {_about(bound.calm_ms)}."
+        yield f"Without fast jobs it would start within {about(bound.calm_ms)}."
     if bound.whatever_ms is not None:
-        yield f"Whoever comes, it starts within {_about(bound.whatever_ms)}, for its age if not for its tag."
+        yield f"Whoever comes, it starts within {about(bound.whatever_ms)}, for its age if not for its tag."
     yield "All this as long as GPUs stay, models are loaded, and jobs take as long as was predicted."
 
 
@@ -441,10 +441,10 @@ def _number(count: int, of: str) -> str:
 
 
 def _in(ms: int) -> str:
-    return f"in {_about(ms)}" if ms > 0 else "at any moment"
+    return f"in {about(ms)}" if ms > 0 else "at any moment"
 
 
-def _about(ms: int) -> str:
+def about(ms: int) -> str:
     """Return a time for people, in the words and the rounding of the command line's `about`."""
     seconds = (max(ms, 0) + 500) // 1000
     if seconds < 100:
