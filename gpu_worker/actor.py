@@ -22,6 +22,7 @@ from gpu_worker.outputs import Artifacts
 from gpu_worker.run import Engine
 from gpu_worker.settings import WorkerSettings
 from gpu_worker.timed_engine import TimedEngine
+from gpu_worker.tracing import tracer
 
 
 def engine_of(settings: WorkerSettings) -> Engine:
@@ -44,7 +45,9 @@ class GpuWorker:
     def __init__(self, settings: WorkerSettings) -> None:
         from gpu_worker.worker import Worker
 
-        self._worker = Worker(settings, engine_of(settings), Artifacts(settings.artifacts_url))
+        self._worker = Worker(
+            settings, engine_of(settings), Artifacts(settings.artifacts_url), tracer(settings)
+        )
 
     async def render(self, request: RenderRequest) -> None:
         self._worker.render(request)

@@ -161,6 +161,8 @@ class RenderRequest:
     """Where an earlier attempt at the job got to. It costs an encode to go on from there, and no step."""
     after_loss: bool = False
     """The attempt before was lost with its GPU: what it did after its newest checkpoint is done again."""
+    traceparent: str | None = None
+    """The attempt's span, as the W3C writes it, for what is traced of it here; None: nothing is."""
 
 
 class Outcome(StrEnum):
@@ -261,6 +263,10 @@ class RunInHand:
     token: str
     checkpoint: Checkpoint | None = None
     """The newest that is stored."""
+    step: int = 0
+    """Denoising steps that are done; for whoever looks, nothing is decided by it."""
+    steps: int = 0
+    """Of so many; 0: its first boundary is still to come."""
 
 
 @dataclass(frozen=True, kw_only=True)

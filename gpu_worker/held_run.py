@@ -20,6 +20,7 @@ from gpu_worker.gpu_account import Doing, GpuAccount
 from gpu_worker.run import CutState, Preview, RunStopped, StageClock
 from gpu_worker.run_stack import Place, RunStack
 from gpu_worker.settings import WorkerSettings
+from gpu_worker.tracing import Piece, RunTrace
 
 _NS_PER_MS = 1_000_000
 
@@ -63,6 +64,7 @@ class HeldRun:
         request: RenderRequest,
         *,
         clock: StageClock,
+        trace: RunTrace,
         stack: RunStack,
         account: GpuAccount,
         settings: WorkerSettings,
@@ -81,6 +83,7 @@ class HeldRun:
         """
         self.request = request
         self.clock = clock
+        self.trace = trace
         self.stopping = threading.Event()
         self.leaving = threading.Event()
         """It is to be handed over: cut at its next boundary, and ended there."""
@@ -143,11 +146,14 @@ class HeldRun:
     @property
     def in_hand(self) -> RunInHand:
         """What a report says of it."""
+        newest = self.newest
         return RunInHand(
             job_id=self.request.job_id,
             attempt_id=self.request.attempt_id,
             token=self.request.token,
             checkpoint=self.stored or self.request.checkpoint,
+            step=newest.step,
+            steps=newest.steps,
         )
 
     @property
@@ -273,6 +279,7 @@ class HeldRun:
             self.park_waits.append(self.newest.step - self._asked_at_step)
             self._asked_at_step = None
         self._has_gpu = False
+        self.trace.turn_to(Piece.PARKED)
         self._stack.put_down(self.place)
 
     def _preview(self, preview: Callable[[], Preview]) -> None:

@@ -105,6 +105,8 @@ class ModelEntry:
     """The same of a strong variation."""
     upscale_ms: int = 0
     """Expected time of a detailed upscale of a picture of the default size; 0: as long as an imagine grid."""
+    words_read: int = 60
+    """About how many words of a part of a prompt have an effect. A CLIP text encoder reads 75 tokens."""
     ip_adapter: str = ""
     """An absolute path of an IP-Adapter's weights, or `builtin:stand-in`; empty: it takes no pictures."""
     weighted_parts: bool = True

@@ -50,6 +50,8 @@ class WorkerSettings:
     """Speed against the reference class: 1000 is 1."""
     memory_bytes: int | None = None
     """What models and runs may use; None for all of the device's memory."""
+    traces_endpoint: str | None = None
+    """Collector that takes OTLP over HTTP (`http://collector:4318`); None: nothing is traced."""
 
 
 def machine_memory_bytes() -> int:

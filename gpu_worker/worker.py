@@ -31,6 +31,8 @@ import uuid
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass, replace
 
+from opentelemetry.trace import NoOpTracer, Tracer
+
 from gpu_worker.contract import (
     AttemptResult,
     Blame,
@@ -58,6 +60,7 @@ from gpu_worker.outputs import (
 from gpu_worker.run import Engine, EngineFailure, Inputs, Preview, Rendering, RunStopped, parked_bytes
 from gpu_worker.run_stack import Place, RunStack
 from gpu_worker.settings import WorkerSettings
+from gpu_worker.tracing import Piece, RunTrace, TracedClock
 
 _log = logging.getLogger(__name__)
 
@@ -71,10 +74,14 @@ EXIT_GPU_THREAD_ENDED = 70
 class Worker:
     """One GPU's worker. Made, and called, on one running event loop."""
 
-    def __init__(self, settings: WorkerSettings, engine: Engine, artifacts: Artifacts) -> None:
+    def __init__(
+        self, settings: WorkerSettings, engine: Engine, artifacts: Artifacts, tracer: Tracer | None = None
+    ) -> None:
+        """Without `tracer` nothing is traced."""
         self._settings = settings
         self._engine = engine
         self._artifacts = artifacts
+        self._tracer = tracer or NoOpTracer()
         self._loop = asyncio.get_running_loop()
         self._incarnation = str(uuid.uuid4())
         self._epoch = 0
@@ -115,9 +122,11 @@ class Worker:
             raise WorkerBusy(f"{self._settings.worker_id} has attempt {drawing[-1].attempt_id} in hand")
         for oldest in self._too_many(drawing):
             oldest.hand_over()
+        clock, trace = self._engine.stage_clock(), RunTrace(self._tracer, request)
         run = HeldRun(
             request,
-            clock=self._engine.stage_clock(),
+            clock=TracedClock(clock, trace) if trace.is_told else clock,
+            trace=trace,
             stack=self._stack,
             account=self._account,
             settings=self._settings,
@@ -435,6 +444,7 @@ class Worker:
     def _work(self, run: HeldRun) -> None:
         try:
             result = self._attempt(run)
+            run.trace.turn_to(None)
             self._loop.call_soon_threadsafe(self._take_result, run, result, threading.current_thread())
         except BaseException:
             # What gets past _attempt is a bug or a device that is gone for good: some CUDA errors fail every
@@ -481,6 +491,7 @@ class Worker:
         if rendering is None:
             return result
         run.say_drawn()
+        run.trace.turn_to(Piece.DELIVER)
         try:
             delivered = deliver(
                 self._artifacts,
@@ -502,8 +513,10 @@ class Worker:
     def _drawn(self, run: HeldRun) -> Rendering:
         spec = run.request.spec
         # Before it has the GPU, which is another run's until this one can use it.
+        run.trace.turn_to(Piece.FETCH)
         inputs = self._inputs(spec)
         checkpoint = self._checkpoint(run)
+        run.trace.turn_to(Piece.WAIT)
         run.take_gpu()
         run.check()
         while self._load(run):
@@ -558,6 +571,7 @@ class Worker:
     def _load(self, run: HeldRun) -> bool:
         """Bring the next thing that a run needs into memory; False where all of it is there."""
         spec, warm = run.request.spec, self._engine.warm_models()
+        run.trace.turn_to(Piece.LOAD)
         self._account.turn_to(Doing.LOAD, time.monotonic_ns())
         try:
             return self._engine.load(spec.model, spec.kind)

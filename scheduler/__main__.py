@@ -1,4 +1,4 @@
-"""darkroom's server side: serve, demo, migrate, sweep-artifacts, doctor, lead, stop, simulate."""
+"""darkroom's server side: serve, demo, migrate, sweep-artifacts, doctor, lead, stop, simulate, replay."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rich.console import Console
 
 from scheduler.logs import configure_logs
 from scheduler.provenance import SettingsWrong, read_settings
-from scheduler.settings import Settings
+from scheduler.settings import RELEASE, Settings
 
 server = typer.Typer(
     add_completion=False, no_args_is_help=True, help="Run Darkroom.", pretty_exceptions_enable=False
@@ -27,6 +27,7 @@ _errors = Console(stderr=True, highlight=False)
 
 EXIT_USAGE = 2
 EXIT_TROUBLE = 3
+EXIT_CHECK_FAILED = 6
 EXIT_AT_ONCE = 130
 """It was told to stop before it had started, or twice: it has waited for nothing."""
 
@@ -150,11 +151,14 @@ def sweep_artifacts(
 async def _sweep_artifacts(settings: Settings, dsn: str, dry_run: bool) -> None:
     from scheduler.frontdoor.artifacts import Artifacts
     from scheduler.frontdoor.orphans import Orphans
+    from scheduler.metrics import FrontDoorMetrics
     from scheduler.store.pool import open_pool
 
     pool = await open_pool(dsn, 2, application="darkroom sweep")
     kept = timedelta(days=settings.lifetimes.orphans_days)
-    orphans = Orphans(pool, Artifacts(settings.artifacts), lambda: datetime.now(UTC), kept)
+    # Nobody scrapes this process: what it does is printed.
+    metrics = FrontDoorMetrics(())
+    orphans = Orphans(pool, Artifacts(settings.artifacts), metrics, lambda: datetime.now(UTC), kept)
     noted = 0
     try:
         for part in range(256):
@@ -197,7 +201,7 @@ def stop(
 
     What runs is handed over first, and jobs that wait stay in the database.
     """
-    from scheduler.cluster.ray_session import ask_for_no_machines, ray_session, stop_actors
+    from scheduler.cluster.ray_session import ray_session, stop_actors
 
     settings = Settings()
     address = ray_address or settings.ray.address
@@ -208,8 +212,6 @@ def stop(
     with _expected_trouble(), ray_session(cluster):
         for name in stop_actors(cluster.namespace, settings.scheduling.close_down_within_ms / 1000):
             print(f"stopped {name}")
-        if settings.scaling.max_workers is not None:
-            ask_for_no_machines()
 
 
 @server.command()
@@ -329,6 +331,46 @@ def simulate_policies(
             _errors.print(f"wrote {file}")
 
 
+@server.command(name="replay")
+def replay_recordings(
+    files: Annotated[
+        list[Path],
+        typer.Argument(exists=True, dir_okay=False, help="Recordings, from `scheduling.record_to`."),
+    ],
+) -> None:
+    """Decide all that a scheduler decided once more, from its recording, and compare.
+
+    Each cycle is decided twice: deciding must change nothing. Exits with 6 at the first difference, and shows
+    what led to it.
+    """
+    from scheduler.policy.board import Board
+    from scheduler.recording import Recording, RecordingWrong
+    from scheduler.replay import replay
+
+    differ = False
+    for file in files:
+        try:
+            recording = Recording(file)
+            header = recording.header
+            print(f"{file}: of release {header.release}, epoch {header.epoch}")
+            if header.release != RELEASE:
+                print(f"This is release {RELEASE}, which may decide otherwise on purpose.")
+            done = replay(recording, Board(header.parameters))
+        except RecordingWrong as wrong:
+            _errors.print(f"darkroom: {wrong}", style="red")
+            raise typer.Exit(EXIT_USAGE) from wrong
+        same = "the same" if done.difference is None else "not the same"
+        print(f"{done.events:,} events, {done.cycles:,} cycles, {done.decisions:,} decisions: {same}")
+        if done.difference is None:
+            print(recording.end.sentence)
+        else:
+            differ = True
+            for sentence in done.difference.sentences():
+                print(sentence)
+    if differ:
+        raise typer.Exit(EXIT_CHECK_FAILED)
+
+
 def _numbers(text: str) -> list[float]:
     """Return the numbers above 0 in a list with commas."""
     try:
@@ -368,6 +410,7 @@ def _expected_trouble() -> Iterator[None]:
     from scheduler.store.embedded import AlreadyServing
     from scheduler.store.migrate import (
         AfterMigrationsWaiting,
+        DatabaseNotOwned,
         DatabaseUnreachable,
         OlderReleaseRuns,
         SchemaBusy,
@@ -383,6 +426,7 @@ def _expected_trouble() -> Iterator[None]:
     except (
         AfterMigrationsWaiting,
         AlreadyServing,
+        DatabaseNotOwned,
         DatabaseUnreachable,
         ModelsFileWrong,
         NotReady,

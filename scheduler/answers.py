@@ -27,6 +27,10 @@ class WorkerRun:
     started_ms: int
     parked_since_ms: int | None = None
     """None: it has the GPU, or gets it at the next boundary of the run that is parked for it."""
+    step: int = 0
+    """Denoising steps that are done, as its worker said last; 0: none, or it has not said."""
+    steps: int = 0
+    """Of so many; 0: not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +51,10 @@ class WorkerView:
     active: WorkerRun | None
     parked: tuple[WorkerRun, ...]
     """The newest last."""
+    leaves_since_ms: int | None = None
+    """Since when it is being emptied, to end then; None: it is not."""
+    leaves_because: str = ""
+    """A sentence; empty: it is not."""
 
 
 @dataclass(frozen=True, kw_only=True)

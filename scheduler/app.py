@@ -32,6 +32,7 @@ from scheduler.store.embedded import embedded_postgresql
 from scheduler.store.leadership import present_holder
 from scheduler.store.migrate import migrate_database, migrate_database_before, process_name
 from scheduler.store.pool import Pool, open_pool
+from scheduler.tracing import Traces, traces
 
 T = TypeVar("T")
 
@@ -76,11 +77,13 @@ async def running(
 
     Raises AlreadyServing, NotReady, ModelsFileWrong, what `migrate_before` raises, DatabaseUnreachable,
     Overloaded where the database went away meanwhile, OSError where a port is taken, and RuntimeError,
-    saying what to do, where Ray or PostgreSQL cannot be had.
+    saying what to do, where Ray, PostgreSQL or what sends traces cannot be had.
     """
     models = read_models(settings.models_file)
     async with AsyncExitStack() as stack:
+        # What takes seconds is told before, for whoever sits in front of it.
         if settings.database.dsn is None:
+            _log.info("starting PostgreSQL", folder=str(settings.data_dir / "database"))
             dsn = stack.enter_context(embedded_postgresql(settings.data_dir / "database"))
             await migrate_database(dsn)
         else:
@@ -91,13 +94,19 @@ async def running(
         )
         stack.push_async_callback(pool.close)
         async with pool.transaction() as connection:
-            admin_key = await ensure_admin_key(connection, datetime.now(UTC), anew=new_admin_key)
             plans = [version.plan for version in await billing_plans.all_newest(connection)]
         metrics = FrontDoorMetrics(plans)
         metrics.process.configured_as(settings.fingerprint)
         stack.enter_context(lines_counted(metrics.process.logged))
 
+        if settings.ray.address is None:
+            _log.info("starting Ray", gpus=settings.ray.local_gpus)
+        else:
+            _log.info("joining Ray", address=settings.ray.address)
         stack.enter_context(ray_session(settings.ray, show_logs=show_worker_logs))
+        # Not before: what sends spans starts a thread of its own in each fork of this process, and Ray forks.
+        spans = traces(settings.tracing, service="darkroom-frontdoor", release=settings.release)
+        stack.push_async_callback(_send_rest, spans)
         ensure_scheduler(settings, dsn, leads=await _holder(pool))
         link = await stack.enter_async_context(
             ray_link(namespace=settings.ray.namespace, holder=lambda: _holder(pool), release=settings.release)
@@ -106,7 +115,7 @@ async def running(
             # Once the front door has closed. On a cluster the workers live on.
             stack.push_async_callback(_hand_over, link, settings.scheduling.close_down_within_ms / 1000)
         front_door = await stack.enter_async_context(
-            serve(settings, pool=pool, link=link, models=models, metrics=metrics)
+            serve(settings, pool=pool, link=link, models=models, metrics=metrics, tracer=spans.tracer)
         )
         history = History(link.scheduler_metrics, time.time)
         reading = await stack.enter_async_context(_meanwhile(history.run()))
@@ -120,11 +129,15 @@ async def running(
             )
         )
         background = (link.background, front_door.background, reading)
+        _log.info("waiting for the scheduler and its workers")
         await _unless_failed(_until(link.scheduler_ready, "no scheduler took the lead"), background)
         if settings.ray.address is None:
             # On a cluster workers come and go; here a service without its workers has not started.
             joined = _until(lambda: _joined(link, settings.ray.local_gpus), "not all GPU workers started")
             await _unless_failed(joined, background)
+        async with pool.transaction() as connection:
+            # Last: a start that fails on the way to here would leave a key behind that nobody was shown.
+            admin_key = await ensure_admin_key(connection, datetime.now(UTC), anew=new_admin_key)
         yield Service(
             address=f"{settings.frontdoor.host}:{front_door.port}",
             ops_address=f"{settings.ops.host}:{ops.port}",
@@ -207,6 +220,14 @@ async def _hand_over(link: RayLink, within_s: float) -> None:
     # A service that was told twice to stop is being cancelled, and waits for nothing any more.
     if not task.cancelling():
         await link.close_down(within_s)
+
+
+async def _send_rest(spans: Traces) -> None:
+    task = asyncio.current_task()
+    assert task is not None
+    # As above.
+    if not task.cancelling():
+        await asyncio.to_thread(spans.close)
 
 
 async def _joined(link: RayLink, wanted: int) -> bool:

@@ -12,7 +12,7 @@ import gc
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from scheduler.arrivals import Arrivals, Portion
+from scheduler.arrivals import Arrivals, WaitingPortion
 from scheduler.clock import LeaderClock
 from scheduler.inbox import RowsRead
 from scheduler.policy.events import Edge, Event, OrderKnown, RecoveryEnded
@@ -74,7 +74,7 @@ class Backlog:
                 delivery = _Delivery(wanted)
                 self._on_its_way.append(delivery)
                 self._jobs_at_a_time = min(2 * self._jobs_at_a_time, self._jobs_last)
-                delivery.portion = await self._arrivals.read(lane, wanted)
+                delivery.portion = await self._arrivals.read_waiting(lane, wanted)
                 self._tell(RowsRead())
                 while len(self._on_its_way) > len(self.lanes):
                     self._room.clear()
@@ -115,12 +115,12 @@ class Backlog:
             account_id = delivery.wanted.popleft()
             self._done.add(account_id)
             if account_id in delivery.portion.accounts:
-                events = self._arrivals.of_account(delivery.portion, account_id)
+                events = self._arrivals.of_waiting_account(delivery.portion, account_id)
+                self._keep(len(delivery.portion.accounts[account_id][1]))
         if not delivery.wanted:
             self._on_its_way.popleft()
             self._again |= delivery.noticed
             self._room.set()
-        self._keep(len(events))
         return events
 
     def progress(self) -> list[Event]:
@@ -174,7 +174,7 @@ class _Delivery:
     def __init__(self, wanted: Iterable[AccountId]) -> None:
         self.wanted = deque(wanted)
         """Accounts that the board has yet to be told of."""
-        self.portion: Portion | None = None
+        self.portion: WaitingPortion | None = None
         """None: it is being read."""
         self.noticed: set[str] = set()
         """Accounts whose terms changed since."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import shutil
+import sys
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -62,13 +64,18 @@ class _DemoJob:
         self.handle = handle
         self.view = JobView(handle.job, preview_columns=_PREVIEW_COLUMNS)
         self.why_started = ""
+        self.why_went_on: list[str] = []
+        """What became of it since: that it was parked, and why it went on."""
         self._said: tuple[JobState.ValueType, QueueReason.ValueType, int] | None = None
         self._percent_said = 0
 
     def apply(self, update: WatchJobResponse) -> None:
         self.view.apply(update)
         if update.event.state == job_pb2.JOB_STATE_RUNNING:
-            self.why_started = update.event.sentence
+            if not self.why_started:
+                self.why_started = update.event.sentence
+            else:
+                self.why_went_on.append(update.event.sentence)
 
     def news(self, update: WatchJobResponse) -> str | None:
         """Return a line about an update, or None if it says nothing new, for where nothing can be live."""
@@ -156,7 +163,7 @@ async def run_demo(
     _say(console, "Receipts", heading=True)
     console.print(_receipts(jobs))
     _explain_order(jobs, console)
-    _close(jobs, images_dir, console)
+    _close(jobs, images_dir, console, keep=keep)
     if keep:
         _say(console, "The service stays up; these keys are shown only now", heading=True)
         for name, key in (
@@ -167,7 +174,8 @@ async def run_demo(
         ):
             _say(console, f"{name}: {key}")
         _say(
-            console, f"Try: DARKROOM_ADDRESS={address} DARKROOM_KEY={ada.key} darkroom imagine a glass whale"
+            console,
+            f"Try: DARKROOM_ADDRESS={address} DARKROOM_KEY={ada.key} {_typed()} imagine a glass whale",
         )
 
 
@@ -226,6 +234,8 @@ def _explain_order(jobs: Sequence[_DemoJob], console: Console) -> None:
             f"{place}. {job.name} ({tier_word(done.tier)}), submitted at {created}, started at {started}: "
             f"{job.why_started}",
         )
+        for sentence in job.why_went_on:
+            _say(console, f"   since then: {sentence}")
     fast = jobs[-1]
     passed = [job.name for job in order[order.index(fast) + 1 :]]
     if passed:
@@ -237,17 +247,29 @@ def _explain_order(jobs: Sequence[_DemoJob], console: Console) -> None:
         _say(console, "There was a free GPU for each of them, so nobody had to be passed.")
 
 
-def _close(jobs: Sequence[_DemoJob], images_dir: Path, console: Console) -> None:
+def _close(jobs: Sequence[_DemoJob], images_dir: Path, console: Console, *, keep: bool) -> None:
     _say(console, "That was it", heading=True)
     example = jobs[-1].handle.id
     _say(console, f"The pictures are in {images_dir}/; each file name begins with its job's id.")
-    _say(
-        console,
-        "Next: `darkroom demo --keep` leaves the service up, `darkroom serve` runs it for real use; then",
-    )
-    _say(console, '  darkroom imagine "a glass whale --w 256 --h 320 --seed 7" --relax')
-    _say(console, f"  darkroom vary {example} 2")
-    _say(console, "  darkroom info")
+    darkroom = _typed()
+    if keep:
+        _say(console, f"Next, with an address and a key from below (`{darkroom} serve` is for real use):")
+    else:
+        _say(
+            console,
+            f"Next: `{darkroom} demo --keep` leaves the service up, `{darkroom} serve` is for real use; then",
+        )
+    _say(console, f'  {darkroom} imagine "a glass whale --w 256 --h 320 --seed 7" --relax')
+    _say(console, f"  {darkroom} vary {example} 2")
+    _say(console, f"  {darkroom} info")
+
+
+def _typed() -> str:
+    """Return the command as whoever reads this can type it: it may lie in an environment beside them."""
+    if shutil.which("darkroom"):
+        return "darkroom"
+    started = Path(sys.argv[0])
+    return str(started.relative_to(Path.cwd())) if started.is_relative_to(Path.cwd()) else str(started)
 
 
 def _receipts(jobs: Sequence[_DemoJob]) -> Table:

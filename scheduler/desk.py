@@ -5,7 +5,10 @@ One task uses it. Whatever the board is told goes through here, so that it is ta
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+
+from opentelemetry.trace import NoOpTracer, Tracer
 
 from gpu_worker.contract import Checkpoint, RenderRequest, RenderSpec
 from gpu_worker.prompt import file_stem
@@ -19,6 +22,7 @@ from scheduler.policy.parameters import Parameters
 from scheduler.running import Running, RunningAttempts
 from scheduler.store import journal
 from scheduler.store.lanes import Lane
+from scheduler.tracing import traceparent_of
 from scheduler.updates import Updates
 from scheduler.waits import Waits
 from scheduler.workers import Workers
@@ -36,6 +40,7 @@ class Desk:
     updates: Updates
     clock: LeaderClock
     metrics: SchedulerMetrics
+    tracer: Tracer = field(default_factory=NoOpTracer)
     running: RunningAttempts = field(default_factory=RunningAttempts)
     workers: Workers = field(default_factory=Workers)
     notes: journal.Notes = field(default_factory=journal.Notes)
@@ -49,9 +54,19 @@ class Desk:
         """Tell the board what happened, and take it down."""
         for fact in facts:
             concerned = self.waits.concerned(fact)
+            whose = self.board.whose(fact)
             self.board.apply(fact)
-            self.notes.note(fact)
+            self.notes.note(fact, whose)
             self.waits.heard(fact, concerned)
+
+    def tell_of_waiting(self, facts: Sequence[Event]) -> None:
+        """Tell the board all about an account that waited before this scheduler led, and take it down.
+
+        Its waiting is not watched: that begins when the whole queue is known.
+        """
+        for fact in facts:
+            self.board.apply(fact)
+        self.notes.put_off(facts)
 
     def look_at(self, worker_id: str) -> None:
         """Let the board give a worker new attempts, or not, if that has changed."""
@@ -87,5 +102,6 @@ class Desk:
                 parks=parked[-1].attempt_id if parked else None,
                 checkpoint=checkpoint,
                 after_loss=after_loss,
+                traceparent=traceparent_of(running.span),
             ),
         )

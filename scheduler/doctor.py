@@ -35,7 +35,7 @@ from scheduler.doctor_machine import (
     weights,
 )
 from scheduler.provenance import SettingsWrong, masked, read_settings
-from scheduler.settings import Settings
+from scheduler.settings import Canary, Settings
 from scheduler.store.checkup import CheckedDatabase, embedded_dsn, look_at_database
 from scheduler.store.migrate import DatabaseUnreachable
 
@@ -47,6 +47,7 @@ _OLDEST_POSTGRESQL = 17  # the first whose partitioned tables may have identity 
 _HTTP_S = 4.0
 _STORE_S = 10.0
 _UPGRADE = "Finish the upgrade: deploy/upgrade.md."
+_CANARY_OF_ITS_OWN = "Give it an account with a plan of its own, which deploy/README.md has."
 
 
 async def service_diagnoses(*, data_dir: Path | None, dsn: str | None) -> AsyncIterator[Diagnosis]:
@@ -91,7 +92,7 @@ async def _database(settings: Settings) -> AsyncIterator[Diagnosis]:
                 yield ok("database", f"embedded in {settings.data_dir}; it runs while `darkroom serve` does")
             return
     try:
-        seen = await look_at_database(dsn)
+        seen = await look_at_database(dsn, canary=settings.canary.account)
     except DatabaseUnreachable as away:
         yield fail("database", f"{away}", "Look at PostgreSQL and its log, and at DARKROOM_DATABASE__DSN.")
         return
@@ -103,6 +104,8 @@ async def _database(settings: Settings) -> AsyncIterator[Diagnosis]:
         _leader(seen, settings),
     ):
         yield found
+    if settings.canary.account is not None and seen.has_schema:
+        yield _canary(seen, settings.canary)
     if older := [name for name in seen.processes if name.partition("-")[2] != settings.release]:
         yield warn("releases", f"{', '.join(older)} beside this {settings.release}.", _UPGRADE)
     else:
@@ -178,6 +181,20 @@ def _leader(seen: CheckedDatabase, settings: Settings) -> Diagnosis:
     return fail("scheduler", f"{sentence}, and front doors are waiting for it", f"Look at its log; {fix}")
 
 
+def _canary(seen: CheckedDatabase, canary: Canary) -> Diagnosis:
+    if seen.canary is None:
+        return fail("canary", f"There is no account {canary.account} for it.", _CANARY_OF_ITS_OWN)
+    plan, granted = seen.canary.plan, seen.canary.quota_ms // 60_000
+    if seen.canary_take_ms is None:
+        return ok("canary", f"no fast job of it was billed yet; its plan {plan} grants {granted:,} min")
+    shortage = seen.canary.shortage(every_s=canary.every_s, take_ms=seen.canary_take_ms)
+    if shortage is not None:
+        return warn("canary", str(shortage), _CANARY_OF_ITS_OWN)
+    lasts = "and beyond it pays" if seen.canary.has_overage else "which lasts"
+    each = f"a fast job every {canary.every_s} s at {seen.canary_take_ms / 1000:.1f} s each"
+    return ok("canary", f"{each}; its plan {plan} grants {granted:,} min, {lasts}")
+
+
 # Pictures
 
 
@@ -200,7 +217,12 @@ async def _artifacts(settings: Settings) -> Diagnosis:
 def _store(url: str, shown: str) -> Diagnosis:
     files, root = fsspec.core.url_to_fs(url)
     if not url.startswith("file://"):
-        files.ls(root)
+        try:
+            files.ls(root)
+        except FileNotFoundError:
+            # Object stores have no folders: what is before the first picture is the bucket.
+            files.ls(root.strip("/").partition("/")[0])
+            return ok("artifact store", f"{shown} answers, and has no pictures yet")
         return ok("artifact store", f"{shown} answers")
     folder = Path(root)
     if not folder.exists():

@@ -16,7 +16,7 @@ from gpu_worker.models import ModelsFileWrong, read_models
 from scheduler.client.diagnosis import Diagnosis, fail, ok, warn
 from scheduler.settings import Settings
 
-INSTALL = "pip install -c constraints.txt 'darkroom[server,worker]'"
+INSTALL = "pip install -c constraints.txt '.[server,worker]'"
 
 LOW_BYTES = 10 * (1 << 30)
 """So much room on a disk is used up in days."""

@@ -43,7 +43,7 @@ class WorkerHeard:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerLeaves:
-    """The worker's machine is about to end: what it has in hand had better go on elsewhere, at once."""
+    """The slot's machine is about to end: what its worker has in hand had better go on elsewhere, at once."""
 
     worker_id: str
 
@@ -138,7 +138,10 @@ class Fleet(Protocol):
         """
 
     def slots(self) -> Collection[str]:
-        """Return the ids of the workers of all GPUs that the cluster has, those without one included."""
+        """Return the ids of the workers of all GPUs that the cluster has, those without one included.
+
+        Those of machines that are about to end are not among them, whether or not their workers still live.
+        """
 
     async def run(self) -> None:
         """Listen until cancelled. The workers live on."""

@@ -110,8 +110,11 @@ async def submit(
     submission: Submission,
     parameters: Parameters,
     at: datetime,
+    traceparent: str | None = None,
 ) -> Accepted:
     """Accept a job, or return the one that this request id made before.
+
+    `traceparent` names the span whose children are what is done for it; None: it is not traced.
 
     Locks the request id, then the account. Raises Impossible, QueueFull, FastOnly, FastTimeExhausted,
     SpendCapReached, PlanLacksPrivate, SourceNotReady (what it starts from was deleted meanwhile),
@@ -124,7 +127,7 @@ async def submit(
         )
         if outcome is None:
             accepted = await _accept(
-                connection, metrics, account_id, submission, parameters, devices_of(link), at
+                connection, metrics, account_id, submission, parameters, devices_of(link), at, traceparent
             )
             await idempotency.store(
                 connection, account_id, "CreateJob", submission.request_id, {"job_id": accepted.job.job_id}
@@ -339,6 +342,7 @@ async def _accept(
     parameters: Parameters,
     devices: Collection[str],
     at: datetime,
+    traceparent: str | None = None,
 ) -> Accepted:
     refuse_too_long(submission.predicted_ms, parameters)
     terms = await ledger_accounts.lock_terms(connection, account_id, at)
@@ -382,6 +386,7 @@ async def _accept(
             source_image=submission.source_image,
             uploads=submission.uploads,
             warnings=submission.warnings,
+            traceparent=traceparent,
         ),
         "Accepted.",
     )

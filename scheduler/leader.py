@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+from opentelemetry.trace import Tracer
 
 from billing import plans as billing_plans
 from gpu_worker.models import Models
@@ -25,6 +28,7 @@ from scheduler.policy.foresight.lately import Lately
 from scheduler.policy.ids import Tier
 from scheduler.policy.parameters import Parameters
 from scheduler.reconciler import Reconciler
+from scheduler.recorder import RecordedBoard, start_recording
 from scheduler.recovery import restore
 from scheduler.settlement import Settlement
 from scheduler.store import leadership
@@ -35,8 +39,9 @@ from scheduler.updates import QueueStatus, Updates
 # Two lanes keep a commit in flight on each of two connections;
 # more only help with more accounts than one disk serves.
 _SETTLEMENT_LANES = 2
-# What waits is read on two: while the rows of one portion are made events, the database is at the next.
-_BACKLOG_LANES = 2
+# What waits is read on several: each answer waits for its turn of a loop that is busy telling, and four are
+# enough that there is always something to tell.
+_BACKLOG_LANES = 4
 # Between two looks at whether anything runs, where nothing happens meanwhile.
 _LOOK_AGAIN_S = 0.2
 
@@ -146,13 +151,19 @@ async def lead(
     drain_within_ms: int = 60_000,
     reconcile_every_ms: int = 300_000,
     scaling: Bounds | None = None,
+    workers_min: int = 0,
     parameters: Parameters | None = None,
+    tracer: Tracer | None = None,
+    record_to: Path | None = None,
+    record_bytes_max: int = 2**30,
 ) -> AsyncIterator[Leader]:
     """Take the lead, find the workers and restore the board; yields a leader that is ready to `run`.
 
     Workers of another release have `drain_within_ms` each to finish what they have before they are replaced,
-    and so have those that are not needed. Without `scaling` the fleet is what the cluster has.
-    Waits while the database is away. Raises Deposed if yet another scheduler takes the lead meanwhile.
+    and so have those that are not needed. Without `scaling` the fleet is what the cluster has, which should
+    be `workers_min` at least, and without `tracer` nothing is traced. With a folder `record_to`, all that the
+    board is told and decides is taken down there. Waits while the database is away. Raises Deposed if yet
+    another scheduler takes the lead meanwhile.
     """
     parameters = parameters or Parameters()
     # By this connection's name `darkroom migrate --after` sees that a scheduler of that release is there.
@@ -160,6 +171,7 @@ async def lead(
     backlog_lanes = [Lane(dsn, f"backlog {number}") for number in range(_BACKLOG_LANES)]
     questions = Lane(dsn, "questions")
     reconciling = Lane(dsn, "reconciler")
+    recorder = None
     try:
         taken = await lane.run(lambda connection: leadership.take_lead(connection, holder))
         clock = LeaderClock(started_ms=taken.now_ms)
@@ -179,7 +191,14 @@ async def lead(
         )
         arrivals = Arrivals(lane=lane, epoch=taken.epoch, clock=clock, models=models)
         lately = Lately(clock.now_ms())
-        board = ListenedBoard(parameters, lately)
+        if record_to is not None:
+            recorder = start_recording(
+                record_to, epoch=taken.epoch, parameters=parameters, bytes_max=record_bytes_max
+            )
+        if recorder is None:
+            board = ListenedBoard(parameters, lately)
+        else:
+            board = RecordedBoard(parameters, lately, recorder)
         oracle = Oracle(
             board=board,
             forecasts=Forecasts(board=board, lately=lately, parameters=parameters, clock=clock),
@@ -204,6 +223,8 @@ async def lead(
             sweep_ms=sweep_ms,
             drain_within_ms=drain_within_ms,
             wanted_gpus=None if scaling is None else oracle.wanted_gpus,
+            workers_min=workers_min,
+            tracer=tracer,
         )
         await fleet.open(taken.epoch, inbox.put)
         backlog = await restore(
@@ -233,17 +254,23 @@ async def lead(
                     running=loop.desk.running,
                     waits=loop.desk.waits,
                     oracle=oracle,
-                    # A fleet that nobody can grow is to have a worker for each GPU and no more: what the work
-                    # asks for beyond is a reason to wait, not to wake somebody.
-                    wanted_workers=oracle.wanted_gpus if scaling else lambda: len(fleet.slots()),
+                    # A fleet that nobody can grow is to stay as large as it is: what the work asks for beyond
+                    # is a reason to wait, not to wake somebody.
+                    wanted_workers=oracle.wanted_gpus if scaling else lambda: loop.expected_workers,
                     clock=clock,
                     metrics=metrics,
                 ),
                 reconciler=Reconciler(
-                    lane=reconciling, clock=clock, metrics=metrics, every_ms=reconcile_every_ms
+                    lane=reconciling,
+                    clock=clock,
+                    metrics=metrics,
+                    every_ms=reconcile_every_ms,
+                    may_begin=lambda: board.is_whole,
                 ),
             )
     finally:
+        if recorder is not None:
+            recorder.close()
         await lane.close()
         for backlog_lane in backlog_lanes:
             await backlog_lane.close()

@@ -12,7 +12,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import structlog
+from opentelemetry.trace import get_current_span
 from structlog.typing import EventDict, WrappedLogger
+
+from scheduler.tracing import log_fields
 
 _counters: list[Callable[[str], None]] = []
 
@@ -33,6 +36,7 @@ def configure_logs(level: str = "info") -> None:
         processors=[
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
+            _traced,
             _counted,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             *([] if level == "debug" else [_values_left_out]),
@@ -44,6 +48,11 @@ def configure_logs(level: str = "info") -> None:
         # is then, which a test or a daemon may have replaced.
         logger_factory=lambda *_: structlog.WriteLogger(sys.stderr),
     )
+
+
+def _traced(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+    """Say of a line within a call that is traced which trace it is part of."""
+    return {**log_fields(get_current_span()), **event}
 
 
 def _counted(_: WrappedLogger, __: str, event: EventDict) -> EventDict:

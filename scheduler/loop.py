@@ -10,8 +10,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 
+from opentelemetry.trace import NoOpTracer, Tracer
+
 from billing import ledger
-from gpu_worker.contract import RenderSpec
+from gpu_worker.contract import RenderSpec, WorkerReport
 from scheduler.answers import WorkerRun, WorkerView
 from scheduler.arrivals import MOST_SWEPT, Arrivals
 from scheduler.backlog import Backlog
@@ -26,7 +28,8 @@ from scheduler.policy.events import Event
 from scheduler.policy.ids import JobId, Tier
 from scheduler.policy.parameters import Parameters
 from scheduler.replacements import Replacements
-from scheduler.roll_call import RollCall
+from scheduler.roll_call import RollCall, in_hand
+from scheduler.roster import Roster
 from scheduler.running import Running
 from scheduler.scaling import Scaling
 from scheduler.settlement import Settlement
@@ -79,8 +82,12 @@ class Loop:
         sweep_ms: int,
         drain_within_ms: int,
         wanted_gpus: Callable[[], int] | None = None,
+        workers_min: int = 0,
+        tracer: Tracer | None = None,
     ) -> None:
-        """Without `wanted_gpus` the fleet is what the cluster has."""
+        """Without `wanted_gpus` the fleet is what the cluster has, which should be `workers_min` at least;
+        without `tracer` nothing is traced.
+        """
         self._desk = Desk(
             board=board,
             parameters=parameters,
@@ -90,11 +97,19 @@ class Loop:
             updates=updates,
             clock=clock,
             metrics=metrics,
+            tracer=tracer or NoOpTracer(),
         )
         self._arrivals = arrivals
         self._inbox = inbox
         self._sweep_ms = sweep_ms
-        self._roll_call = RollCall(self._desk, settlement)
+        self._roster = Roster(
+            slots=fleet.slots,
+            workers=self._desk.workers,
+            running=self._desk.running,
+            metrics=metrics,
+            at_least=workers_min if wanted_gpus is None else None,
+        )
+        self._roll_call = RollCall(self._desk, settlement, self._roster)
         self._moves = Moves(self._desk)
         self._replacements = Replacements(self._desk, within_ms=drain_within_ms)
         self._scaling = None if wanted_gpus is None else Scaling(self._desk, wanted_gpus=wanted_gpus)
@@ -170,7 +185,7 @@ class Loop:
     def _tell_backlog(self, backlog: Backlog) -> None:
         until_ns = time.monotonic_ns() + _TELL_NS
         while backlog.is_ready and time.monotonic_ns() < until_ns:
-            self._desk.tell(*backlog.next())
+            self._desk.tell_of_waiting(backlog.next())
         self._desk.tell(*backlog.progress())
         again = backlog.again()
         if again:
@@ -267,6 +282,11 @@ class Loop:
         """How many workers have joined and are not lost."""
         return len(self._desk.workers)
 
+    @property
+    def expected_workers(self) -> int:
+        """How many workers there should be in a fleet that is not scaled."""
+        return self._roster.expected
+
     def worker_views(self) -> tuple[WorkerView, ...]:
         """Return what each of them is and has in hand."""
         return tuple(self._view(worker_id) for worker_id in sorted(self._desk.workers.ids()))
@@ -275,6 +295,7 @@ class Loop:
         report = self._desk.workers.report(worker_id)
         assert report is not None
         with_gpu = self._desk.running.with_gpu(worker_id)
+        leaving = self._desk.workers.leaving(worker_id)
         return WorkerView(
             worker_id=worker_id,
             idle_since_ms=self._desk.workers.idle_since_ms(worker_id),
@@ -285,8 +306,10 @@ class Loop:
             memory_bytes=report.memory_bytes,
             memory_used_bytes=report.memory_used_bytes,
             warm_models=report.warm_models,
-            active=None if with_gpu is None else _run_view(with_gpu),
-            parked=tuple(_run_view(one) for one in self._desk.running.parked_on(worker_id)),
+            active=None if with_gpu is None else _run_view(with_gpu, report),
+            parked=tuple(_run_view(one, report) for one in self._desk.running.parked_on(worker_id)),
+            leaves_since_ms=None if leaving is None else leaving.since_ms,
+            leaves_because="" if leaving is None else leaving.because.value,
         )
 
     def queue_statuses(self, job_ids: Iterable[str]) -> Mapping[str, QueueStatus]:
@@ -321,11 +344,13 @@ class Loop:
         self._desk.metrics.parked_seen(self._desk.running.parked)
         if now_ms - self._shown_ms >= _SHOW_FLEET_MS:
             self._shown_ms = now_ms
-            self._desk.metrics.fleet_seen(self._roll_call.states())
+            self._roster.look(now_ms)
+            self._desk.metrics.fleet_seen(self._roster.states(now_ms))
         self._desk.metrics.cycle_ended(took_ns=time.monotonic_ns() - began_ns, now_ms=now_ms)
 
 
-def _run_view(running: Running) -> WorkerRun:
+def _run_view(running: Running, report: WorkerReport) -> WorkerRun:
+    told = next((run for run in in_hand(report) if run.attempt_id == running.attempt_id), None)
     return WorkerRun(
         attempt_id=running.attempt_id,
         job_id=running.job_id,
@@ -333,4 +358,6 @@ def _run_view(running: Running) -> WorkerRun:
         tier=running.tier,
         started_ms=running.started_ms,
         parked_since_ms=running.parked_since_ms,
+        step=0 if told is None else told.step,
+        steps=0 if told is None else told.steps,
     )

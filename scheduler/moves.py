@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 import structlog
 
 from gpu_worker.contract import WorkerReport
+from scheduler.clock import to_ms
 from scheduler.desk import Desk
 from scheduler.metrics import DecisionResult, ResumedWhere
 from scheduler.policy.decisions import GiveUp, Migrate, Resume, Start, Stop
@@ -29,10 +30,11 @@ from scheduler.policy.events import (
     TagsStored,
 )
 from scheduler.policy.ids import AttemptId, JobId, WorkerId
-from scheduler.running import Running, steps_ahead
+from scheduler.running import Running, steps_ahead, traced
 from scheduler.store import dispatch, endings
 from scheduler.store.jobs import spec_from_json
 from scheduler.store.parking import DrawnAttempt, MigratedAttempt, PlannedMigration, PlannedResume
+from scheduler.tracing import ended, job_waited, log_fields, noted, trace_id_of
 from scheduler.updates import JobUpdate
 
 _log = structlog.get_logger()
@@ -118,7 +120,7 @@ class Moves:
                 case Start():
                     if move.job_id in started:
                         if move.parks is not None:
-                            self._park(move.parks, outcome.event_seqs, now_ms)
+                            self._park(move.parks, move.job_id, outcome.event_seqs, now_ms)
                         self._act(move, started[move.job_id], now_ms)
                 case Resume():
                     self._resume(move, outcome.event_seqs, now_ms)
@@ -179,6 +181,7 @@ class Moves:
     def _act(self, start: Start, started: dispatch.StartedAttempt, now_ms: int) -> None:
         plan = started.planned
         spec = spec_from_json(started.spec)
+        self._trace_wait(started, now_ms)
         running = Running(
             attempt_id=plan.attempt_id,
             token=plan.token,
@@ -192,7 +195,9 @@ class Moves:
             given_ms=now_ms,
             checkpoint=started.checkpoint,
             steps=steps_ahead(spec, started.checkpoint if start.resume_from is not None else None),
+            traceparent=started.traceparent,
         )
+        running = traced(running, self._desk.tracer)
         waited = self._desk.waits.started(plan.job_id, plan.account_id, now_ms)
         self._desk.tell(
             AttemptStarted(
@@ -211,6 +216,7 @@ class Moves:
                 waited_ms=started.waited_ms,
                 held_ms=waited.held_ms,
                 promised_ms=waited.told_ms,
+                trace_id=trace_id_of(running.span),
             )
         _log.info(
             "attempt started",
@@ -219,6 +225,7 @@ class Moves:
             worker=plan.worker_id,
             tier=plan.tier.value,
             parks=start.parks,
+            **log_fields(running.span),
         )
         self._desk.give(
             running,
@@ -228,14 +235,36 @@ class Moves:
         )
         self._publish(running, started.event_seq)
 
-    def _park(self, attempt_id: AttemptId, event_seqs: Mapping[JobId, int], now_ms: int) -> None:
+    def _trace_wait(self, started: dispatch.StartedAttempt, now_ms: int) -> None:
+        if started.queued_at is not None:
+            plan = started.planned
+            job_waited(
+                self._desk.tracer,
+                started.traceparent,
+                since_ms=to_ms(started.queued_at),
+                until_ms=now_ms,
+                attributes={
+                    "darkroom.job": plan.job_id,
+                    "darkroom.account": plan.account_id,
+                    "darkroom.tier": plan.tier.value,
+                },
+            )
+
+    def _park(self, attempt_id: AttemptId, by: JobId, event_seqs: Mapping[JobId, int], now_ms: int) -> None:
         running = self._desk.running.get(attempt_id)
         assert running is not None, "what the board parks runs"
         running = replace(running, parked_since_ms=now_ms)
         self._desk.running.put(running)
         self._desk.tell(AttemptParked(at_ms=now_ms, attempt_id=attempt_id))
         self._desk.metrics.run_parked()
-        _log.info("attempt parked", job=running.job_id, attempt=attempt_id, worker=running.worker_id)
+        noted(running.span, "parked", now_ms, {"darkroom.by": by})
+        _log.info(
+            "attempt parked",
+            job=running.job_id,
+            attempt=attempt_id,
+            worker=running.worker_id,
+            **log_fields(running.span),
+        )
         self._publish(running, event_seqs.get(running.job_id))
 
     def _resume(self, move: Resume, event_seqs: Mapping[JobId, int], now_ms: int) -> None:
@@ -249,7 +278,14 @@ class Moves:
         self._desk.fleet.resume(running.worker_id, running.attempt_id)
         self._desk.look_at(running.worker_id)
         self._desk.metrics.run_resumed(ResumedWhere.SAME_GPU)
-        _log.info("attempt resumed", job=running.job_id, attempt=move.attempt_id, worker=running.worker_id)
+        noted(running.span, "resumed", now_ms)
+        _log.info(
+            "attempt resumed",
+            job=running.job_id,
+            attempt=move.attempt_id,
+            worker=running.worker_id,
+            **log_fields(running.span),
+        )
         self._publish(running, event_seqs.get(running.job_id))
 
     def _migrate(self, move: Migrate, migrated: MigratedAttempt | None, now_ms: int) -> None:
@@ -273,6 +309,8 @@ class Moves:
             checkpoint=migrated.checkpoint,
             steps=steps_ahead(spec, migrated.checkpoint),
         )
+        ended(before.span, now_ms, {"darkroom.outcome": "migrated"})
+        running = traced(running, self._desk.tracer)
         self._desk.tell(
             AttemptMigrated(
                 at_ms=now_ms,
@@ -290,6 +328,7 @@ class Moves:
             attempt=running.attempt_id,
             before=before.attempt_id,
             worker=running.worker_id,
+            **log_fields(running.span),
         )
         self._publish(running, migrated.event_seq)
 

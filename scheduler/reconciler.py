@@ -9,6 +9,7 @@ for long is told by the time of the last one.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 import structlog
 
@@ -23,16 +24,28 @@ _log = structlog.get_logger()
 _LOTS = 20_000
 # What is not known is shown as nothing until then.
 _FIRST_AFTER_S = 2.0
+# Of lots that differ, for a log line that can be read; the metric has the sum of all.
+_LOTS_NAMED = 10
 
 
 class Reconciler:
-    """Of one leader; `lane` is its own."""
+    """Of one leader; `lane` is its own. It begins when `may_begin` says so: while a queue is read after a
+    restart, the database has something more urgent to do."""
 
-    def __init__(self, *, lane: Lane, clock: LeaderClock, metrics: SchedulerMetrics, every_ms: int) -> None:
+    def __init__(
+        self,
+        *,
+        lane: Lane,
+        clock: LeaderClock,
+        metrics: SchedulerMetrics,
+        every_ms: int,
+        may_begin: Callable[[], bool],
+    ) -> None:
         self._lane = lane
         self._clock = clock
         self._metrics = metrics
         self._every_ms = every_ms
+        self._may_begin = may_begin
         self._after_lot_id = 0
         self._gaps_ms: dict[int, int] = {}
         self._plans: set[str] = set()
@@ -43,7 +56,10 @@ class Reconciler:
 
     async def run(self) -> None:
         """Look until cancelled."""
-        await asyncio.sleep(min(_FIRST_AFTER_S, self._every_ms / 1000))
+        first_after_s = min(_FIRST_AFTER_S, self._every_ms / 1000)
+        await asyncio.sleep(first_after_s)
+        while not self._may_begin():  # noqa: ASYNC110 - it may wait longer than it must, and nobody tells it
+            await asyncio.sleep(first_after_s)
         while True:
             await self.look()
             await asyncio.sleep(self._every_ms / 1000)
@@ -77,7 +93,8 @@ class Reconciler:
     def _show(self, books: reconciling.Books) -> None:
         new = books.drift.gaps_ms.keys() - self._gaps_ms.keys()
         if new:
-            _log.error("ledger drifts from its journal", lots=sorted(new), gaps_ms=dict(books.drift.gaps_ms))
+            named = {lot_id: books.drift.gaps_ms[lot_id] for lot_id in sorted(new)[:_LOTS_NAMED]}
+            _log.error("ledger drifts from its journal", lots=len(new), gaps_ms=named)
         # Those that differed were compared again, so that what is here is all that is known.
         self._gaps_ms = dict(books.drift.gaps_ms)
         self._metrics.reconciled(drift_ms=sum(self._gaps_ms.values()), now_ms=self._clock.now_ms())

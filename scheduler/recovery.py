@@ -13,7 +13,9 @@ import gc
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
-from scheduler.arrivals import Arrivals
+from opentelemetry.trace import Tracer
+
+from scheduler.arrivals import Arrivals, checkpoint_of
 from scheduler.backlog import Backlog
 from scheduler.clock import LeaderClock, to_ms
 from scheduler.inbox import RowsRead
@@ -23,10 +25,10 @@ from scheduler.policy.ids import AccountId, AttemptId, WorkerId
 from scheduler.policy.job import Job
 from scheduler.policy.parameters import Parameters
 from scheduler.policy.usage import rescaling
-from scheduler.running import Running
+from scheduler.running import Running, traced
 from scheduler.store import live, operations
-from scheduler.store.checkpoints import as_policy_sees
 from scheduler.store.lanes import Lane
+from scheduler.tracing import noted
 from scheduler.updates import JobUpdate
 
 # Containers made and not freed before the collector looks for cycles among them. Python's own number, 700,
@@ -78,7 +80,7 @@ async def restore(
     await loop.adopt(
         [*events, *backlog.progress()],
         backlog=backlog,
-        running=[_running(attempt, rows[attempt.job_id], now_ms) for attempt in attempts],
+        running=[_running(attempt, rows[attempt.job_id], now_ms, loop.desk.tracer) for attempt in attempts],
         specs={attempt.attempt_id: attempt.spec for attempt in attempts},
         updates=[_update(attempt, rows[attempt.job_id]) for attempt in attempts],
         wishes=wishes,
@@ -126,12 +128,12 @@ def _restored(attempt: live.RunningAttempt, row: live.LiveJob, job: Job, now_ms:
         drawn=attempt.drawn_at is not None,
         parks=attempt.parks,
         sheltered=attempt.sheltered,
-        checkpoint=None if row.checkpoint is None else as_policy_sees(row.checkpoint),
+        checkpoint=checkpoint_of(row),
     )
 
 
-def _running(attempt: live.RunningAttempt, job: live.LiveJob, now_ms: int) -> Running:
-    return Running(
+def _running(attempt: live.RunningAttempt, job: live.LiveJob, now_ms: int, tracer: Tracer) -> Running:
+    running = Running(
         attempt_id=attempt.attempt_id,
         token=attempt.token,
         job_id=attempt.job_id,
@@ -146,7 +148,11 @@ def _running(attempt: live.RunningAttempt, job: live.LiveJob, now_ms: int) -> Ru
         drawn_ms=None if attempt.drawn_at is None else to_ms(attempt.drawn_at),
         parked_ms=attempt.parked_ms,
         checkpoint=job.checkpoint,
+        traceparent=attempt.traceparent,
     )
+    running = traced(running, tracer)
+    noted(running.span, "adopted", now_ms)
+    return running
 
 
 def _update(attempt: live.RunningAttempt, job: live.LiveJob) -> JobUpdate:

@@ -245,7 +245,7 @@ class Unauthenticated(Refusal):
     reason = "UNAUTHENTICATED"
 
     def __init__(self) -> None:
-        super().__init__("Send a valid API key as `authorization: Bearer dk_…`; this call had none.")
+        super().__init__("Send a valid API key as `authorization: Bearer dk_…`; this call had no valid one.")
 
     def metadata(self) -> dict[str, str]:
         """Nothing: whoever guesses keys must not learn how near a guess was."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 import structlog
 
 from scheduler.desk import Desk
+from scheduler.workers import LeavesBecause, Leaving
 
 _log = structlog.get_logger()
 
@@ -40,12 +41,15 @@ class Replacements:
         """Do the next step of each: called every second or so."""
         workers = self._desk.workers
         self._ended = {worker_id for worker_id in self._ended if workers.report(worker_id) is not None}
-        for worker_id in workers.departing() - self._ended:
-            workers.leaves(worker_id)
-            self._empty(worker_id, hands_over=True)
+        departing = workers.departing
+        for worker_id in departing.keys() - self._ended:
+            leaving = Leaving(since_ms=departing[worker_id], because=LeavesBecause.MACHINE_ENDS)
+            workers.leaves(worker_id, leaving)
+            self._empty(worker_id, leaving, hands_over=True)
         spare = workers.spare
-        for worker_id in (spare.keys() & workers.ids()) - workers.departing() - self._ended:
-            self._empty(worker_id, hands_over=now_ms - spare[worker_id] >= self._within_ms)
+        for worker_id in (spare.keys() & workers.ids()) - departing.keys() - self._ended:
+            leaving = Leaving(since_ms=spare[worker_id], because=LeavesBecause.NOT_NEEDED)
+            self._empty(worker_id, leaving, hands_over=now_ms - spare[worker_id] >= self._within_ms)
         outdated = workers.outdated() - spare.keys()
         for worker_id in tuple(self._leaving):
             present = workers.report(worker_id) is not None
@@ -65,11 +69,12 @@ class Replacements:
             _log.info("worker of another release leaves", worker=worker_id)
             self._leaving[worker_id] = now_ms
         for worker_id in (self._leaving.keys() & outdated) - self._ended:
+            leaving = Leaving(since_ms=self._leaving[worker_id], because=LeavesBecause.OUTDATED)
             # Each time: one that fell silent meanwhile has joined again as if nothing had been said.
-            workers.leaves(worker_id)
-            self._empty(worker_id, hands_over=now_ms - self._leaving[worker_id] >= self._within_ms)
+            workers.leaves(worker_id, leaving)
+            self._empty(worker_id, leaving, hands_over=now_ms - leaving.since_ms >= self._within_ms)
 
-    def _empty(self, worker_id: str, *, hands_over: bool) -> None:
+    def _empty(self, worker_id: str, leaving: Leaving, *, hands_over: bool) -> None:
         self._desk.look_at(worker_id)
         running = self._desk.running.on(worker_id)
         if hands_over:
@@ -81,6 +86,6 @@ class Replacements:
         if not running and not report.unacknowledged and not (report.drawn or report.active or report.parked):
             self._ended.add(worker_id)
             # Until its death is told it may be wanted again: what it were given then would be lost.
-            self._desk.workers.leaves(worker_id)
+            self._desk.workers.leaves(worker_id, leaving)
             self._desk.look_at(worker_id)
             self._desk.fleet.replace(worker_id)

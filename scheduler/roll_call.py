@@ -26,7 +26,7 @@ from scheduler.fleet import (
     WorkerLeaves,
 )
 from scheduler.inbox import AttemptSettled, Item
-from scheduler.metrics import RequeueReason, RestartReason, WorkerState
+from scheduler.metrics import RequeueReason
 from scheduler.policy import events
 from scheduler.policy.events import (
     AttemptDrawn,
@@ -43,12 +43,14 @@ from scheduler.policy.events import (
 )
 from scheduler.policy.ids import AttemptId, JobId, Tier, WorkerId
 from scheduler.policy.worker import Worker
+from scheduler.roster import Roster
 from scheduler.running import Running
 from scheduler.settlement import Settlement, end_of, end_of_lost, end_of_too_large, ran_out_of_memory
 from scheduler.store import checkpoints
 from scheduler.store.checkpoints import SavedCheckpoint, as_policy_sees
 from scheduler.store.endings import AttemptEnd, Settled, Unknown, Verdict
 from scheduler.store.operations import Wishes
+from scheduler.tracing import ended, log_fields, noted, trace_id_of
 from scheduler.updates import JobUpdate
 
 _log = structlog.get_logger()
@@ -64,15 +66,14 @@ _IN_GOOD_ORDER = (Outcome.SUCCEEDED, Outcome.CANCELLED, Outcome.HANDED_OVER)
 class RollCall:
     """Takes what is heard, and tells the board."""
 
-    def __init__(self, desk: Desk, settlement: Settlement) -> None:
+    def __init__(self, desk: Desk, settlement: Settlement, roster: Roster) -> None:
         self._desk = desk
         self._settlement = settlement
-        self._settling: dict[str, AttemptResult | None] = {}
-        """Attempts whose end is being settled, with what their workers said; None: they were given up."""
+        self._roster = roster
+        self._settling: dict[str, AttemptResult | RequeueReason] = {}
+        """Attempts whose end is being settled, with what their workers said, or why they were given up."""
         self._awaited: dict[str, dict[str, RenderSpec]] = {}
         """Workers from before this scheduler led that have yet to answer, with what is to be adopted then."""
-        self._gone: dict[str, tuple[str, GoneBecause]] = {}
-        """The last lives of slots, and why they ended."""
         self._paused: frozenset[Tier] = frozenset()
         self._fleet_is_met = False
 
@@ -96,7 +97,9 @@ class RollCall:
             case WorkerHeard():
                 self._worker_heard(item.report)
             case WorkerLeaves():
-                self._desk.workers.departs(item.worker_id)
+                now_ms = self._desk.clock.now_ms()
+                self._desk.workers.departs(item.worker_id, now_ms)
+                self._roster.leaves(item.worker_id, now_ms)
             case WorkerGone():
                 self._worker_gone(item)
             case RenderTaken():
@@ -216,7 +219,7 @@ class RollCall:
         for running in self._desk.running.on(report.worker_id):
             if running.incarnation != report.incarnation:
                 self._lose(running, f"The GPU worker {worker_id} was restarted.", executed=True)
-        self._show_life(report, now_ms)
+        self._roster.began(report, now_ms)
         self._desk.workers.joined(report, now_ms, outdated=outdated)
         to_adopt = self._no_longer_awaited(report.worker_id) or {}
         if not self._awaited:
@@ -239,39 +242,6 @@ class RollCall:
             one = self._desk.running.get(attempt_id)
             if one is not None:
                 self.adopt(one, spec)
-
-    def _show_life(self, report: WorkerReport, now_ms: int) -> None:
-        """Show that a slot has a worker that it did not have before."""
-        before = self._gone.pop(report.worker_id, None)
-        if before is None:
-            self._desk.metrics.worker_began(report.worker_id, now_ms)
-        elif before[0] != report.incarnation:
-            self._desk.metrics.worker_began(report.worker_id, now_ms)
-            self._desk.metrics.worker_restarted(RestartReason(before[1].value))
-
-    def states(self) -> Mapping[WorkerState, int]:
-        """Return how many workers are in each state; together they are all slots that are not spare."""
-        workers, running = self._desk.workers, self._desk.running
-        present, busy = workers.ids(), running.busy_workers
-        loading = sum(self._loads(worker_id) for worker_id in present & busy)
-        draining = len(workers.closed() - busy)
-        absent = set(self._desk.fleet.slots()) - present - workers.spare.keys()
-        lost = len(absent & self._gone.keys())
-        return {
-            WorkerState.STARTING: len(absent) - lost,
-            WorkerState.IDLE: len(present - busy) - draining,
-            WorkerState.LOADING: loading,
-            WorkerState.RUNNING: len(present & busy) - loading,
-            WorkerState.DRAINING: draining,
-            WorkerState.LOST: lost,
-        }
-
-    def _loads(self, worker_id: str) -> bool:
-        """Return whether a worker has an attempt whose model it does not have yet."""
-        report, one = self._desk.workers.report(worker_id), self._desk.running.with_gpu(worker_id)
-        assert report is not None, "it is present"
-        assert one is not None, "it is busy"
-        return one.model not in report.warm_models
 
     def _no_longer_awaited(self, worker_id: str) -> Mapping[str, RenderSpec] | None:
         """Return the attempts to be adopted of a worker that was awaited until now; None: it was not."""
@@ -310,9 +280,9 @@ class RollCall:
                 self._settle(running, report.worker_id, self._end_of(result, report, running), result)
         self._drawn(report)
         at_odds = False
-        for run in _in_hand(report):
+        for run in in_hand(report):
             # Not ours, or given up already: its loss is being settled, and what it does counts for nothing.
-            given_up = run.attempt_id in self._settling and self._settling[run.attempt_id] is None
+            given_up = isinstance(self._settling.get(run.attempt_id), RequeueReason)
             if run.attempt_id not in self._desk.running or given_up:
                 # If it stored a checkpoint, its job probably goes on from there.
                 self._desk.fleet.forget(report.worker_id, run.attempt_id, kept=run.checkpoint is not None)
@@ -322,9 +292,15 @@ class RollCall:
         for running in self._desk.running.on(report.worker_id):
             if now_ms - running.given_ms > _RENDER_GRACE_MS and not _has(report, running.attempt_id):
                 was_there = running.parked_since_ms is not None or running.drawn_ms is not None
-                self._lose(running, "The GPU worker does not have it.", executed=was_there)
+                because = RequeueReason.WORKER_LOST if was_there else RequeueReason.NOT_TAKEN
+                self._lose(running, "The GPU worker does not have it.", executed=was_there, because=because)
             elif running.on_gpu_ms(now_ms) > _OVERDUE_TIMES * self._desk.parameters.max_predicted_ms:
-                self._lose(running, "It ran far longer than any job may: the GPU hangs.", executed=True)
+                self._lose(
+                    running,
+                    "It ran far longer than any job may: the GPU hangs.",
+                    executed=True,
+                    because=RequeueReason.TIMEOUT,
+                )
         self._desk.workers.heard(report, at_odds=at_odds)
         self._desk.look_at(report.worker_id)
 
@@ -340,6 +316,7 @@ class RollCall:
             now_ms = self._desk.clock.now_ms()
             self._desk.running.put(replace(running, drawn_ms=now_ms))
             self._desk.tell(AttemptDrawn(at_ms=now_ms, attempt_id=AttemptId(running.attempt_id)))
+            noted(running.span, "drawn", now_ms)
 
     def _end_of(self, result: AttemptResult, report: WorkerReport, running: Running | None) -> AttemptEnd:
         """Return what a worker's result comes to, by what the fleet has."""
@@ -360,16 +337,16 @@ class RollCall:
     def _worker_gone(self, gone: WorkerGone) -> None:
         report = self._desk.workers.report(gone.worker_id)
         if report is not None and report.incarnation == gone.incarnation:
-            if gone.worker_id not in self._desk.workers.spare:
-                self._gone[gone.worker_id] = (gone.incarnation, gone.because)
+            now_ms = self._desk.clock.now_ms()
+            self._roster.ended(gone, now_ms)
             self._desk.metrics.worker_ended(
                 gone.worker_id,
                 gone.incarnation,
                 busy=bool(self._desk.running.on(gone.worker_id)),
-                now_ms=self._desk.clock.now_ms(),
+                now_ms=now_ms,
             )
             self._desk.workers.gone(gone.worker_id)
-            self._desk.tell(WorkerLost(at_ms=self._desk.clock.now_ms(), worker_id=WorkerId(gone.worker_id)))
+            self._desk.tell(WorkerLost(at_ms=now_ms, worker_id=WorkerId(gone.worker_id)))
         elif self._no_longer_awaited(gone.worker_id) is None:
             return
         if gone.because is GoneBecause.REPLACED:
@@ -391,27 +368,51 @@ class RollCall:
             _log.warning("render refused", worker=refused.worker_id, sentence=refused.sentence)
             self._desk.workers.refused(refused.worker_id)
             self._desk.look_at(refused.worker_id)
-            self._lose(running, refused.sentence, executed=False)
+            self._lose(running, refused.sentence, executed=False, because=RequeueReason.NOT_TAKEN)
 
-    def _lose(self, running: Running, sentence: str, *, executed: bool) -> None:
+    def _lose(
+        self,
+        running: Running,
+        sentence: str,
+        *,
+        executed: bool,
+        because: RequeueReason = RequeueReason.WORKER_LOST,
+    ) -> None:
         if running.attempt_id not in self._settling:
             end = end_of_lost(running.attempt_id, running.token, sentence, executed=executed)
-            self._settle(running, running.worker_id, end, None)
-        elif self._settling[running.attempt_id] is not None:
+            self._settle(running, running.worker_id, end, because)
+        elif isinstance(self._settling[running.attempt_id], AttemptResult):
             # What its worker said of its end came first, and counts.
             _log.info("given up too late", worker=running.worker_id, attempt=running.attempt_id)
 
     def _settle(
-        self, running: Running | None, worker_id: str, end: AttemptEnd, result: AttemptResult | None
+        self,
+        running: Running | None,
+        worker_id: str,
+        end: AttemptEnd,
+        because: AttemptResult | RequeueReason,
     ) -> None:
-        self._settling[end.attempt_id] = result
+        self._settling[end.attempt_id] = because
+        if running is not None:
+            # From here to the end of its span it is being settled.
+            now_ms = self._desk.clock.now_ms()
+            if isinstance(because, AttemptResult):
+                told = {"darkroom.reason": because.failure_reason} if because.failure_reason else {}
+                noted(running.span, "ended", now_ms, told)
+            else:
+                told = {"darkroom.reason": because.value}
+                # Why a worker refused is said by the worker, in the words of an error perhaps.
+                if because is not RequeueReason.NOT_TAKEN:
+                    told["darkroom.sentence"] = end.sentence
+                noted(running.span, "lost", now_ms, told)
         # An end that matches nothing we run is settled all the same:
         # the database knows whether it is late or false.
         self._settlement.put(running.account_id if running else "", worker_id, end)
 
     def _attempt_settled(self, item: AttemptSettled) -> None:
         attempt_id = item.end.attempt_id
-        result = self._settling.pop(attempt_id, None)
+        because = self._settling.pop(attempt_id)
+        result = because if isinstance(because, AttemptResult) else None
         settled = item.outcome if isinstance(item.outcome, Settled) else None
         running = self._desk.running.pop(attempt_id)
         if result is not None:
@@ -422,6 +423,8 @@ class RollCall:
                 self._desk.fleet.forget(item.worker_id, attempt_id, kept=kept)
             else:
                 self._desk.fleet.acknowledge(item.worker_id, result)
+        if running is not None:
+            self._end_trace(running, settled, result)
         if running is None or settled is None:
             told_again = settled is not None and settled.verdict is item.end.verdict
             event = "result told again" if told_again else "late result dropped"
@@ -453,7 +456,7 @@ class RollCall:
         self._desk.updates.publish(
             JobUpdate(job_id=settled.job_id, event_seq=settled.event_seq, state=settled.job_state)
         )
-        self._show_end(running, settled, result, now_ms)
+        self._show_end(running, settled, because, now_ms)
         _log.info(
             "attempt ended",
             job=settled.job_id,
@@ -462,13 +465,30 @@ class RollCall:
             gpu_ms=settled.gpu_ms,
             billed_ms=settled.billed_ms,
             absorbed_ms=settled.absorbed_ms,
+            repeated=settled.repeated,
             steps_redone=0 if result is None else result.steps_redone,
             worker=running.worker_id,
+            **log_fields(running.span),
+        )
+
+    def _end_trace(self, running: Running, settled: Settled | None, result: AttemptResult | None) -> None:
+        outcome = "lost" if result is None else result.outcome.value
+        attributes: dict[str, str | int] = {"darkroom.outcome": outcome}
+        if settled is not None:
+            attributes["darkroom.job_state"] = settled.job_state
+            attributes["darkroom.gpu_ms"] = settled.gpu_ms
+            attributes["darkroom.billed_ms"] = settled.billed_ms
+        ended(
+            running.span,
+            self._desk.clock.now_ms(),
+            attributes,
+            failed=result is None or result.outcome is Outcome.FAILED,
         )
 
     def _show_end(
-        self, running: Running, settled: Settled, result: AttemptResult | None, now_ms: int
+        self, running: Running, settled: Settled, because: AttemptResult | RequeueReason, now_ms: int
     ) -> None:
+        result = because if isinstance(because, AttemptResult) else None
         if result is not None:
             self._desk.metrics.run_ended(running.model, result)
         if result is not None and settled.verdict is not Verdict.LOST:
@@ -480,9 +500,10 @@ class RollCall:
                 times=result.times,
                 deliver_ms=None if running.drawn_ms is None else now_ms - running.drawn_ms,
                 steps=running.steps if result.outcome is Outcome.SUCCEEDED else 0,
+                trace_id=trace_id_of(running.span),
             )
         if settled.job_state == "queued":
-            self._desk.metrics.job_requeued(_requeue_reason(result))
+            self._desk.metrics.job_requeued(_requeue_reason(because))
         else:
             failed = settled.job_state == "failed"
             self._desk.metrics.job_ended(
@@ -500,7 +521,7 @@ class RollCall:
             )
 
 
-def _in_hand(report: WorkerReport) -> Iterator[RunInHand]:
+def in_hand(report: WorkerReport) -> Iterator[RunInHand]:
     """Return what a worker has begun and not ended."""
     yield from report.drawn
     if report.active is not None:
@@ -508,17 +529,17 @@ def _in_hand(report: WorkerReport) -> Iterator[RunInHand]:
     yield from report.parked
 
 
-def _requeue_reason(result: AttemptResult | None) -> RequeueReason:
-    if result is not None and result.outcome is Outcome.HANDED_OVER:
+def _requeue_reason(because: AttemptResult | RequeueReason) -> RequeueReason:
+    if isinstance(because, RequeueReason):
+        return because
+    if because.outcome is Outcome.HANDED_OVER:
         return RequeueReason.DRAIN
-    if result is not None and ran_out_of_memory(result):
-        return RequeueReason.OOM
-    return RequeueReason.WORKER_LOST
+    return RequeueReason.OOM if ran_out_of_memory(because) else RequeueReason.FAILED
 
 
 def _with_checkpoints(report: WorkerReport) -> Iterator[RunInHand | AttemptResult]:
     """Return what a worker may have stored a checkpoint of, whose job is to go on from it."""
-    yield from _in_hand(report)
+    yield from in_hand(report)
     for result in report.unacknowledged:
         if result.outcome is Outcome.HANDED_OVER:
             yield result
@@ -526,7 +547,7 @@ def _with_checkpoints(report: WorkerReport) -> Iterator[RunInHand | AttemptResul
 
 def _has(report: WorkerReport, attempt_id: str) -> bool:
     """Return whether a worker has an attempt in hand, or its result."""
-    return any(run.attempt_id == attempt_id for run in _in_hand(report)) or any(
+    return any(run.attempt_id == attempt_id for run in in_hand(report)) or any(
         result.attempt_id == attempt_id for result in report.unacknowledged
     )
 

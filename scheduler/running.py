@@ -8,10 +8,13 @@ them and every heartbeat asks for those of its worker, so nothing here goes thro
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, KeysView
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+
+from opentelemetry.trace import INVALID_SPAN, Span, Tracer
 
 from gpu_worker.contract import Checkpoint, RenderKind, RenderSpec
 from scheduler.policy.ids import AccountId, JobId, Tier
+from scheduler.tracing import attempt_started
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,10 @@ class Running:
     """The newest of its job that is stored."""
     steps: int = 0
     """Denoising steps that this attempt has before it when it begins; 0: not known."""
+    traceparent: str | None = None
+    """The span of the call that made its job; None: it is not traced."""
+    span: Span = field(default=INVALID_SPAN, repr=False)
+    """Its own, which ends with it."""
 
     def on_gpu_ms(self, now_ms: int) -> int:
         """Return how long it has had its worker's GPU."""
@@ -121,6 +128,27 @@ class RunningAttempts:
     def parked(self) -> int:
         """How many are parked."""
         return len(self._parked)
+
+
+def traced(running: Running, tracer: Tracer) -> Running:
+    """Return an attempt that began when it started with its span, where its job is traced."""
+    if running.traceparent is None:
+        return running
+    span = attempt_started(
+        tracer,
+        running.traceparent,
+        attempt_id=running.attempt_id,
+        at_ms=running.started_ms,
+        attributes={
+            "darkroom.attempt": running.attempt_id,
+            "darkroom.job": running.job_id,
+            "darkroom.account": running.account_id,
+            "darkroom.tier": running.tier.value,
+            "darkroom.model": running.model,
+            "darkroom.worker": running.worker_id,
+        },
+    )
+    return replace(running, span=span)
 
 
 def steps_ahead(spec: RenderSpec, checkpoint: Checkpoint | None) -> int:

@@ -49,12 +49,9 @@ class Scaling:
 
     def _machines(self) -> dict[str, Machine]:
         """Return the machines that stay, but for whose work."""
-        workers = self._desk.workers
         slots = defaultdict(list)
         for slot in self._desk.fleet.slots():
             slots[_machine_of(slot)].append(slot)
-        for worker_id in workers.departing():
-            slots.pop(_machine_of(worker_id), None)
         return {machine_id: self._machine(machine_id, ids) for machine_id, ids in slots.items()}
 
     def _machine(self, machine_id: str, slots: list[str]) -> Machine:

@@ -71,6 +71,19 @@ class RayCluster(_Section):
     local_gpus: int = Field(default=2, ge=1, le=64)
     """Workers of a local Ray; logical GPUs where the machine has none."""
     namespace: str = "darkroom"
+    scheduler_resource: str = Field(default="node:__internal_head__", min_length=1)
+    """The scheduler runs only on machines that offer this Ray resource, so give it to none that an autoscaler
+    may take away: it would stay for the scheduler's sake. The default is what Ray's head offers."""
+
+    @field_validator("scheduler_resource")
+    @classmethod
+    def _one_of_its_own(cls, name: str) -> str:
+        if name in ("CPU", "GPU", "memory", "object_store_memory"):
+            raise ValueError(
+                f"{name} is what jobs and other programs take: choose another name, and start the machine "
+                "with --resources '{\"NAME\": 1}'"
+            )
+        return name
 
 
 class FrontDoor(_Section):
@@ -165,8 +178,8 @@ class Canary(_Section):
     """Small jobs that front doors give the service, to see that it works: one in each tier, now and then."""
 
     account: str | None = None
-    """Whose they are; None: there are none. It needs fast time, and a plan with relax. Its pictures are shown
-    to all unless it keeps them private."""
+    """Whose they are; None: there are none. It needs a plan with relax, and with fast time for a job every
+    `every_s`. Its pictures are shown to all unless it keeps them private."""
     every_s: int = Field(default=60, ge=10, le=300)
     """Often enough that CanaryFailing (deploy/prometheus/alert_rules.yml) tells a failure from a pause."""
 
@@ -204,6 +217,20 @@ class Scheduling(_Section):
     close_down_within_ms: int = Field(default=10_000, ge=0, le=3_600_000)
     """For steps to end and checkpoints to be stored when the workers are to end: a local service that is told
     to stop, `darkroom stop`. What is not stored by then is drawn again from the checkpoint before."""
+    record_to: Path | None = None
+    """Folder for recordings, on the machine where the scheduler runs: all that its board is told and decides,
+    a file for each time that a scheduler takes the lead, of which `darkroom replay` decides all again. The
+    newest 20 stay. None: nothing is recorded."""
+    record_bytes_max: int = Field(default=2**30, ge=2**20)
+    """Of one recording, in which a job takes some 250; beyond it nothing more is recorded until a scheduler
+    takes the lead anew."""
+
+    @field_validator("record_to")
+    @classmethod
+    def _is_the_same_folder_everywhere(cls, record_to: Path | None) -> Path | None:
+        if record_to is not None and not record_to.is_absolute():
+            raise ValueError("must be a path from the root: the scheduler runs in another folder than this")
+        return record_to
 
 
 class Scaling(_Section):
@@ -215,7 +242,8 @@ class Scaling(_Section):
     max_workers: int | None = Field(default=None, ge=1, le=10_000)
     """Workers that the scheduler may ask for: the budget. None: the fleet is what the cluster has."""
     min_workers: int = Field(default=1, ge=0, le=10_000)
-    """Workers without any work."""
+    """Workers without any work. In a fleet that is not scaled, how many there should be in any case: to have
+    fewer is an alarm (GpuWorkersMissing), as it is to lose one."""
     shrink_after_ms: int = Field(default=300_000, ge=0, le=24 * 3_600_000)
     """How long fewer are enough before there are fewer; Ray's idle timeout comes on top. A worker that starts
     loads its model again, which may take a minute."""
@@ -225,6 +253,17 @@ class Scaling(_Section):
         if self.max_workers is not None and self.min_workers > self.max_workers:
             raise ValueError(f"min_workers is {self.min_workers}, above max_workers, {self.max_workers}")
         return self
+
+
+class Tracing(_Section):
+    """Traces: where the time of a call and its job went, in every process that had a part in it."""
+
+    endpoint: str | None = Field(default=None, pattern=r"^https?://[^/@?#]+(/[^@?#]*)?$")
+    """Collector that takes OTLP over HTTP (`http://collector:4318`), under /v1/traces there. None: nothing is
+    sent. Each process sends its own spans, and needs the extra `tracing` for it. Keys and certificates that
+    a collector wants are OpenTelemetry's to read, in the environment of each: OTEL_EXPORTER_OTLP_HEADERS."""
+    sampled_permille: int = Field(default=1_000, ge=0, le=1_000)
+    """Of the traces that begin here. Where a call names its trace (`traceparent`), that says whether."""
 
 
 class Lifetimes(_Section):
@@ -274,6 +313,7 @@ class Settings(BaseSettings):
     worker: Worker = Worker()
     scheduling: Scheduling = Scheduling()
     scaling: Scaling = Scaling()
+    tracing: Tracing = Tracing()
     lifetimes: Lifetimes = Lifetimes()
 
     @classmethod

@@ -73,8 +73,7 @@ class Waits:
             case JobSubmitted():
                 return event.job.account_id
             case CancelWanted() | TierChanged() | StartRefused() | AttemptStarted():
-                live = self._board.cell.jobs.get(event.job_id)
-                return None if live is None else live.job.account_id
+                return self._board.whose(event)
             case AttemptFinished() | AttemptLost():
                 attempt = self._board.cell.attempts.get(event.attempt_id)
                 return None if attempt is None else attempt.job.account_id

@@ -9,21 +9,39 @@ jobs.
 from __future__ import annotations
 
 from collections.abc import Collection, KeysView, Mapping
+from dataclasses import dataclass
 from datetime import datetime
+from enum import StrEnum
 
 from gpu_worker.contract import WorkerReport
 from scheduler.clock import to_ms
 
 
+class LeavesBecause(StrEnum):
+    """Why a worker is emptied and ends, as operators read it."""
+
+    MACHINE_ENDS = "Its machine is about to end."
+    NOT_NEEDED = "The work there is needs fewer machines."
+    OUTDATED = "It makes room for a worker of the scheduler's release."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leaving:
+    """That a worker finishes or hands over what it has, gets nothing more, and ends."""
+
+    since_ms: int
+    because: LeavesBecause
+
+
 class _Slot:
     """A worker that has joined."""
 
-    __slots__ = ("at_odds", "idle_since_ms", "leaves", "report")
+    __slots__ = ("at_odds", "idle_since_ms", "leaving", "report")
 
     def __init__(self, report: WorkerReport, now_ms: int) -> None:
         self.report = report
         self.at_odds = False
-        self.leaves = False
+        self.leaving: Leaving | None = None
         self.idle_since_ms: int | None = now_ms
 
 
@@ -36,7 +54,7 @@ class Workers:
         self._draining: frozenset[str] = frozenset()
         self._set_aside: dict[str, datetime] = {}
         self._outdated: dict[str, None] = {}
-        self._departing: dict[str, None] = {}
+        self._departing: dict[str, int] = {}
         self._spare: dict[str, int] = {}
         self._all_closed = False
 
@@ -89,14 +107,15 @@ class Workers:
         """Return the ids of those that are of another release than this scheduler."""
         return self._outdated.keys()
 
-    def departing(self) -> KeysView[str]:
-        """Return the ids of those whose machines are about to end."""
-        return self._departing.keys()
+    @property
+    def departing(self) -> Mapping[str, int]:
+        """Those whose machines are about to end, and since when that is known."""
+        return self._departing
 
-    def departs(self, worker_id: str) -> None:
+    def departs(self, worker_id: str, now_ms: int) -> None:
         """Note that a worker's machine is about to end. To say it again changes nothing."""
         if worker_id in self._slots:
-            self._departing[worker_id] = None
+            self._departing.setdefault(worker_id, now_ms)
 
     @property
     def spare(self) -> Mapping[str, int]:
@@ -109,9 +128,32 @@ class Workers:
         self._spare = {slot: self._spare.get(slot, now_ms) for slot in slots}
         return changed
 
-    def leaves(self, worker_id: str) -> None:
-        """Give a worker nothing as long as it lives: it is to make room."""
-        self._slots[worker_id].leaves = True
+    def leaves(self, worker_id: str, leaving: Leaving) -> None:
+        """Give a worker nothing as long as it lives: it is to make room. The first word counts."""
+        slot = self._slots[worker_id]
+        slot.leaving = slot.leaving or leaving
+
+    def leaving(self, worker_id: str) -> Leaving | None:
+        """Return since when a worker is being emptied, to end then, and why; None: it is not."""
+        slot = self._slots[worker_id]
+        if slot.leaving is None and worker_id in self._spare:
+            return Leaving(since_ms=self._spare[worker_id], because=LeavesBecause.NOT_NEEDED)
+        return slot.leaving
+
+    def is_drained(self, worker_id: str) -> bool:
+        """Return whether an operator wants a slot to take nothing new, whether or not its worker is there."""
+        return worker_id in self._draining
+
+    def was_told(self, worker_id: str) -> bool:
+        """Return whether a worker that has joined was told to take nothing more, so that its end surprises
+        nobody.
+        """
+        return (
+            self._all_closed
+            or self.leaving(worker_id) is not None
+            or worker_id in self._departing
+            or worker_id in self._draining
+        )
 
     def close_all(self) -> None:
         """Give nothing to anybody from now on."""
@@ -142,7 +184,7 @@ class Workers:
             not self._all_closed
             and slot.report.healthy
             and not slot.at_odds
-            and not slot.leaves
+            and slot.leaving is None
             and worker_id not in self._spare
             and worker_id not in self._draining
             and (aside_until is None or to_ms(aside_until) <= now_ms)

@@ -6,7 +6,6 @@ Every database that a test leaves behind is asked whether the ledger's promises 
 from __future__ import annotations
 
 import os
-import shutil
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before anything imports ray
 # Ray is started by fork and exec. Unless told otherwise gRPC starts threads of its own in between, and one of
@@ -18,18 +17,18 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import asyncio
 import itertools
-import tempfile
 from collections.abc import AsyncIterator, Collection, Iterator
-from pathlib import Path
 
 import asyncpg
 import pytest
 import structlog
+from _pytest.nodeid import NodeId
 from hypothesis import settings
 
 from scheduler.store import invariants
 from scheduler.store.embedded import embedded_postgresql, with_database
 from scheduler.store.migrate import migrate
+from tests.folders import data_folder
 
 # Ray replaces `print`, by which structlog logs unless told otherwise, by one that keeps the standard output
 # of the test that started it.
@@ -43,47 +42,43 @@ _numbers = itertools.count()
 
 # What takes longest, and mostly waits for processes of its own: when the run is shared between processes, it
 # must not come last, where one of them would have nothing to do beside it.
-_FIRST = ("service", "faults", "deploy", "ops", "upgrade", "cluster")
+_FIRST = ("service", "faults", "deploy", "ops", "upgrade", "cluster", "structure", "gpu_worker")
+
+_SHARED = ("running", "drawing")
+"""Services that tests of several files share."""
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Say what stays together when processes share the run: a file, and whoever uses the shared service.
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Have what shares a service, and else the tests of a file, stand together, and stay so.
 
-    Without that, each process would start a service, a Ray and a network of its own for every file.
+    Without that, each of the processes that share a run would start a service, a Ray and a network of its own
+    for every file.
     """
-    for item in items:
-        shares_service = "running" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("running" if shares_service else item.nodeid.split("::")[0]))
-    items.sort(
-        key=lambda item: (
-            _FIRST.index(item.path.parent.name) if item.path.parent.name in _FIRST else len(_FIRST)
-        )
-    )
+    together: dict[str, list[pytest.Item]] = {}
+    for item in sorted(items, key=_folder):
+        together.setdefault(_group(item), []).append(item)
+    items[:] = [item for group in together.values() for item in group]
+    if getattr(config.option, "loadgroup", False):
+        for item in items:
+            # Where xdist looks for it. Its mark for groups does nothing: what xdist 3.8 writes for that mark,
+            # pytest 9.2 does not read, and each test would be a group of its own.
+            item._id = NodeId.parse(f"{item.nodeid}@{_group(item)}")
 
 
-# A database of its own for each of a thousand tests is a million files made and removed: in memory that takes
-# a fifth of the CPU time that it takes on a disk.
-_MEMORY = Path("/dev/shm")
-# Docker gives 64 MiB unless told otherwise; what the whole run writes stays below this.
-_MEMORY_BYTES = 3 * 2**30
+def _folder(item: pytest.Item) -> int:
+    return next((place for place, folder in enumerate(_FIRST) if folder in item.path.parts), len(_FIRST))
 
 
-def _folder_for_databases() -> str | None:
-    """Return a folder in memory, where this machine has one with room; None: the usual one is to be used."""
-    if _MEMORY.is_dir() and shutil.disk_usage(_MEMORY).free >= _MEMORY_BYTES:
-        return str(_MEMORY)
-    return None
+def _group(item: pytest.Item) -> str:
+    used = getattr(item, "fixturenames", ())
+    return next((service for service in _SHARED if service in used), item.nodeid.split("::")[0])
 
 
 @pytest.fixture(scope="session")
 def postgresql() -> Iterator[str]:
     """DSN of a server that lives as long as the test run."""
-    # A short path: a Unix socket's name ends at 107 bytes.
-    with (
-        tempfile.TemporaryDirectory(prefix="dr-", dir=_folder_for_databases()) as folder,
-        embedded_postgresql(Path(folder) / "pg") as dsn,
-    ):
+    with data_folder() as folder, embedded_postgresql(folder / "pg") as dsn:
         yield dsn
 
 

@@ -18,7 +18,7 @@ for argument in "$@"; do
     fi
 done
 
-deploy/environment.sh server,worker,simulator,tracing,dev
+deploy/environment.sh server,worker,simulator,tracing,s3,dev
 # faulthandler also after pytest's own has been taken down: a crash while the process ends then says where.
 export PYTHONFAULTHANDLER=1
 # The long form, because bash 3.2, which macOS ships, takes an empty array for an unset variable.

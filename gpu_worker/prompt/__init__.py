@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from gpu_worker.contract import WHOLE_PPM, TextPart
-from gpu_worker.prompt.findings import CONTROL, Findings, PromptRefused, Violation
+from gpu_worker.prompt.findings import CONTROL, Findings, PromptRefused, Violation, shown
 from gpu_worker.prompt.parameters import Parameters
-from gpu_worker.prompt.texts import BLANK, pieces, shows, texts, urls, warn_of_unread
+from gpu_worker.prompt.texts import BLANK, pieces, shows, texts, urls
 from gpu_worker.prompt.weights import decimal, in_one_unit, shares_ppm
 from gpu_worker.prompt.words import FIRST_URL, MAX_SEED, SIDE_STEP
 
@@ -118,7 +118,6 @@ def parse(prompt: str, uploaded: int = 0) -> ParsedPrompt:
         )
     if parameters.picture_weight is not None and not pictures:
         findings.warn("--iw has no effect: there are no pictures to weigh against the text.")
-    warn_of_unread(parts, findings)
     shares = shares_ppm(weights)
     return ParsedPrompt(
         text=" ".join(part.text for part in parts),
@@ -140,6 +139,15 @@ def parse(prompt: str, uploaded: int = 0) -> ParsedPrompt:
         visibility=parameters.chosen("private", "public"),
         warnings=tuple(findings.warnings),
     )
+
+
+def unread(parsed: ParsedPrompt, words_read: int) -> Iterator[str]:
+    """Yield a warning for each part that is longer than what a model reads of it, from its beginning."""
+    for text in [part.text for part in parsed.parts] or [parsed.text]:
+        words = text.count(" ") + 1
+        if words > words_read:
+            these = f"the {words} of “{shown(text)}”" if parsed.parts else f"these {words}"
+            yield f"The model reads about {words_read} words; of {these} the last ones have no effect."
 
 
 def print_prompt(parsed: ParsedPrompt) -> str:

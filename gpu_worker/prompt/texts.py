@@ -10,8 +10,6 @@ from gpu_worker.prompt.findings import Findings, shown
 from gpu_worker.prompt.weights import ONE, WEIGHTS_ARE, looks_like_weight, weight_of
 from gpu_worker.prompt.words import parameter_name, refuse_misplaced
 
-# A CLIP text encoder reads 75 tokens, about 60 English words.
-_WORDS_READ = 60
 _UNSEEN = frozenset(("Cc", "Cf", "Cs", "Me", "Mn", "Zl", "Zp", "Zs"))
 # Fillers of Hangul, and Braille without a dot: letters and symbols that leave a space.
 BLANK = frozenset("\u115f\u1160\u2800\u3164\uffa0")
@@ -97,17 +95,6 @@ def texts(pieces: Sequence[str], findings: Findings) -> list[WeightedText]:
             "put :: after the words that it should not apply to."
         )
     return found
-
-
-def warn_of_unread(texts: Sequence[WeightedText], findings: Findings) -> None:
-    """Warn of words without effect. The model reads each part on its own, from its beginning."""
-    for text in texts:
-        words = text.text.count(" ") + 1
-        if words > _WORDS_READ:
-            these = f"these {words}" if len(texts) == 1 else f"the {words} of “{shown(text.text)}”"
-            findings.warn(
-                f"The model reads about {_WORDS_READ} words; of {these} the last ones have no effect."
-            )
 
 
 def _after_colons(glued: str, findings: Findings) -> tuple[str, int, str]:

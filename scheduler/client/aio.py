@@ -3,8 +3,8 @@
 Every request that changes something carries a request id, chosen here. A call that the service could not
 take (UNAVAILABLE, and nothing else) is sent again under the same id, after the delay that the service asks
 for; so an answer is one job, however often it had to be asked for. A watch that breaks goes on after the
-last event it saw; a download that breaks starts its unfinished files again, and a picture appears under
-its name only when its SHA-256 is right.
+last event it saw; a download that breaks starts its unfinished files again, an archive its unfinished
+picture, and a picture appears under its name only when its SHA-256 is right.
 
 Answers are the protobuf messages of scheduler.v1 and billing.v1. Errors are the classes of `errors`.
 """
@@ -25,6 +25,8 @@ from typing import Any, Protocol, Self, TypeVar
 
 import grpc
 from google.protobuf.field_mask_pb2 import FieldMask
+from google.protobuf.message import Message
+from opentelemetry.trace import TracerProvider
 
 from billing.v1 import admin_pb2
 from billing.v1.admin_pb2 import (
@@ -69,7 +71,7 @@ from billing.v1.billing_pb2 import (
     Transfer,
 )
 from billing.v1.billing_pb2_grpc import BillingServiceStub
-from scheduler.client.download import PartFile, announced_name
+from scheduler.client.download import Saving
 from scheduler.client.errors import (
     CannotSave,
     ConfigUnreadable,
@@ -92,6 +94,7 @@ from scheduler.client.names import (
     plan_name,
     worker_name,
 )
+from scheduler.client.tracing import client_tracer, traced_call
 from scheduler.client.uploads import contents
 from scheduler.v1 import job_pb2
 from scheduler.v1.account_pb2 import Account, GetAccountRequest, UpdateAccountRequest
@@ -99,8 +102,10 @@ from scheduler.v1.account_pb2_grpc import AccountServiceStub
 from scheduler.v1.fleet_pb2 import (
     AuditFairnessRequest,
     AuditFairnessResponse,
+    Decision,
     DrainWorkerRequest,
     GetQueuesRequest,
+    ListDecisionsRequest,
     ListWorkersRequest,
     PauseTierRequest,
     Queues,
@@ -181,7 +186,7 @@ _CHANNEL_OPTIONS: Sequence[tuple[str, int | str]] = (
     ("grpc.max_reconnect_backoff_ms", 2_000),
 )
 
-Request = TypeVar("Request", contravariant=True)
+Request = TypeVar("Request", bound=Message, contravariant=True)
 Answer = TypeVar("Answer", covariant=True)
 
 
@@ -240,10 +245,13 @@ class DarkroomClient:
         plain_text: bool = False,
         retries: RetryPolicy | None = None,
         pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        tracer_provider: TracerProvider | None = None,
     ) -> None:
+        """Without `tracer_provider`, the spans of calls go where the program's own go, if it has any."""
         self.address = address
         self._retries = retries or RetryPolicy()
         self._pause = pause
+        self._tracer = client_tracer(tracer_provider)
         self._metadata = (("authorization", f"Bearer {key}"),) if key else ()
         if tls is None and (plain_text or _is_loopback(address)):
             self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
@@ -475,35 +483,34 @@ class DarkroomClient:
         Every state event comes once and in order, also over broken connections; of queue places and progress
         only the newest is sent.
         """
-        name = job_name(job)
-        sequence = after_sequence
+        request = WatchJobRequest(name=job_name(job), after_sequence=after_sequence, previews=previews)
         repeats = 0
-        while True:
-            request = WatchJobRequest(name=name, after_sequence=sequence, previews=previews)
-            call = self._jobs.WatchJob(request, metadata=self._metadata)
-            broken: DarkroomError | None = None
-            try:
-                async for update in call:
-                    repeats = 0
-                    if update.WhichOneof("update") == "event":
-                        sequence = update.event.sequence
-                    yield update
-                    if update.event.state in ENDED:
+        with traced_call(self._tracer, request) as span:
+            while True:
+                call = self._jobs.WatchJob(request, metadata=(*self._metadata, *span))
+                broken: DarkroomError | None = None
+                try:
+                    async for update in call:
+                        repeats = 0
+                        if update.WhichOneof("update") == "event":
+                            request.after_sequence = update.event.sequence
+                        yield update
+                        if update.event.state in ENDED:
+                            return
+                except grpc.aio.AioRpcError as failure:
+                    broken = raised_for(failure, self.address)
+                    if not broken.retried or repeats == self._retries.stream_times:
+                        raise broken from failure
+                finally:
+                    call.cancel()
+                if broken is None:
+                    # The service ended the stream without an end of the job: either it was asked for events
+                    # after the last one, or it is closing down.
+                    now = await self.get(request.name)
+                    if now.state in ENDED and now.event_sequence <= request.after_sequence:
                         return
-            except grpc.aio.AioRpcError as failure:
-                broken = raised_for(failure, self.address)
-                if not broken.retried or repeats == self._retries.stream_times:
-                    raise broken from failure
-            finally:
-                call.cancel()
-            if broken is None:
-                # The service ended the stream without an end of the job: either it was asked for events after
-                # the last one, or it is closing down.
-                now = await self.get(name)
-                if now.state in ENDED and now.event_sequence <= sequence:
-                    return
-            repeats += 1
-            await self._wait_before(repeats, broken)
+                repeats += 1
+                await self._wait_before(repeats, broken)
 
     async def download(self, name: str, folder: Path, *, image: int | None = None) -> list[Path]:
         """Save all pictures and videos of a job, or one of them, in `folder`; return their paths.
@@ -523,8 +530,8 @@ class DarkroomClient:
     async def download_all(self, folder: Path, *, file_name: str | None = None) -> Path:
         """Save all pictures of the account as one ZIP archive in `folder`, and return its path.
 
-        It is called as the service calls it, or `file_name`. It is made while it is sent: one that breaks
-        off begins again. Raises DownloadDamaged and CannotSave as `download` does.
+        It is called as the service calls it, or `file_name`. One that breaks off goes on behind the last
+        picture that had arrived whole. Raises DownloadDamaged and CannotSave as `download` does.
         """
         saved = await self._download(OWN_ACCOUNT, folder, file_name)
         if len(saved) != 1:
@@ -548,52 +555,46 @@ class DarkroomClient:
     async def _download(self, name: str, folder: Path, file_name: str | None = None) -> dict[str, Path]:
         """Save what `name` stands for; return the paths, by resource name."""
         request = DownloadImagesRequest(name=name)
-        saved: dict[str, Path] = {}
+        saving = Saving(folder, file_name)
         repeats = 0
-        while True:
-            before = len(saved)
+        with traced_call(self._tracer, request) as span:
             try:
                 await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
-                await self._download_rest(request, folder, file_name, saved)
+                while True:
+                    before = len(saving)
+                    call = self._jobs.DownloadImages(request, metadata=(*self._metadata, *span))
+                    try:
+                        await self._download_rest(call, saving)
+                    except grpc.aio.AioRpcError as failure:
+                        error = raised_for(failure, self.address)
+                        request.after = await saving.broke_off()
+                        repeats = 1 if len(saving) > before else repeats + 1
+                        if not error.retried or repeats > self._retries.times:
+                            raise error from failure
+                        await self._wait_before(repeats, error)
+                    else:
+                        return saving.files
             except OSError as failure:
                 raise CannotSave(f"{folder}: {failure.strerror}.") from failure
-            except grpc.aio.AioRpcError as failure:
-                error = raised_for(failure, self.address)
-                repeats = 1 if len(saved) > before else repeats + 1
-                if not error.retried or repeats > self._retries.times:
-                    raise error from failure
-                await self._wait_before(repeats, error)
-            else:
-                return saved
+            finally:
+                await saving.discard()
 
     async def _download_rest(
-        self, request: DownloadImagesRequest, folder: Path, file_name: str | None, saved: dict[str, Path]
+        self,
+        call: grpc.aio.UnaryStreamCall[DownloadImagesRequest, DownloadImagesResponse],
+        saving: Saving,
     ) -> None:
-        """Read one stream; add each file that is complete to `saved`, by its resource name."""
-        call = self._jobs.DownloadImages(request, metadata=self._metadata)
-        part: PartFile | None = None
-        skipping = False
+        """Read one stream, and save the files in it."""
         try:
             parts = aiter(call)
             while (answer := await self._next_part(parts)) is not None:
                 if answer.WhichOneof("part") == "header":
-                    if part is not None:
-                        saved[part.name] = await part.finish()
-                        part = None
-                    skipping = announced_name(answer.header) in saved
-                    if not skipping:
-                        part = await PartFile.open(answer.header, folder, file_name)
-                elif part is not None:
-                    await part.write(answer.chunk)
-                elif not skipping:
-                    raise ServiceFailed(f"{self.address} sent bytes of a file before saying which")
-            if part is not None:
-                saved[part.name] = await part.finish()
-                part = None
+                    await saving.begin(answer.header)
+                else:
+                    await saving.write(answer.chunk)
+            await saving.end()
         finally:
             call.cancel()
-            if part is not None:
-                await part.discard()
 
     async def _next_part(self, parts: AsyncIterator[DownloadImagesResponse]) -> DownloadImagesResponse | None:
         """Return the next part of a download; None at its end. Raises NoAnswerInTime if none comes."""
@@ -707,6 +708,11 @@ class DarkroomClient:
     async def queues(self) -> Queues:
         """Return what waits and runs in each tier, and how the GPUs are shared."""
         return await self._call(self._fleet.GetQueues, GetQueuesRequest())
+
+    async def decisions(self, *, most: int = 25) -> list[Decision]:
+        """Return what the scheduler decided lately, newest first: up to `most`, 100 at most."""
+        request = ListDecisionsRequest(page_size=most)
+        return list((await self._call(self._fleet.ListDecisions, request)).decisions)
 
     async def pause_tier(self, tier: Tier.ValueType, *, reason: str) -> TierQueue:
         """Let nothing of a tier start; what runs goes on."""
@@ -1004,15 +1010,17 @@ class DarkroomClient:
         self, method: _Method[Request, Answer], request: Request, deadline_s: float = _DEADLINE_S
     ) -> Answer:
         repeats = 0
-        while True:
-            try:
-                return await method(request, timeout=deadline_s, metadata=self._metadata)
-            except grpc.aio.AioRpcError as failure:
-                error = raised_for(failure, self.address)
-                if not error.retried or repeats == self._retries.times:
-                    raise error from failure
-            repeats += 1
-            await self._wait_before(repeats, error)
+        with traced_call(self._tracer, request) as span:
+            metadata = (*self._metadata, *span)
+            while True:
+                try:
+                    return await method(request, timeout=deadline_s, metadata=metadata)
+                except grpc.aio.AioRpcError as failure:
+                    error = raised_for(failure, self.address)
+                    if not error.retried or repeats == self._retries.times:
+                        raise error from failure
+                repeats += 1
+                await self._wait_before(repeats, error)
 
     async def _wait_before(self, repeat: int, error: DarkroomError | None) -> None:
         asked_ms = error.details.retry_after_ms if error is not None else None

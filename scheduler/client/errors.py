@@ -151,10 +151,10 @@ class FastOnly(Refusal):
 
 
 class SourceNotReady(Refusal):
-    """The job it should start from has not finished, or does not have that picture."""
+    """That job has not finished, or does not have that picture or video."""
 
     reason = "SOURCE_NOT_READY"
-    advice = "`darkroom show JOB` says where the source is; `darkroom watch JOB` waits for it."
+    advice = "`darkroom show JOB` says how it stands and what it has; `darkroom watch JOB` waits for it."
 
 
 class PicturesExpired(Refusal):
@@ -515,7 +515,8 @@ class ServerNotInstalled(DarkroomError):
     """That part of Darkroom is the server's, whose packages a client need not have."""
 
     reason = "SERVER_NOT_INSTALLED"
-    advice = "Install them with: pip install 'darkroom[server,worker]'"
+    # By the checkout, not by name: whoever has that name in an index is somebody else.
+    advice = "Install them, in a checkout of this release: pip install -c constraints.txt '.[server,worker]'"
     exit_code = ExitCode.USAGE
 
 

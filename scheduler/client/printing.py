@@ -41,6 +41,8 @@ from scheduler.client.verify import Comparison, facts_of, record_of
 from scheduler.v1 import fleet_pb2, job_pb2
 from scheduler.v1.fleet_pb2 import (
     AuditFairnessResponse,
+    Decision,
+    DecisionKind,
     FindingCase,
     Queues,
     TierQueue,
@@ -424,6 +426,22 @@ class Printer:
         ]
         self.table(["tier", "waiting", "held", "running", "parked", "oldest waits", "state"], rows)
 
+    def decisions(self, decisions: Iterable[Decision]) -> None:
+        """Print decisions, one a line."""
+        rows = [
+            [
+                when(one, "time"),
+                decision_word(one),
+                tier_word(one.tier),
+                one.job.split("/")[1],
+                last_part(one.job),
+                worker_id(one.worker) if one.worker else "",
+                one.sentence,
+            ]
+            for one in decisions
+        ]
+        self.table(["at", "decided", "tier", "account", "job", "worker", "why"], rows)
+
 
 def to_json(value: Message | dict[str, Any]) -> dict[str, Any]:
     """Return a message with protobuf's JSON names, fields without a value included."""
@@ -477,8 +495,18 @@ def worker_state(worker: Worker) -> str:
     return "drained" if emptied and not worker.parked else state
 
 
+def decision_word(one: Decision) -> str:
+    """Return `started`, `parked`, `given up`, …"""
+    return DecisionKind.Name(one.kind).removeprefix("DECISION_KIND_").lower().replace("_", " ")
+
+
+def steps_done(run: WorkerRun) -> str:
+    """Return `12/20`; empty where that is not known."""
+    return f"{run.step}/{run.steps}" if run.steps else ""
+
+
 def _run(run: WorkerRun) -> str:
-    return f"{tier_word(run.tier)} {last_part(run.job)}"
+    return " ".join(word for word in (tier_word(run.tier), last_part(run.job), steps_done(run)) if word)
 
 
 def _where(case: FindingCase) -> str:

@@ -15,6 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from opentelemetry.trace import TracerProvider
+
 from billing.v1 import admin_pb2
 from billing.v1.admin_pb2 import (
     AdminAccount,
@@ -34,7 +36,7 @@ from scheduler.client import aio
 from scheduler.client.aio import RetryPolicy, Tls
 from scheduler.v1 import job_pb2
 from scheduler.v1.account_pb2 import Account
-from scheduler.v1.fleet_pb2 import AuditFairnessResponse, Queues, TierQueue, Worker
+from scheduler.v1.fleet_pb2 import AuditFairnessResponse, Decision, Queues, TierQueue, Worker
 from scheduler.v1.job_pb2 import (
     Estimate,
     Explanation,
@@ -103,9 +105,17 @@ class DarkroomClient:
         tls: Tls | None = None,
         plain_text: bool = False,
         retries: RetryPolicy | None = None,
+        tracer_provider: TracerProvider | None = None,
     ) -> None:
         async def connect() -> aio.DarkroomClient:  # a channel belongs to the loop it is made in
-            return aio.DarkroomClient(address, key, tls=tls, plain_text=plain_text, retries=retries)
+            return aio.DarkroomClient(
+                address,
+                key,
+                tls=tls,
+                plain_text=plain_text,
+                retries=retries,
+                tracer_provider=tracer_provider,
+            )
 
         self._loop = _LoopThread()
         try:
@@ -329,6 +339,10 @@ class DarkroomClient:
     def queues(self) -> Queues:
         """Return what waits and runs in each tier, and how the GPUs are shared."""
         return self._loop.run(self._client.queues())
+
+    def decisions(self, *, most: int = 25) -> list[Decision]:
+        """Return what the scheduler decided lately, newest first: up to `most`, 100 at most."""
+        return self._loop.run(self._client.decisions(most=most))
 
     def audit_fairness(self, *, start: datetime, end: datetime | None = None) -> AuditFairnessResponse:
         """Hold what was decided in a period against the policy's bounds."""

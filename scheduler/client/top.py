@@ -1,4 +1,4 @@
-"""What `darkroom top` shows: the fleet for operators, and for everybody else their own jobs.
+"""What `darkroom top` shows: the fleet and the newest decisions for operators, and for others their own jobs.
 
 A `Board` keeps the newest answer and how old it is. While the service is away it goes on showing what was,
 and says since when. On a narrow terminal it has fewer columns, on a low one fewer rows, and it says how many
@@ -22,14 +22,19 @@ from billing.v1.billing_pb2 import Balance
 from scheduler.client.aio import DarkroomClient
 from scheduler.client.errors import RoleRequired
 from scheduler.client.names import last_part, worker_id
-from scheduler.client.printing import Printer, job_state, to_json, worker_state
+from scheduler.client.printing import Printer, decision_word, job_state, steps_done, to_json, worker_state
 from scheduler.client.terminal import about, duration, expected_start, kind_word, plain, tier_word
 from scheduler.v1 import fleet_pb2, job_pb2
 from scheduler.v1.account_pb2 import Account
-from scheduler.v1.fleet_pb2 import Queues, TierQueue, Worker, WorkerRun
+from scheduler.v1.fleet_pb2 import Decision, Queues, TierQueue, Worker, WorkerRun
 from scheduler.v1.job_pb2 import Job
 
 _OWN_JOBS = 50
+# The newest are what somebody looks for; all that a terminal has room for are a few.
+_DECISIONS = 25
+# Workers are what the board is for: so much of the room below the queues is theirs.
+_ROOM_FOR_DECISIONS = 3
+_FEWEST_DECISIONS = 2
 # An answer older than this many refreshes is worth a word.
 _LATE = 2.5
 
@@ -38,6 +43,7 @@ _WORKER_STYLES = {
     fleet_pb2.WORKER_STATE_IDLE: "bright_black",
     fleet_pb2.WORKER_STATE_RUNNING: "green",
     fleet_pb2.WORKER_STATE_DRAINING: "yellow",
+    fleet_pb2.WORKER_STATE_LEAVING: "yellow",
 }
 
 
@@ -47,15 +53,22 @@ class Fleet:
 
     queues: Queues
     workers: Sequence[Worker]
+    decisions: Sequence[Decision]
+    """The newest first."""
 
     def document(self) -> dict[str, Any]:
         """Return it as JSON."""
-        return {"queues": to_json(self.queues), "workers": [to_json(worker) for worker in self.workers]}
+        return {
+            "queues": to_json(self.queues),
+            "workers": [to_json(worker) for worker in self.workers],
+            "decisions": [to_json(decision) for decision in self.decisions],
+        }
 
     def print(self, printer: Printer) -> None:
         """Print it as plain lines."""
         printer.queues(self.queues)
         printer.workers(self.workers)
+        printer.decisions(self.decisions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +93,11 @@ Seen: TypeAlias = Fleet | OwnJobs
 async def look(client: DarkroomClient) -> Seen:
     """Return what this key may see now. Raises DarkroomError."""
     try:
-        return Fleet(queues=await client.queues(), workers=await client.workers())
+        return Fleet(
+            queues=await client.queues(),
+            workers=await client.workers(),
+            decisions=await client.decisions(most=_DECISIONS),
+        )
     except RoleRequired:
         account = await client.account()
         jobs: list[Job] = []
@@ -166,14 +183,21 @@ class Board:
         parts += [_line(""), _tiers(queues.tiers, width), _line("")]
         # The tiers' table has a heading, and so has the workers'.
         room = height - len(parts) - len(queues.tiers) - 1
+        # An empty line and a heading come before them.
+        shown = fleet.decisions[: max(0, room // _ROOM_FOR_DECISIONS - 2)]
+        decided: list[RenderableType] = []
+        if len(shown) >= min(_FEWEST_DECISIONS, len(fleet.decisions)) > 0:
+            decided = [_line(""), self._decisions(shown, width)]
+            room -= len(shown) + 2
         return [
             *parts,
             *_cut(sorted(workers, key=_by_urgency), room, lambda some: self._workers(some, width)),
+            *decided,
         ]
 
     def _workers(self, workers: Sequence[Worker], width: int) -> Table:
         wide, wider = width >= 100, width >= 140
-        header = ["worker", "state", "runs", "for"]
+        header = ["worker", "state", "runs", "steps", "for"]
         header += ["parked", "memory"] if wide else []
         header += ["warm", "device"] if wider else []
         table = _table(*header, stretched="runs")
@@ -182,13 +206,31 @@ class Board:
                 Text(plain(worker_id(worker.name))),
                 Text(worker_state(worker), style=_WORKER_STYLES.get(worker.state, "bold red")),
                 self._runs(worker, wide),
-                Text(self._age(worker.active.start_time) if worker.HasField("active") else ""),
+                Text(steps_done(worker.active)),
+                Text(self._age(_since(worker))),
             ]
             if wide:
                 cells += [Text(str(len(worker.parked) or "")), Text(_memory(worker))]
             if wider:
                 cells += [Text(plain(", ".join(worker.warm_models))), Text(plain(worker.device))]
             table.add_row(*cells)
+        return table
+
+    def _decisions(self, decisions: Sequence[Decision], width: int) -> Table:
+        wide = width >= 100
+        header = ["decided", "what", "job"] + (["worker"] if wide else [])
+        table = _table(*header, "why", stretched="why")
+        for decision in decisions:
+            account, job = decision.job.split("/")[1], last_part(decision.job)
+            word = tier_word(decision.tier)
+            cells = [
+                Text(f"{self._age(decision.time)} ago"),
+                Text(decision_word(decision)),
+                Text.assemble((word, _STYLES.get(word, "")), " ", plain(account), " ", job[:8]),
+            ]
+            if wide:
+                cells.append(Text(plain(worker_id(decision.worker) if decision.worker else "")))
+            table.add_row(*cells, Text(plain(decision.sentence)))
         return table
 
     def _runs(self, worker: Worker, wide: bool) -> Text:
@@ -275,12 +317,23 @@ def _holders(workers: Sequence[Worker]) -> str:
     return ", ".join(f"{plain(account)} {gpus}" for account, gpus in ranked)
 
 
+def _since(worker: Worker) -> Timestamp:
+    """Return since when it does what it does: leaves, or runs what it runs."""
+    leaves = worker.state == fleet_pb2.WORKER_STATE_LEAVING
+    return worker.state_time if leaves else worker.active.start_time
+
+
 def _account_of(run: WorkerRun) -> str:
     return run.job.split("/")[1]
 
 
 def _by_urgency(worker: Worker) -> tuple[int, str]:
-    order = [fleet_pb2.WORKER_STATE_DRAINING, fleet_pb2.WORKER_STATE_RUNNING, fleet_pb2.WORKER_STATE_IDLE]
+    order = [
+        fleet_pb2.WORKER_STATE_DRAINING,
+        fleet_pb2.WORKER_STATE_LEAVING,
+        fleet_pb2.WORKER_STATE_RUNNING,
+        fleet_pb2.WORKER_STATE_IDLE,
+    ]
     return (order.index(worker.state) + 1 if worker.state in order else 0, worker.name)
 
 

@@ -127,6 +127,7 @@ class LocalFleet:
         """How many workers there should be, as it was told last."""
         self.spare: frozenset[str] = frozenset()
         """Slots that are to have no workers, as it was told last."""
+        self._departing: set[str] = set()
 
     async def open(self, epoch: int, tell: Callable[[FleetFact], None]) -> None:
         """See Fleet.open. A fleet may be opened again, by the next scheduler: its attempts go on."""
@@ -219,7 +220,7 @@ class LocalFleet:
 
     def slots(self) -> Collection[str]:
         """See Fleet.slots."""
-        return self._stubs.keys()
+        return self._stubs.keys() - self._departing
 
     def remove(self, worker_id: str) -> None:
         """Let a worker leave with its machine."""
@@ -229,6 +230,7 @@ class LocalFleet:
     def depart(self, worker_id: str) -> None:
         """Let a worker's machine be about to end."""
         self.stays_away = True
+        self._departing.add(worker_id)
         self._tell(WorkerLeaves(worker_id=worker_id))
 
     def grow_old(self) -> None:
@@ -402,15 +404,29 @@ class LocalFleet:
         kept = before + StageTimes(denoise_ms=run.done_ms)
         return Checkpoint(
             path=f"jobs/{request.job_id}/checkpoint-{request.attempt_id}.safetensors",
-            step=min(request.spec.steps - 1, request.spec.steps * kept.gpu_ms // max(1, self._gpu_ms)),
+            step=self._step_after(kept.gpu_ms, request),
             steps=request.spec.steps,
             kept=kept,
             device=self._device,
             size_bytes=_CHECKPOINT_BYTES,
         )
 
+    def _step_after(self, gpu_ms: int, request: RenderRequest) -> int:
+        steps = request.spec.steps
+        return min(steps - 1, steps * gpu_ms // max(1, self._gpu_ms))
+
+    def _in_hand(self, run: _Run) -> RunInHand:
+        return RunInHand(
+            job_id=run.request.job_id,
+            attempt_id=run.request.attempt_id,
+            token=run.request.token,
+            checkpoint=run.checkpoint,
+            step=self._step_after(run.done_ms, run.request),
+            steps=run.request.spec.steps,
+        )
+
     def _report(self, stub: _Stub) -> WorkerReport:
-        in_hand = [_in_hand(run) for run in stub.stack]
+        in_hand = [self._in_hand(run) for run in stub.stack]
         return WorkerReport(
             worker_id=stub.worker_id,
             incarnation=stub.incarnation,
@@ -424,21 +440,12 @@ class LocalFleet:
             warm_models=stub.warm_models,
             active=in_hand[-1] if in_hand else None,
             parked=tuple(in_hand[:-1]),
-            drawn=tuple(_in_hand(run) for run in stub.drawn),
+            drawn=tuple(self._in_hand(run) for run in stub.drawn),
             unacknowledged=tuple(stub.results.values()),
             gpu_time=GpuTime(),
             healthy=not stub.sentence,
             sentence=stub.sentence,
         )
-
-
-def _in_hand(run: _Run) -> RunInHand:
-    return RunInHand(
-        job_id=run.request.job_id,
-        attempt_id=run.request.attempt_id,
-        token=run.request.token,
-        checkpoint=run.checkpoint,
-    )
 
 
 def _no_pictures(request: RenderRequest) -> tuple[ImageFile, ...]:

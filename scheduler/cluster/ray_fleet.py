@@ -7,13 +7,14 @@ not a silence that may or may not end.
 
 Where machines are rented as they are needed, a worker that holds its GPU keeps its machine: Ray's autoscaler
 takes back only those on which nothing runs. So the workers of spare machines are ended, and GPUs are asked
-for by their number (`request_resources`), below which Ray then does not go until it is told another. A Ray
-without an autoscaler keeps the number and does nothing.
+for by their number (`request_resources`), below which Ray then does not go until it is told another. A fleet
+that is not scaled asks for none, once. A Ray without an autoscaler keeps the number and does nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Coroutine, Mapping
 from contextlib import suppress
@@ -162,9 +163,10 @@ class RayFleet:
         self._replaced: set[str] = set()
         """Workers that were told to make room, until they are gone."""
         self._ending: set[str] = set()
-        """Nodes that are about to end."""
-        self._wanted: int | None = None
-        """GPUs to keep in the cluster; None: that is left to others."""
+        """Nodes that are about to end: `ray start --block` says so at SIGTERM."""
+        self._wanted: int | None = None if is_scaled else 0
+        """GPUs to keep in the cluster; None: nobody has said yet."""
+        self._ask_every_s = _ASK_FOR_MACHINES_S if is_scaled else math.inf
         self._asked_for: int | None = None
         self._ask_at_s = 0.0
         """By the event loop's clock."""
@@ -232,7 +234,9 @@ class RayFleet:
 
     def replace(self, worker_id: str) -> None:
         """See Fleet.replace."""
-        actor = self._actors[worker_id]
+        actor = self._actors.get(worker_id)
+        if actor is None:
+            return  # it has left with its node, which is being told
         self._replaced.add(worker_id)
         # Its slot's long poll hears of its death, and starts the next where one is wanted.
         self._call(asyncio.to_thread(ray.kill, actor, no_restart=True), f"replace {worker_id}")
@@ -247,7 +251,10 @@ class RayFleet:
 
     def slots(self) -> Collection[str]:
         """See Fleet.slots."""
-        return self._listening.keys()
+        if not self._ending:
+            return self._listening.keys()
+        ending = {name for node_id, name in self._names.items() if node_id in self._ending}
+        return {worker_id for worker_id in self._listening if worker_id.rpartition("/")[0] not in ending}
 
     @property
     def _interval_ms(self) -> int:
@@ -259,22 +266,29 @@ class RayFleet:
 
     async def _look_at_nodes(self) -> list[str]:
         """Listen to every slot of the living nodes; returns the workers that were alive already."""
+        # Before the living ones: a node that ends in between would else live and not be ending, for a second
+        # in which it seems to have come back, and then be missed.
+        # Where Ray's own libraries look too. There is no public way without Ray's dashboard.
+        self._ending = set(await asyncio.to_thread(ray_state.get_draining_nodes))
         nodes = await asyncio.to_thread(ray.nodes)
         living: Mapping[str, list[str]] = {}
         if self._names.keys() != {node["NodeID"] for node in nodes if node["Alive"]}:
             living = await asyncio.to_thread(living_workers, self._namespace)
             self._names = node_names(nodes, self._names, living.keys())
-            wanted = {slot.worker_id for slot in gpu_slots(nodes, self._names)}
-            for worker_id in living.keys() - wanted:
-                # Nobody would listen to it, and it would keep its GPU from the worker that is wanted there.
-                _log.warning("worker without a slot ended", worker=worker_id)
-                await asyncio.to_thread(self._end_all_but, worker_id, "")
         slots = {slot.worker_id: slot for slot in gpu_slots(nodes, self._names)}
         for worker_id in self._listening.keys() - slots.keys():
             _log.info("slot gone with its node", worker=worker_id)
             self._listening.pop(worker_id).cancel()
             del self._answered[worker_id]
-        await self._look_at_ending(slots)
+            self._actors.pop(worker_id, None)
+            self._in_turn.pop(worker_id, None)
+        for worker_id in living.keys() - slots.keys():
+            # Nobody would listen to it, and it would keep its GPU from the worker that is wanted there.
+            _log.warning("worker without a slot ended", worker=worker_id)
+            await asyncio.to_thread(self._end_all_but, worker_id, "")
+        for worker_id, slot in slots.items():
+            if slot.node_id in self._ending:
+                self._tell(WorkerLeaves(worker_id=worker_id))
         await self._look_at_starting()
         found = []
         for worker_id, slot in slots.items():
@@ -290,15 +304,6 @@ class RayFleet:
                 listening.add_done_callback(self._notice_failure)
                 self._listening[worker_id] = listening
         return found
-
-    async def _look_at_ending(self, slots: Mapping[str, Slot]) -> None:
-        """Tell of each worker whose node is about to end: `ray start --block` says so at SIGTERM."""
-        # Where Ray's own libraries look too. There is no public way without Ray's dashboard.
-        self._ending = set(await asyncio.to_thread(ray_state.get_draining_nodes))
-        if self._ending:
-            for worker_id, slot in slots.items():
-                if slot.node_id in self._ending and worker_id in self._incarnations:
-                    self._tell(WorkerLeaves(worker_id=worker_id))
 
     async def _look_at_starting(self) -> None:
         """End what keeps its GPU from a worker that was started and has not answered yet.
@@ -358,7 +363,7 @@ class RayFleet:
             except RayError as trouble:
                 _log.warning("machines not asked for", gpus=gpus, trouble=str(trouble))
             else:
-                self._asked_for, self._ask_at_s = gpus, now_s + _ASK_FOR_MACHINES_S
+                self._asked_for, self._ask_at_s = gpus, now_s + self._ask_every_s
 
     async def _until_wanted(self, worker_id: str) -> None:
         while not self._starts or worker_id in self._spare:
@@ -454,8 +459,12 @@ class RayFleet:
     async def _render(self, worker_id: str, request: RenderRequest) -> None:
         try:
             await self._ask_in_turn(worker_id, "render", request)
-        except WorkerBusy as busy:
-            self._tell(RenderRefused(worker_id=worker_id, attempt_id=request.attempt_id, sentence=str(busy)))
+        except RayTaskError as refused:
+            if not isinstance(refused.cause, WorkerBusy):
+                raise
+            # Not of `refused`, whose text is a traceback: the job's owner reads this.
+            sentence = str(refused.cause)
+            self._tell(RenderRefused(worker_id=worker_id, attempt_id=request.attempt_id, sentence=sentence))
         else:
             # Or its life is over, and with it the attempt's: then this says nothing any more.
             self._tell(RenderTaken(worker_id=worker_id, attempt_id=request.attempt_id))

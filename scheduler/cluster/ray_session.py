@@ -16,7 +16,6 @@ import ray.util
 import structlog
 from ray.autoscaler.sdk import request_resources
 from ray.exceptions import RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from scheduler.cluster.ray_fleet import actor_name
 from scheduler.cluster.scheduler_actor import SchedulerActor, lives
@@ -162,20 +161,21 @@ def start_scheduler(settings: Settings, dsn: str) -> None:
             f"the artifact store {settings.artifacts} is a folder, but the cluster has several machines: "
             "give artifacts_url an address that all of them reach, such as s3://bucket/prefix"
         )
+    wanted = settings.ray.scheduler_resource
+    if not any(node["Resources"].get(wanted) for node in nodes):
+        _log.warning(
+            "the scheduler waits for a machine that offers the Ray resource of ray.scheduler_resource",
+            resource=wanted,
+        )
     _SchedulerActor.options(
         name=actor_name("scheduler", release=settings.release),
         namespace=settings.ray.namespace,
         lifetime="detached",
         get_if_exists=True,
-        # No autoscaler takes the head away. Elsewhere the scheduler would keep it from taking that machine.
-        scheduling_strategy=NodeAffinitySchedulingStrategy(_head(nodes), soft=True),
+        # A demand, which waits for such a machine. For a wish (a soft affinity, a label with a fallback) Ray
+        # 2.60 takes any other, if that machine is not among those that the asking one has heard of yet.
+        resources={wanted: 0.001},
     ).remote(settings.model_dump_json(), dsn)
-
-
-def _head(nodes: list[dict[str, Any]]) -> str:
-    """Return the id of the head, or of any node while the head is being started anew."""
-    node_id: str = max(nodes, key=lambda node: "node:__internal_head__" in node["Resources"])["NodeID"]
-    return node_id
 
 
 def _in_order(release: str) -> tuple[int, ...]:
@@ -185,7 +185,9 @@ def _in_order(release: str) -> tuple[int, ...]:
 def stop_actors(namespace: str, within_s: float = 0.0) -> list[str]:
     """End the scheduler and the workers, of whichever release they are; returns their names.
 
-    What runs is handed over first, if that is done `within_s`, and rows keep everything that waits.
+    What runs is handed over first, if that is done `within_s`, and rows keep everything that waits. Ray's
+    autoscaler may then take back every machine on which nothing runs: it would keep for ever what a scheduler
+    asked for last, whether or not the one that ends now is set to scale.
     """
     ours = ("scheduler-", "worker-")
     names = [
@@ -203,21 +205,14 @@ def stop_actors(namespace: str, within_s: float = 0.0) -> list[str]:
             with suppress(RayError):  # one that does not lead, or does not answer, hands nothing over
                 ray.get(actor.close_down.remote(within_s), timeout=within_s + _ANSWER_S)
         ray.kill(actor, no_restart=True)
-    return sorted(names)
-
-
-def ask_for_no_machines() -> None:
-    """Let Ray's autoscaler take back every machine on which nothing runs.
-
-    It would keep for ever what the scheduler asked for last.
-    """
     request_resources(bundles=[])
+    return sorted(names)
 
 
 def _join(address: str, namespace: str, *, show_logs: bool) -> None:
     try:
         ray.init(address=address, namespace=namespace, log_to_driver=show_logs, logging_level="ERROR")
-    except (ConnectionError, ValueError, RuntimeError) as trouble:
+    except (ConnectionError, ValueError, RuntimeError, RayError) as trouble:
         raise RuntimeError(
             f"cannot join the Ray cluster at {address}: {trouble}. Each front door runs beside a raylet of "
             "the cluster; start one here with `ray start --address HEAD:6379 --num-cpus 0 --num-gpus 0`, "

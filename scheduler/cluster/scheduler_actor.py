@@ -27,6 +27,7 @@ from scheduler.recovery import collect_seldom
 from scheduler.settings import Settings
 from scheduler.store.lanes import Lane
 from scheduler.store.leadership import Deposed, present_holder
+from scheduler.tracing import Traces, traces
 from scheduler.updates import JobUpdate, QueueStatus, UpdateBatch
 
 _log = structlog.get_logger()
@@ -49,6 +50,7 @@ class SchedulerActor:
         configure_logs(self._settings.log_level)
         self._dsn = dsn
         self._leader: Leader | None = None
+        self._traces: Traces | None = None
         # Ray makes an async actor on its running event loop.
         self._main = asyncio.get_event_loop().create_task(self._run(), name="scheduler")
 
@@ -66,7 +68,11 @@ class SchedulerActor:
 
     async def close_down(self, within_s: float) -> bool:
         """Hand over what runs and start nothing more; returns whether all was within that time."""
-        return await self._ready().close_down(within_s)
+        handed_over = await self._ready().close_down(within_s)
+        assert self._traces is not None, "it leads"
+        # It is about to be ended, without a word.
+        await asyncio.to_thread(self._traces.close)
+        return handed_over
 
     async def updates_after(self, number: int, wait_s: float) -> UpdateBatch:
         """Long poll for what changed about jobs."""
@@ -121,6 +127,7 @@ class SchedulerActor:
         settings = self._settings
         holder = actor_name("scheduler", release=settings.release)
         try:
+            self._traces = traces(settings.tracing, service="darkroom-scheduler", release=settings.release)
             if _started_anew():
                 await self._depose_if_another_leads(holder)
             async with lead(
@@ -137,6 +144,10 @@ class SchedulerActor:
                 drain_within_ms=settings.scheduling.drain_within_ms,
                 reconcile_every_ms=settings.scheduling.reconcile_every_ms,
                 scaling=bounds(settings),
+                tracer=self._traces.tracer,
+                workers_min=0 if settings.ray.address is None else settings.scaling.min_workers,
+                record_to=settings.scheduling.record_to,
+                record_bytes_max=settings.scheduling.record_bytes_max,
             ) as leader:
                 leader.metrics.process.configured_as(settings.fingerprint)
                 self._leader = leader
@@ -207,4 +218,5 @@ def worker_settings(settings: Settings) -> WorkerSettings:
         timed_step_ms=settings.worker.timed_step_ms,
         checkpoint_every_steps=settings.worker.checkpoint_every_steps,
         most_parked=settings.worker.most_parked,
+        traces_endpoint=settings.tracing.endpoint,
     )

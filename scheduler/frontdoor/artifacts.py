@@ -7,6 +7,7 @@ import os
 import re
 import uuid
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,23 @@ class Artifacts:
         paths = [f"{folder}/{path.removeprefix(f'{root}/')}" for path in found]
         return sorted(path for path in paths if path.startswith(f"{folder}/{prefix}") and _is_plain(path))
 
+    async def size_bytes(self, path: str) -> int:
+        """Return the size of a file, or of all in a folder; 0: there is no such thing. Raises Overloaded."""
+        full_path = self._below_root(path)
+        try:
+            return await asyncio.to_thread(self._size_bytes, full_path)
+        except Exception as away:
+            raise _away() from away
+
+    def _size_bytes(self, path: str) -> int:
+        if isinstance(self._files, LocalFileSystem):
+            return _size_bytes(path)
+        self._files.invalidate_cache()
+        try:
+            return sum(found["size"] or 0 for found in self._files.find(path, detail=True).values())
+        except FileNotFoundError:
+            return 0
+
     async def delete_job(self, job_id: str) -> None:
         """Delete everything that any attempt at a job has stored. Raises Overloaded."""
         # What gpu_worker/outputs.py calls an attempt's folder, and its checkpoints, are all in here.
@@ -155,6 +173,18 @@ def _files_in(folder: Path, prefix: str) -> list[str]:
         for inner, _, names in os.walk(entry.path) if entry.is_dir(follow_symlinks=False) else ():
             found += [f"{inner}/{name}" for name in names]
     return found
+
+
+def _size_bytes(path: str) -> int:
+    # A link has a size of its own: what it leads to is not ours.
+    paths = [path]
+    if Path(path).is_dir() and not Path(path).is_symlink():
+        paths = [f"{folder}/{name}" for folder, _, names in os.walk(path) for name in names]
+    size_bytes = 0
+    for each in paths:
+        with suppress(FileNotFoundError):  # somebody deletes there at the same time
+            size_bytes += os.lstat(each).st_size
+    return size_bytes
 
 
 def _write_atomically(path: Path, content: bytes) -> None:

@@ -2,7 +2,8 @@
 
 A key is `dk_<id>_<secret>` in the metadata `authorization: Bearer …`. Missing, malformed, wrong and revoked
 keys get the same answer. What a key may do is looked up at most once a second, so a key that another front
-door revoked works here for at most that long.
+door revoked works here for at most that long. The streams that it has open are looked at four times a
+minute, and end with what a new call would be told.
 
 Strangers cost the database little, however many they are: one query looks up all keys that are asked for
 while the one before it runs, known ones and made-up ones alike, so a flood of others keeps nobody out.
@@ -14,16 +15,17 @@ import asyncio
 import hmac
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from ipaddress import IPv6Address, IPv6Network, ip_address
 from urllib.parse import unquote
 
 from google.protobuf.descriptor import ServiceDescriptor
 
+from billing.refusals import Refusal
 from billing.v1 import admin_pb2, billing_pb2
-from scheduler.refusals import AccountBlocked, RateLimited, RoleRequired, Unauthenticated
+from scheduler.refusals import AccountBlocked, Overloaded, RateLimited, RoleRequired, Unauthenticated
 from scheduler.store import accounts
 from scheduler.store.accounts import ApiKey, Role
 from scheduler.store.pool import Pool
@@ -50,6 +52,7 @@ ROLE_NEEDED: Mapping[str, Role] = {
     "/scheduler.v1.FleetService/PauseTier": Role.OPERATOR,
     "/scheduler.v1.FleetService/ResumeTier": Role.OPERATOR,
     "/scheduler.v1.FleetService/AuditFairness": Role.OPERATOR,
+    "/scheduler.v1.FleetService/ListDecisions": Role.OPERATOR,
     "/scheduler.v1.ModerationService/ListRules": Role.MODERATOR,
     "/scheduler.v1.ModerationService/UpdateRules": Role.MODERATOR,
     "/scheduler.v1.ModerationService/HideJob": Role.MODERATOR,
@@ -96,6 +99,7 @@ _OPEN_PREFIXES = ("/grpc.health.v1.", "/grpc.reflection.")
 _KEY = re.compile(r"Bearer dk_([0-9a-f]{16})_([0-9a-f]{64})", re.ASCII)
 _KEY_FRESH_S = 1.0
 _MOST_KEPT = 10_000
+_LOOK_AGAIN_S = 15.0
 # Bursts of so many seconds' worth of requests are let through: a client that starts asks many things at once.
 _BURST_S = 4.0
 # Health checks that stay open, and reflection. Probes come one at a time.
@@ -165,7 +169,8 @@ class Doorman:
         self._strangers: Counter[str] = Counter()
         """Streams without a key, by where they come from."""
         self._buckets: dict[str, _Bucket] = {}
-        self._streams: dict[str, int] = {}
+        self._streams: dict[str, dict[OpenStream, None]] = {}
+        """Those that are open, by their keys' ids."""
 
     async def admit(self, path: str, metadata: Iterable[tuple[str, str | bytes]]) -> Principal:
         """Return who calls.
@@ -224,20 +229,40 @@ class Doorman:
         finally:
             self._strangers -= Counter((address,))  # which drops an address that has none left
 
-    def open_stream(self, key_id: str) -> None:
-        """Count one more open stream of a key; raises RateLimited above the limit."""
-        if self._streams.get(key_id, 0) >= self._streams_per_key:
+    @contextmanager
+    def stream_of(self, principal: Principal) -> Iterator[OpenStream]:
+        """Count a stream of a key while the context is open; raises RateLimited above the limit."""
+        streams = self._streams.setdefault(principal.key_id, {})
+        if len(streams) >= self._streams_per_key:
             raise RateLimited(
                 sentence=f"This key has {self._streams_per_key} open streams, the most it may: close one.",
                 retry_after_ms=1_000,
             )
-        self._streams[key_id] = self._streams.get(key_id, 0) + 1
+        stream = OpenStream()
+        streams[stream] = None
+        try:
+            yield stream
+        finally:
+            del streams[stream]
+            if not streams:
+                del self._streams[principal.key_id]
 
-    def close_stream(self, key_id: str) -> None:
-        """Count one open stream of a key less."""
-        self._streams[key_id] -= 1
-        if not self._streams[key_id]:
-            del self._streams[key_id]
+    async def run(self) -> None:
+        """Look at the keys of open streams now and then, until cancelled."""
+        while True:
+            await asyncio.sleep(_LOOK_AGAIN_S)
+            # While nobody can tell whose key is good, streams go on: so do those of keys that are.
+            with suppress(Overloaded):
+                await self.look_again()
+
+    async def look_again(self) -> None:
+        """End the open streams of keys that open nothing any more. Raises Overloaded."""
+        key_ids = list(self._streams)
+        for key_id, key in zip(key_ids, await asyncio.gather(*map(self._look_up, key_ids)), strict=True):
+            refusal = Unauthenticated() if key is None else AccountBlocked() if key.blocked else None
+            if refusal is not None:
+                for stream in self._streams.get(key_id, ()):
+                    stream.end(refusal)
 
     async def _admit(self, given: str | bytes, needed: Role) -> Principal:
         key = await self._valid_key(given)
@@ -319,6 +344,36 @@ class Doorman:
                 sentence=f"This key sends more than {self._rate:g} requests a second: slow down.",
                 retry_after_ms=int(wait_s * 1000) + 1,
             )
+
+
+class OpenStream:
+    """A stream as long as its key is good."""
+
+    def __init__(self) -> None:
+        self._refusal: Refusal | None = None
+        self._waiting: asyncio.Timeout | None = None
+
+    @asynccontextmanager
+    async def kept(self) -> AsyncIterator[None]:
+        """Have what is awaited in the context end when the stream does. Raises what `end` was told."""
+        if self._refusal is not None:
+            raise self._refusal
+        limit = self._waiting = asyncio.timeout(None)
+        try:
+            async with limit:
+                yield
+        except TimeoutError:
+            if self._refusal is None:
+                raise
+            raise self._refusal from None
+        finally:
+            self._waiting = None
+
+    def end(self, refusal: Refusal) -> None:
+        """End it now if it waits, else before its next message."""
+        self._refusal = refusal
+        if self._waiting is not None:
+            self._waiting.reschedule(asyncio.get_running_loop().time())
 
 
 def _address_of(peer: str) -> str:

@@ -3,11 +3,15 @@
 It takes the way of any other, from the prompt to the committed pictures, and is paid by an account that the
 operators set up for it. Its request id says when it was due, so that of several front doors that are set up
 alike one makes it, and all of them wait for it. One that is late is cancelled, and so many do not pile up.
+
+Its fast jobs are billed as any other's. Where its plan does not grant enough of them for a whole period, that
+is in the log from the start on, with the figures, and not only when the last minute is used.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
@@ -27,7 +31,9 @@ from scheduler.link import SchedulerLink
 from scheduler.metrics import CanaryOutcome, FrontDoorMetrics
 from scheduler.policy.ids import Tier
 from scheduler.policy.parameters import Parameters
+from scheduler.refusals import Overloaded
 from scheduler.settings import Canary as CanarySettings
+from scheduler.store import canary_time
 from scheduler.store.jobs import JobState, StoredJob, read_job
 from scheduler.store.pool import Pool
 from scheduler.v1 import job_pb2
@@ -40,6 +46,9 @@ _TIERS = {Tier.FAST: job_pb2.TIER_FAST, Tier.RELAX: job_pb2.TIER_RELAX}
 # What the service promises, and as long again.
 _LATE_AFTER_MS = {Tier.FAST: 120_000, Tier.RELAX: 3_600_000}
 _LOOK_EVERY_S = 0.5
+_TIME_EVERY_S = 3_600.0
+# So many jobs are one figure, and not the luck of one.
+_NEWEST = 20
 _REQUESTS = UUID("8d5a6b0e-5f0c-4a39-9a86-0d6a2c6f4c11")
 
 
@@ -68,6 +77,8 @@ class Canary:
         self._estimates = estimates
         self._deletions = deletions
         self._clock = clock
+        self._billed_ms: deque[int] = deque(maxlen=_NEWEST)
+        """Of its newest fast jobs that succeeded."""
 
     async def run(self) -> None:
         """Give the service its jobs until cancelled."""
@@ -75,6 +86,7 @@ class Canary:
         async with asyncio.TaskGroup() as group:
             for tier in Tier:
                 group.create_task(self._sing_on(tier), name=f"canary {tier}")
+            group.create_task(self._count_its_time(), name="canary time")
 
     async def _sing_on(self, tier: Tier) -> None:
         before: str | None = None
@@ -83,6 +95,28 @@ class Canary:
             if before is not None:
                 await self._delete(before)
             before = await self.sing(tier)
+
+    async def _count_its_time(self) -> None:
+        while True:
+            # While the database is away there is other trouble.
+            with suppress(Overloaded):
+                shortage = await self.shortage()
+                if shortage is not None:
+                    _log.warning("canary will use up its fast time", sentence=str(shortage))
+            await asyncio.sleep(_TIME_EVERY_S)
+
+    async def shortage(self) -> canary_time.Shortage | None:
+        """Return by how much its plan's fast time is too little; None: it lasts, or there is no account yet.
+
+        By what its newest jobs were billed, and before the first by what one is predicted to take. Raises
+        Overloaded.
+        """
+        async with self._pool.reading() as connection:
+            time = await canary_time.read(connection, self._account_id)
+        if time is None:
+            return None
+        billed_ms = self._billed_ms or [self._submission(self._request(Tier.FAST, 0)).predicted_ms]
+        return time.shortage(every_s=self._every_ms // 1000, take_ms=-(-sum(billed_ms) // len(billed_ms)))
 
     async def sing(self, tier: Tier) -> str | None:
         """Give one job, and count how it ended; return its id, None if it was refused."""
@@ -102,21 +136,26 @@ class Canary:
         return job_id
 
     async def _submitted(self, tier: Tier, turn: int) -> StoredJob:
-        request = job_pb2.CreateJobRequest(
-            request_id=_request_id(f"{tier} {turn}"),
-            tier=_TIERS[tier],
-            imagine=job_pb2.Imagine(prompt=_PROMPT),
-        )
         accepted = await intake.submit(
             self._pool,
             self._link,
             self._metrics,
             account_id=self._account_id,
-            submission=translate.imagine(request, self._models, self._estimates.estimator),
+            submission=self._submission(self._request(tier, turn)),
             parameters=Parameters(),
             at=self._clock(),
         )
         return accepted.job
+
+    def _request(self, tier: Tier, turn: int) -> job_pb2.CreateJobRequest:
+        return job_pb2.CreateJobRequest(
+            request_id=_request_id(f"{tier} {turn}"),
+            tier=_TIERS[tier],
+            imagine=job_pb2.Imagine(prompt=_PROMPT),
+        )
+
+    def _submission(self, request: job_pb2.CreateJobRequest) -> intake.Submission:
+        return translate.imagine(request, self._models, self._estimates.estimator)
 
     async def _outcome(self, job_id: str, late_ms: int) -> CanaryOutcome:
         while to_ms(self._clock()) < late_ms:
@@ -124,6 +163,8 @@ class Canary:
                 job = await read_job(connection, job_id)
             if job is not None and job.state.ended:
                 ok = job.state is JobState.SUCCEEDED
+                if ok and job.tier is Tier.FAST and job.receipt is not None:
+                    self._billed_ms.append(job.receipt.billed_gpu_ms)
                 return CanaryOutcome.SUCCEEDED if ok else CanaryOutcome.FAILED
             await asyncio.sleep(_LOOK_EVERY_S)
         await self._cancel(job_id)

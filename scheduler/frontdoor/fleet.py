@@ -21,7 +21,7 @@ from scheduler.link import SchedulerLink
 from scheduler.metrics import AdminAction
 from scheduler.policy.ids import Tier
 from scheduler.refusals import Overloaded, UnknownWorker
-from scheduler.store import operations
+from scheduler.store import operations, overview
 from scheduler.store.operations import Pause, Slot
 from scheduler.store.pool import Connection, Pool
 from scheduler.v1 import fleet_pb2, fleet_pb2_grpc
@@ -133,6 +133,17 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         violations.refuse()
         assert period is not None, "whatever made it None is a violation"
         return await fairness.audited(self.pool, *period)
+
+    async def ListDecisions(  # noqa: N802
+        self, request: fleet_pb2.ListDecisionsRequest, context: _Context
+    ) -> fleet_pb2.ListDecisionsResponse:
+        """Return what was decided lately."""
+        violations = Violations()
+        limit = violations.page_size(request.page_size)
+        violations.refuse()
+        async with self.pool.reading() as connection:
+            found = await overview.decisions(connection, limit)
+        return fleet_pb2.ListDecisionsResponse(decisions=[messages.decision(one) for one in found])
 
     async def _change_worker(
         self,

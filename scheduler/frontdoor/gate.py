@@ -1,4 +1,4 @@
-"""Every call passes here: who is it, may they, count it, and turn what was refused into a status.
+"""Every call passes here: who is it, may they, count and trace it, and turn what was refused into a status.
 
 The services behind it raise refusals and never see a status code. Whatever else they raise is a bug: the
 traceback goes to the log under an id, and the caller gets the id alone. Bytes that are no message are refused
@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -21,6 +21,8 @@ import structlog
 from google.protobuf.message import DecodeError, Message
 from google.rpc import status_pb2
 from grpc_status import rpc_status
+from opentelemetry.context import attach
+from opentelemetry.trace import INVALID_SPAN, Span, SpanKind, StatusCode, Tracer, set_span_in_context
 
 from billing.refusals import Refusal
 from scheduler.frontdoor.admission import Admission
@@ -28,10 +30,23 @@ from scheduler.frontdoor.auth import Doorman, Principal, is_open
 from scheduler.frontdoor.errors import code_of, status_of, status_of_bug
 from scheduler.metrics import FrontDoorMetrics
 from scheduler.refusals import FieldViolation, InvalidRequest, Overloaded
+from scheduler.tracing import called_by, trace_id_of
 
 _log = structlog.get_logger()
 
 _caller: ContextVar[Principal] = ContextVar("caller")
+
+# Those of which OpenTelemetry says that a server has failed; the others say something about the caller.
+_OUR_FAULTS = frozenset(
+    {
+        grpc.StatusCode.UNKNOWN,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        grpc.StatusCode.UNIMPLEMENTED,
+        grpc.StatusCode.INTERNAL,
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.DATA_LOSS,
+    }
+)
 
 OnRefusal: TypeAlias = Callable[[Message, Refusal], None]
 """Told the request and why it was refused."""
@@ -67,12 +82,14 @@ class Gate(grpc.aio.ServerInterceptor):
         on_refusal: Mapping[str, OnRefusal],
         *,
         strangers_streams_s: float,
+        tracer: Tracer,
     ) -> None:
         self._doorman = doorman
         self._admission = admission
         self._metrics = metrics
         self._on_refusal = on_refusal
         self._strangers_streams_s = strangers_streams_s
+        self._tracer = tracer
         self._guarded: dict[str, _Handler] = {}
 
     async def intercept_service(
@@ -171,15 +188,17 @@ class Gate(grpc.aio.ServerInterceptor):
 
         async def guarded(given: _Given, context: _Context) -> AsyncIterator[Message]:
             async with self._call(path, counters, given, context) as principal:
-                self._doorman.open_stream(principal.key_id)
-                try:
+                with self._doorman.stream_of(principal) as stream:
                     # Closed here, not by the garbage collector: a dropped call ends what it started.
                     async with aclosing(serve(_read(given), context)) as responses:
-                        async for response in responses:
+                        while True:
+                            # Not around the yield: what is cancelled there is the library.
+                            async with stream.kept():
+                                response = await anext(responses, None)
+                            if response is None:
+                                break
                             counters.sent()
                             yield response
-                finally:
-                    self._doorman.close_stream(principal.key_id)
 
         return guarded
 
@@ -190,10 +209,15 @@ class Gate(grpc.aio.ServerInterceptor):
         began_s = time.perf_counter()
         counters.started()
         code = grpc.StatusCode.OK
+        # Of callers that are not let in there is none: strangers could fill whatever keeps traces.
+        span: Span = INVALID_SPAN
+        began_ns = time.time_ns()
+        metadata = context.invocation_metadata() or ()
         try:
             self._admission.refuse_if_late(path)
-            principal = await self._doorman.admit(path, context.invocation_metadata() or ())
+            principal = await self._doorman.admit(path, metadata)
             _caller.set(principal)
+            span = self._begun_span(path, metadata, principal, began_ns)
             yield principal
         except Refusal as refusal:
             code = code_of(refusal)
@@ -207,10 +231,33 @@ class Gate(grpc.aio.ServerInterceptor):
         except Exception:
             code = grpc.StatusCode.INTERNAL
             error_id = secrets.token_hex(8)
+            span.set_attribute("darkroom.error_id", error_id)
             _log.exception("call failed by a bug", method=path, error_id=error_id)
             await _abort(context, status_of_bug(error_id))
         finally:
-            counters.ended(code, time.perf_counter() - began_s)
+            span.set_attribute("rpc.response.status_code", code.name)
+            if code in _OUR_FAULTS:
+                span.set_status(StatusCode.ERROR)
+            span.end()
+            counters.ended(code, time.perf_counter() - began_s, trace_id_of(span))
+
+    def _begun_span(
+        self, path: str, metadata: Iterable[tuple[str, Any]], principal: Principal, began_ns: int
+    ) -> Span:
+        """Begin the span of a call, whose own task is within it from now on."""
+        span = self._tracer.start_span(
+            path[1:],
+            called_by(metadata),
+            SpanKind.SERVER,
+            {
+                "rpc.system.name": "grpc",
+                "rpc.method": path[1:],
+                "darkroom.account": principal.account_id,
+            },
+            start_time=began_ns,
+        )
+        attach(set_span_in_context(span))
+        return span
 
 
 def _tolerant(handler: _Handler) -> Callable[[bytes], _Given]:
@@ -306,8 +353,8 @@ class _Counters:
     def sent(self) -> None:
         self.metrics.grpc_server_msg_sent.labels(*self.rpc).inc()
 
-    def ended(self, code: grpc.StatusCode, took_s: float) -> None:
-        self.metrics.call_ended(rpc=self.rpc, code=_CODE_NAMES[code], took_s=took_s)
+    def ended(self, code: grpc.StatusCode, took_s: float, trace_id: str | None) -> None:
+        self.metrics.call_ended(rpc=self.rpc, code=_CODE_NAMES[code], took_s=took_s, trace_id=trace_id)
 
 
 def _code_name(code: grpc.StatusCode) -> str:

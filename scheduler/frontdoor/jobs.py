@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -12,8 +12,9 @@ from typing import Any
 import grpc
 import structlog
 from google.protobuf.message import Message
+from opentelemetry.trace import get_current_span
 
-from billing.refusals import FastTimeExhausted, PlanLacksPrivate, Refusal, SpendCapReached
+from billing.refusals import Refusal
 from gpu_worker.models import Models
 from gpu_worker.prompt import without_urls
 from scheduler import intake
@@ -43,20 +44,16 @@ from scheduler.metrics import FrontDoorMetrics, SubmissionOutcome, SubmissionRea
 from scheduler.policy.ids import Tier
 from scheduler.policy.parameters import Parameters
 from scheduler.refusals import (
-    AccountBlocked,
     Impossible,
     ModerationRejected,
     NotFoundOrNotYours,
-    Overloaded,
-    QueueFull,
-    RateLimited,
     RoleRequired,
-    Unauthenticated,
 )
 from scheduler.store import jobs as store
 from scheduler.store.accounts import Role, Visibility
-from scheduler.store.jobs import FeedPlace, JobState, StoredJob
+from scheduler.store.jobs import FeedPlace, JobEvent, JobState, StoredJob
 from scheduler.store.pool import Pool
+from scheduler.tracing import traceparent_of
 from scheduler.v1 import job_pb2, job_pb2_grpc
 
 _log = structlog.get_logger()
@@ -129,6 +126,7 @@ class JobService(job_pb2_grpc.JobServiceServicer):
             submission=submission,
             parameters=self.parameters,
             at=self.clock(),
+            traceparent=traceparent_of(get_current_span()),
         )
         if accepted.queue_status is None:
             return await self._message(accepted.job)
@@ -276,6 +274,9 @@ class JobService(job_pb2_grpc.JobServiceServicer):
         principal = caller()
         violations = Violations()
         name = violations.files("name", request.name, own=principal.account_id)
+        after = violations.image("after", request.after) if request.after else None
+        if after is not None and not (isinstance(name, AccountName) and after.is_of(name.account_id)):
+            violations.add("after", "after is an image of the account whose archive is asked for.")
         violations.refuse()
         assert name is not None, "whatever made it None is a violation"
         if isinstance(name, AccountName):
@@ -283,7 +284,7 @@ class JobService(job_pb2_grpc.JobServiceServicer):
                 if not principal.sees_all:
                     raise NotFoundOrNotYours
                 _log_look(principal, f"accounts/{name.account_id}")
-            files = iter([await self.downloads.of_account(name.account_id)])
+            files = iter([await self.downloads.of_account(name.account_id, after)])
         else:
             files = self.downloads.of_job(await self._seen(name, principal, in_feed_too=True), name)
         for header, content in files:
@@ -330,8 +331,7 @@ class JobService(job_pb2_grpc.JobServiceServicer):
         if not sentences and status is not None:
             sentences.append(status.sentence)
         if job.state is not JobState.QUEUED:
-            # Why it came to be here: its start says what was compared, its end how it ended.
-            sentences += [event.sentence for event in events if event.state is job.state][-1:]
+            sentences += _came_to_be_here(job, events)
         return messages.explanation(job, sentences, status, told)
 
     async def EstimateJob(  # noqa: N802
@@ -486,30 +486,25 @@ def submission_refused(metrics: FrontDoorMetrics) -> Callable[[Message, Refusal]
         metrics.job_submitted(
             tier=translate.TIERS.get(request.tier) or Tier.FAST,
             outcome=SubmissionOutcome.REJECTED,
-            reason=_REASONS.get(type(refusal), SubmissionReason.INVALID),
+            reason=SubmissionReason(refusal.reason.lower()),
         )
 
     return count
-
-
-_REASONS: dict[type[Refusal], SubmissionReason] = {
-    FastTimeExhausted: SubmissionReason.QUOTA,
-    SpendCapReached: SubmissionReason.QUOTA,
-    PlanLacksPrivate: SubmissionReason.QUOTA,
-    RateLimited: SubmissionReason.QUOTA,
-    QueueFull: SubmissionReason.QUEUE_FULL,
-    Impossible: SubmissionReason.IMPOSSIBLE,
-    Unauthenticated: SubmissionReason.AUTH,
-    RoleRequired: SubmissionReason.AUTH,
-    AccountBlocked: SubmissionReason.AUTH,
-    Overloaded: SubmissionReason.DRAINING,
-}
 
 
 def _feed_token(job: StoredJob) -> dict[str, Any]:
     assert job.ended_at is not None, "a job in the feed has ended"
     # Whole microseconds: PostgreSQL's own precision, so that no job is shown twice or skipped.
     return {"ended_us": (job.ended_at - _EPOCH) // timedelta(microseconds=1), "job": job.job_id}
+
+
+def _came_to_be_here(job: StoredJob, events: Sequence[JobEvent]) -> Iterator[str]:
+    """Yield why a job started, that it went on where it was parked or lost and why, and how it ended."""
+    runs = [event.sentence for event in events if event.state is JobState.RUNNING]
+    yield from runs[:1]
+    yield from (f"Since then: {sentence}" for sentence in runs[1:][-1:])
+    if job.state.ended:
+        yield from [event.sentence for event in events if event.state is job.state][-1:]
 
 
 def _feed_place(token: Mapping[str, Any]) -> FeedPlace:

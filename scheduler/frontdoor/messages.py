@@ -23,6 +23,7 @@ from scheduler.policy.ids import Tier
 from scheduler.store.accounts import Visibility
 from scheduler.store.jobs import JobEvent, JobKind, JobReceipt, JobState, StoredJob
 from scheduler.store.operations import Pause, Slot
+from scheduler.store.overview import Decision
 from scheduler.updates import QueueReason, QueueStatus
 from scheduler.v1 import fleet_pb2, job_pb2
 
@@ -194,10 +195,13 @@ def video_id(film: VideoFile) -> str:
     return film.content_type.rpartition("/")[2]
 
 
-def archive(account_id: str, images: int) -> job_pb2.Archive:
-    """Return an account's archive of so many images."""
+def archive(account_id: str, images: int, *, rest: bool) -> job_pb2.Archive:
+    """Return an account's archive of so many images: all, or the `rest` behind one."""
     return job_pb2.Archive(
-        file_name=f"darkroom_{account_id}.zip", content_type="application/zip", images=images
+        file_name=f"darkroom_{account_id}.zip",
+        content_type="application/zip",
+        images=images,
+        rest=rest,
     )
 
 
@@ -373,6 +377,8 @@ def worker(worker_id: str, view: WorkerView | None, slot: Slot, at: datetime) ->
     )
     if slot.draining:
         message.sentence = f"Drained by an operator: {slot.drain_reason}"
+    if view is not None and view.leaves_since_ms is not None:
+        message.sentence = view.leaves_because
     if aside_until is not None:
         message.sentence = "It lost several jobs in a row and is set aside for a while."
     if view is None:
@@ -381,11 +387,12 @@ def worker(worker_id: str, view: WorkerView | None, slot: Slot, at: datetime) ->
     if not view.healthy:
         message.sentence = view.sentence
     message.state = _worker_state(view, slot.draining, aside_until)
-    since_ms = view.idle_since_ms if view.active is None else view.active.started_ms
-    if (
-        message.state in (fleet_pb2.WORKER_STATE_IDLE, fleet_pb2.WORKER_STATE_RUNNING)
-        and since_ms is not None
-    ):
+    since_ms = {
+        fleet_pb2.WORKER_STATE_IDLE: view.idle_since_ms,
+        fleet_pb2.WORKER_STATE_RUNNING: None if view.active is None else view.active.started_ms,
+        fleet_pb2.WORKER_STATE_LEAVING: view.leaves_since_ms,
+    }.get(message.state)
+    if since_ms is not None:
         message.state_time.FromMilliseconds(since_ms)
     message.device = view.device
     message.speed_permille = view.speed_permille
@@ -405,6 +412,8 @@ def _worker_state(
         return fleet_pb2.WORKER_STATE_UNHEALTHY
     if aside_until is not None:
         return fleet_pb2.WORKER_STATE_SET_ASIDE
+    if view.leaves_since_ms is not None:
+        return fleet_pb2.WORKER_STATE_LEAVING
     if draining:
         return fleet_pb2.WORKER_STATE_DRAINING
     return fleet_pb2.WORKER_STATE_IDLE if view.active is None else fleet_pb2.WORKER_STATE_RUNNING
@@ -412,12 +421,28 @@ def _worker_state(
 
 def _worker_run(run: WorkerRun) -> fleet_pb2.WorkerRun:
     message = fleet_pb2.WorkerRun(
-        attempt=run.attempt_id, job=job_name(run.account_id, run.job_id), tier=_TIER[run.tier]
+        attempt=run.attempt_id,
+        job=job_name(run.account_id, run.job_id),
+        tier=_TIER[run.tier],
+        step=run.step,
+        steps=run.steps,
     )
     message.start_time.FromMilliseconds(run.started_ms)
     if run.parked_since_ms is not None:
         message.park_time.FromMilliseconds(run.parked_since_ms)
     return message
+
+
+def decision(one: Decision) -> fleet_pb2.Decision:
+    """Return one decision."""
+    return fleet_pb2.Decision(
+        time=timestamp(one.at),
+        kind=fleet_pb2.DecisionKind.Value(f"DECISION_KIND_{one.what.name}"),
+        tier=_TIER[one.tier],
+        job=job_name(one.account_id, one.job_id),
+        worker=f"workers/{one.worker_id}" if one.worker_id else "",
+        sentence=one.reason,
+    )
 
 
 def queues(view: QueuesView, pauses: Mapping[Tier, Pause]) -> fleet_pb2.Queues:

@@ -21,6 +21,7 @@ from datetime import datetime, timedelta
 import structlog
 
 from scheduler.frontdoor.artifacts import Artifacts
+from scheduler.metrics import FrontDoorMetrics
 from scheduler.refusals import Overloaded
 from scheduler.store import orphans, stray_pictures
 from scheduler.store.pool import Pool
@@ -65,10 +66,16 @@ class Orphans:
     """
 
     def __init__(
-        self, pool: Pool, artifacts: Artifacts, clock: Callable[[], datetime], kept: timedelta
+        self,
+        pool: Pool,
+        artifacts: Artifacts,
+        metrics: FrontDoorMetrics,
+        clock: Callable[[], datetime],
+        kept: timedelta,
     ) -> None:
         self._pool = pool
         self._artifacts = artifacts
+        self._metrics = metrics
         self._clock = clock
         self._kept = kept
 
@@ -93,8 +100,10 @@ class Orphans:
             unnamed = await self._unnamed(folder, first)
             place = f"{folder}/{first}"
             async with self._pool.transaction() as connection:
-                noted += await orphans.note(connection, place, unnamed)
+                new = await orphans.note(connection, place, unnamed)
                 due = await orphans.due(connection, place, noted_for=self._kept)
+            self._metrics.orphans_noted(new)
+            noted += new
             for path in due:
                 await self._remove(path)
                 removed.append(path)
@@ -117,11 +126,18 @@ class Orphans:
         if _PICTURE.fullmatch(path):
             async with self._pool.transaction() as connection:
                 await stray_pictures.note(connection, [path])
-                await orphans.gone(connection, path)
+                was_listed = await orphans.gone(connection, path)
+            if was_listed:
+                self._metrics.orphan_is_stray()
             return
-        await self._artifacts.delete(path.removesuffix("/"))
+        file_or_folder = path.removesuffix("/")
+        size_bytes = await self._artifacts.size_bytes(file_or_folder)
+        await self._artifacts.delete(file_or_folder)
         async with self._pool.reading() as connection:
-            await orphans.gone(connection, path)
+            was_listed = await orphans.gone(connection, path)
+        # Of several front doors that are at the same part, one counts it.
+        if was_listed:
+            self._metrics.orphan_removed(size_bytes)
 
     async def _unnamed(self, folder: str, first: str) -> set[str]:
         # Before the rows: a file that is written meanwhile is of an attempt whose job lives, or has it in

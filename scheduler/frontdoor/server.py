@@ -18,6 +18,7 @@ from typing import cast
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from opentelemetry.trace import NoOpTracer, Tracer
 
 from billing.v1 import admin_pb2_grpc, billing_pb2_grpc
 from gpu_worker.models import Models
@@ -117,11 +118,12 @@ async def serve(
     *,
     clock: Callable[[], datetime] = _now,
     monotonic_s: Callable[[], float] = time.monotonic,
+    tracer: Tracer | None = None,
 ) -> AsyncIterator[FrontDoor]:
     """Answer calls while the context is open; then let those in progress end, and watches resume elsewhere.
 
-    `clock` is the ledger's time, `monotonic_s` that of rate limits and caches. Raises CannotListen,
-    TlsUnusable and ClassifierUnusable.
+    `clock` is the ledger's time, `monotonic_s` that of rate limits and caches; without `tracer` nothing is
+    traced. Raises CannotListen, TlsUnusable and ClassifierUnusable.
     """
     every_method_has_a_role()
     doorman = Doorman(
@@ -155,6 +157,7 @@ async def serve(
                 metrics,
                 on_refusal,
                 strangers_streams_s=settings.frontdoor.connection_age_ms / 1_000,
+                tracer=tracer or NoOpTracer(),
             )
         ],
         options=_options(settings.frontdoor),
@@ -248,12 +251,13 @@ async def serve(
         background = asyncio.create_task(
             _background(
                 partial(lateness.run, knocked_at),
+                doorman.run,
                 standings.run,
                 room.run,
                 estimates.run,
                 deletions.run,
                 Lifetimes(pool, clock, settings.lifetimes).run,
-                Orphans(pool, artifacts, clock, timedelta(days=settings.lifetimes.orphans_days)).run,
+                Orphans(pool, artifacts, metrics, clock, timedelta(days=settings.lifetimes.orphans_days)).run,
                 Renewals(pool, link, clock).run,
                 partial(_keep_telling_health, pool, healths),
                 metrics.process.watch_event_loop,

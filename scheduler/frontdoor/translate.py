@@ -105,7 +105,7 @@ def imagine(request: job_pb2.CreateJobRequest, models: Models, estimator: Estima
         source_job_id=None,
         source_image=None,
         uploads=len(request.imagine.pictures),
-        warnings=parsed.warnings,
+        warnings=(*parsed.warnings, *prompt_language.unread(parsed, entry.words_read)),
     )
 
 

@@ -30,6 +30,7 @@ from scheduler.metrics.labels import (
     HeldBecause,
     LoadResult,
     LogLevel,
+    OrphanResult,
     PoolState,
     ReconcileResult,
     RequeueReason,
@@ -217,6 +218,19 @@ SUBMISSIONS = _family(
 ARTIFACT_SENT_BYTES = _family(
     _FRONT_DOOR, Kind.COUNTER, "artifact_sent_bytes_total", "Bytes of pictures sent to clients."
 )
+ORPHANS = _family(
+    _FRONT_DOOR,
+    Kind.COUNTER,
+    "orphans_total",
+    "Files, or whole folders of jobs, in the artifact store that no row names, by what became of them.",
+    {"result": OrphanResult},
+)
+ORPHAN_REMOVED_BYTES = _family(
+    _FRONT_DOOR,
+    Kind.COUNTER,
+    "orphan_removed_bytes_total",
+    "Bytes of what was removed from the artifact store since no row names it.",
+)
 
 # Queues and decisions.
 
@@ -401,7 +415,7 @@ GPU_WORKERS_DESIRED = _family(
     _SCHEDULER,
     Kind.GAUGE,
     "gpu_workers_desired",
-    "Workers that the work there is asks for, or one for each GPU where the fleet is fixed.",
+    "Workers that the work there is asks for; of a fixed fleet, one for each GPU that was not told to leave.",
 )
 GPU_TIME = _family(
     _SCHEDULER,
@@ -438,11 +452,11 @@ WORKER_HEARTBEAT = _family(
     "When a worker was last heard of.",
     {"worker": _OPEN},
 )
-WORKER_STARTED = _family(
+WORKER_LOSSES = _family(
     _SCHEDULER,
-    Kind.GAUGE,
-    "worker_started_timestamp_seconds",
-    "When a slot's present worker was first heard of.",
+    Kind.COUNTER,
+    "worker_losses_total",
+    "Times that a slot's worker died, fell silent or was another without having been told to go.",
     {"worker": _OPEN},
 )
 WORKER_RESTARTS = _family(

@@ -11,6 +11,7 @@ from scheduler.metrics.labels import (
     AdminResult,
     CanaryOutcome,
     DbQuery,
+    OrphanResult,
     PoolState,
     SubmissionOutcome,
     SubmissionReason,
@@ -44,6 +45,8 @@ class FrontDoorMetrics:
         self.watch_streams = registry.gauge(families.WATCH_STREAMS)
         self.submissions = registry.counter(families.SUBMISSIONS)
         self.artifact_sent_bytes = registry.counter(families.ARTIFACT_SENT_BYTES)
+        self.orphans = registry.counter(families.ORPHANS)
+        self.orphan_removed_bytes = registry.counter(families.ORPHAN_REMOVED_BYTES)
         self.billing_rejections = registry.counter(families.BILLING_REJECTIONS)
         self.billing_replays = registry.counter(families.BILLING_REPLAYS)
         self.admin_actions = registry.counter(families.ADMIN_ACTIONS)
@@ -67,6 +70,19 @@ class FrontDoorMetrics:
         """Count one CreateJob request. Only a rejection has a reason."""
         assert (outcome is SubmissionOutcome.REJECTED) == (reason is not SubmissionReason.NONE)
         self.submissions.labels(tier, outcome, reason).inc()
+
+    def orphans_noted(self, orphans: int) -> None:
+        """Count what nobody names in the artifact store and was not noted before."""
+        self.orphans.labels(OrphanResult.NOTED).inc(orphans)
+
+    def orphan_removed(self, size_bytes: int) -> None:
+        """Count one that was removed."""
+        self.orphans.labels(OrphanResult.REMOVED).inc()
+        self.orphan_removed_bytes.inc(size_bytes)
+
+    def orphan_is_stray(self) -> None:
+        """Count a picture of prompts that the sweep of strays will remove."""
+        self.orphans.labels(OrphanResult.STRAY).inc()
 
     def admin_acted(self, *, action: AdminAction, result: AdminResult) -> None:
         """Count one call of an admin."""

@@ -33,11 +33,18 @@ class GpuTimeAccount:
     A worker that starts again counts from 0 under a new incarnation, so each incarnation is counted for
     itself, and reports may arrive late or in any order. A worker does not tell of the time of an attempt
     before it knows whether it was of use: of one that died, that time is written off.
+
+    What was added stays added; of a worker that will not be heard again nothing else need be kept.
     """
 
     def __init__(self, *, since_ms: int) -> None:
         self._since_ms = since_ms
-        self._lives: dict[tuple[str, str], _Life] = {}
+        self._lives: dict[str, dict[str, _Life]] = {}
+        """By worker, then by incarnation."""
+
+    def __len__(self) -> int:
+        """Return how many lives are known."""
+        return sum(map(len, self._lives.values()))
 
     def add(self, worker_id: str, incarnation: str, total: GpuTime, now_ms: int) -> GpuTime:
         """Return what is new in `total`, the time of this incarnation since its start, heard at `now_ms`.
@@ -45,11 +52,12 @@ class GpuTimeAccount:
         Of a worker older than this account only the time after its first report is new. The rest was counted
         by the scheduler before; a counter that begins with hours in it reads as hours of work in a second.
         """
-        life = self._lives.get((worker_id, incarnation))
+        lives = self._lives.setdefault(worker_id, {})
+        life = lives.get(incarnation)
         if life is None:
             told_ms = _wall_ms(total)
             older_than_account = told_ms > now_ms - self._since_ms
-            life = self._lives[worker_id, incarnation] = _Life(
+            life = lives[incarnation] = _Life(
                 counted=total if older_than_account else GpuTime(),
                 alive_ms=total.open_ms + (0 if older_than_account else told_ms),
                 first_heard_ms=now_ms,
@@ -66,7 +74,7 @@ class GpuTimeAccount:
 
     def close(self, worker_id: str, incarnation: str, *, busy: bool, now_ms: int) -> GpuTime:
         """Return what a worker lived, and told of no more when it ended: wasted if it was busy, else idle."""
-        life = self._lives.get((worker_id, incarnation))
+        life = self._lives.get(worker_id, {}).get(incarnation)
         if life is None:
             return GpuTime()
         lived_ms = life.alive_ms + now_ms - life.first_heard_ms
@@ -74,6 +82,12 @@ class GpuTimeAccount:
         life.added_ms += untold_ms
         life.written_off_ms += untold_ms
         return GpuTime(wasted_ms=untold_ms) if busy else GpuTime(idle_ms=untold_ms)
+
+    def forget(self, worker_id: str, *, but: str = "") -> None:
+        """Forget the lives of a worker, but for one. A life that tells more after this is counted anew."""
+        kept = self._lives.pop(worker_id, {}).get(but)
+        if kept is not None:
+            self._lives[worker_id] = {but: kept}
 
 
 class RollingPeak:

@@ -18,15 +18,28 @@ class SubmissionOutcome(StrEnum):
 
 
 class SubmissionReason(StrEnum):
-    """Why a request to create a job was rejected."""
+    """Why a request to create a job was rejected; the lower-case form of the error's reason."""
 
     NONE = "none"
-    QUOTA = "quota"
+    """It was not."""
+    INVALID_PARAMETER = "invalid_parameter"
+    PICTURE_UNREADABLE = "picture_unreadable"
+    MODERATION_REJECTED = "moderation_rejected"
+    REQUEST_ID_REUSED = "request_id_reused"
+    FAST_TIME_EXHAUSTED = "fast_time_exhausted"
+    PLAN_LACKS_PRIVATE = "plan_lacks_private"
+    FAST_ONLY = "fast_only"
     QUEUE_FULL = "queue_full"
-    INVALID = "invalid"
+    RATE_LIMITED = "rate_limited"
+    OVERLOADED = "overloaded"
     IMPOSSIBLE = "impossible"
-    AUTH = "auth"
-    DRAINING = "draining"
+    SOURCE_NOT_READY = "source_not_ready"
+    PICTURES_EXPIRED = "pictures_expired"
+    NOT_FOUND_OR_NOT_YOURS = "not_found_or_not_yours"
+    UNAUTHENTICATED = "unauthenticated"
+    ROLE_REQUIRED = "role_required"
+    ACCOUNT_BLOCKED = "account_blocked"
+    UNKNOWN_ACCOUNT = "unknown_account"
 
 
 class BillingRejection(StrEnum):
@@ -91,9 +104,17 @@ class RequeueReason(StrEnum):
     """Why an attempt was given up and its job went back to its place."""
 
     WORKER_LOST = "worker_lost"
+    """Its worker died, fell silent, or has it no more."""
+    NOT_TAKEN = "not_taken"
+    """Its worker refused it, or never got it."""
+    FAILED = "failed"
+    """Its worker told of a failure that was not its owner's."""
     OOM = "oom"
+    """Its worker's GPU was too small for it."""
     TIMEOUT = "timeout"
+    """It ran far longer than any job may: its GPU hangs."""
     DRAIN = "drain"
+    """Its worker was told to hand it over."""
 
 
 class DecisionResult(StrEnum):
@@ -123,11 +144,16 @@ class WorkerState(StrEnum):
     """What a worker is doing; the states add up to the fleet."""
 
     STARTING = "starting"
+    """It is on its way."""
     IDLE = "idle"
     LOADING = "loading"
     RUNNING = "running"
     DRAINING = "draining"
+    """It was told to take nothing more, and has nothing in hand."""
+    UNHEALTHY = "unhealthy"
+    """It is there and gets nothing: its GPU is not well, or it lost too many jobs in a row."""
     LOST = "lost"
+    """It should be there."""
 
 
 class GpuUse(StrEnum):
@@ -162,6 +188,16 @@ class RestartReason(StrEnum):
     SILENT = "silent"
     RESTARTED = "restarted"
     REPLACED = "replaced"
+
+
+class OrphanResult(StrEnum):
+    """What became of something in the artifact store that no row names."""
+
+    NOTED = "noted"
+    """It was not noted before."""
+    REMOVED = "removed"
+    STRAY = "stray"
+    """A picture of prompts, that is left to the sweep of strays."""
 
 
 class BillingKind(StrEnum):

@@ -103,7 +103,7 @@ class SchedulerMetrics:
         self.gpu_memory_used_bytes = registry.gauge(families.GPU_MEMORY_USED)
         self.gpu_memory_capacity_bytes = registry.gauge(families.GPU_MEMORY_CAPACITY)
         self.worker_heartbeat_timestamp_seconds = registry.gauge(families.WORKER_HEARTBEAT)
-        self.worker_started_timestamp_seconds = registry.gauge(families.WORKER_STARTED)
+        self.worker_losses = registry.counter(families.WORKER_LOSSES)
         self.worker_restarts = registry.counter(families.WORKER_RESTARTS)
         self.billing_gpu_seconds = registry.counter(families.BILLING_GPU_SECONDS)
         self.billing_measured_gpu_seconds = registry.counter(families.BILLING_MEASURED)
@@ -257,9 +257,14 @@ class SchedulerMetrics:
         self.gpu_memory_capacity_bytes.labels(report.worker_id).set(report.memory_bytes)
         self._spent(self.gpu_time.add(report.worker_id, report.incarnation, report.gpu_time, now_ms))
 
-    def worker_began(self, worker_id: str, now_ms: int) -> None:
-        """Show since when a slot has its present worker."""
-        self.worker_started_timestamp_seconds.labels(worker_id).set(now_ms / 1000)
+    def worker_began(self, worker_id: str, incarnation: str) -> None:
+        """Show that a slot has a worker. What its earlier lives told has been added."""
+        self.worker_losses.labels(worker_id)
+        self.gpu_time.forget(worker_id, but=incarnation)
+
+    def worker_lost(self, worker_id: str) -> None:
+        """Count the end of a slot's worker that nobody had asked for."""
+        self.worker_losses.labels(worker_id).inc()
 
     def worker_restarted(self, reason: RestartReason) -> None:
         """Count a worker in the place of another."""
@@ -268,6 +273,17 @@ class SchedulerMetrics:
     def worker_ended(self, worker_id: str, incarnation: str, *, busy: bool, now_ms: int) -> None:
         """Add the time of a worker that it will not tell of any more. `busy`: it had something in hand."""
         self._spent(self.gpu_time.close(worker_id, incarnation, busy=busy, now_ms=now_ms))
+
+    def worker_forgotten(self, worker_id: str) -> None:
+        """Show nothing any more of a slot that is gone for good; what its lives took stays counted."""
+        for family in (
+            self.worker_heartbeat_timestamp_seconds,
+            self.gpu_memory_used_bytes,
+            self.gpu_memory_capacity_bytes,
+            self.worker_losses,
+        ):
+            family.remove(worker_id)
+        self.gpu_time.forget(worker_id)
 
     def _spent(self, time: GpuTime) -> None:
         for use in GpuUse:

@@ -45,6 +45,7 @@ class WorkerState(StrEnum):
     SET_ASIDE = "set aside"
     DRAINING = "draining"
     DRAINED = "drained"
+    LEAVING = "leaving"
     RUNNING = "running"
     IDLE = "idle"
 
@@ -66,7 +67,9 @@ class Worker:
         """Return what there is to say of a worker at a time."""
         state = _state(view, slot, at)
         since_ms = None
-        if view is not None and state in (WorkerState.RUNNING, WorkerState.IDLE):
+        if view is not None and state is WorkerState.LEAVING:
+            since_ms = view.leaves_since_ms
+        elif view is not None and state in (WorkerState.RUNNING, WorkerState.IDLE):
             since_ms = view.idle_since_ms if view.active is None else view.active.started_ms
         return cls(
             worker_id=worker_id,
@@ -255,6 +258,8 @@ def _state(view: WorkerView | None, slot: Slot, at: datetime) -> WorkerState:
         return WorkerState.UNHEALTHY
     if slot.aside_at(at) is not None:
         return WorkerState.SET_ASIDE
+    if view.leaves_since_ms is not None:
+        return WorkerState.LEAVING
     if slot.draining:
         # Nobody needs to wait for one that has finished what it had.
         return WorkerState.DRAINING if view.active or view.parked else WorkerState.DRAINED

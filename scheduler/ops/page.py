@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from importlib.resources import files
 from ipaddress import ip_address
 from typing import Any, NoReturn, TypeAlias
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, urlsplit
 
 from aiohttp import web
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -49,7 +49,8 @@ _SECURITY: Mapping[str, str] = {
     ),
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
-    "Referrer-Policy": "no-referrer",
+    # Not `no-referrer`: by that a browser sends `Origin: null` with our own forms too.
+    "Referrer-Policy": "same-origin",
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
 }
@@ -261,8 +262,16 @@ def _from_this_machine(request: web.Request) -> bool:
 
 
 def _sent_by_another_site(request: web.Request) -> bool:
-    """Return whether a browser says so. Cookies of ours do not come along then, but a key might."""
-    return request.headers.get("Sec-Fetch-Site", "same-origin") not in ("same-origin", "none")
+    """Return whether a browser says so. Cookies of ours do not come along then, but a key might.
+
+    Over plain text from another machine it says only from which origin a form comes. What is no browser says
+    nothing.
+    """
+    site = request.headers.get("Sec-Fetch-Site")
+    if site is not None:
+        return site not in ("same-origin", "none")
+    origin = request.headers.get("Origin")
+    return origin is not None and urlsplit(origin).netloc != request.host
 
 
 # -- templates ----------------------------------------------------------------------------------------

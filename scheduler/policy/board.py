@@ -56,6 +56,7 @@ from scheduler.policy.events import (
     TierPaused,
     TierResumed,
     UsageReset,
+    WaitingRestored,
     WorkerDraining,
     WorkerJoined,
     WorkerLost,
@@ -73,6 +74,7 @@ from scheduler.policy.preemption import parkable, relax_floor
 from scheduler.policy.status import JobStatus
 
 _ABSENT = object()
+_NO_JOB = JobId("")
 
 
 class Sharing(NamedTuple):
@@ -164,6 +166,8 @@ class Board:
                 self._cell_restored(event)
             case AccountRestored():
                 self._account_restored(event)
+            case WaitingRestored():
+                self._waiting_restored(event)
             case AttemptRestored():
                 self._attempt_restored(event)
             case OrderKnown():
@@ -199,6 +203,14 @@ class Board:
         """Return a job that waits, held ones included; None: it does not wait here."""
         live = self._cell.jobs.get(job_id)
         return live.job if live is not None and live.state in (State.WAITING, State.HELD) else None
+
+    def whose(self, event: Event) -> AccountId | None:
+        """Return the account of the live job that an event is about which says only which job; None: of none.
+
+        To be asked before the board is told, which may forget it.
+        """
+        live = self._cell.jobs.get(getattr(event, "job_id", _NO_JOB))
+        return None if live is None else live.job.account_id
 
     def explain(self, job_id: JobId, now_ms: int) -> Explanation | None:
         """Return why a live job is where it is; None: it is not on the board."""
@@ -290,9 +302,8 @@ class Board:
         return len(self._cell.parked)
 
     def oldest_arrival_ms(self, tier: Tier) -> int | None:
-        """Return when the oldest waiting job was accepted; None: none waits."""
-        oldest = self._cell.not_running[tier].first()
-        return None if oldest is None else oldest[0]
+        """Return when the oldest waiting job was accepted, to a tenth of a second; None: none waits."""
+        return self._cell.not_running[tier].first_ms()
 
     def accounts_held(self) -> list[AccountId]:
         """Return the accounts with jobs that wait for funds."""
@@ -313,16 +324,35 @@ class Board:
         )
         self._wait(live)
 
-    def _wait(self, live: Live) -> None:
-        """Put a job in its account's lane, unless it was lost too often."""
+    def _waiting_restored(self, event: WaitingRestored) -> None:
+        account, jobs = self._cell.accounts[event.account_id], self._cell.jobs
+        known = len(jobs)
+        for job, losses, accepted_ms, checkpoint in event.jobs:
+            live = jobs[job.job_id] = Live(job, losses, accepted_ms, checkpoint)
+            if self._admit(live):
+                account.turn(job.tier).add(job)
+        assert len(jobs) == known + len(event.jobs), "none of them was on the board"
+        self._reconcile(account)
+
+    def _admit(self, live: Live) -> bool:
+        """Put a job among those that do not run; returns whether it may start: it was not lost too often."""
         job = live.job
-        self._cell.not_running[job.tier].put((live.accepted_ms, job.job_id))
+        self._cell.not_running[job.tier].add(live.accepted_ms)
         reason = retry.give_up_reason(live.losses, self._cell.parameters)
         if reason is not None:
             live.state = State.GIVEN_UP
             self._cell.to_give_up[job.job_id] = reason
-            return
+            return False
         live.state = State.WAITING
+        return True
+
+    def _wait(self, live: Live) -> None:
+        """Put a job in its account's lane, unless it was lost too often."""
+        if self._admit(live):
+            self._join(live)
+
+    def _join(self, live: Live) -> None:
+        job = live.job
         account = self._cell.accounts[job.account_id]
         if self._cell.queues[job.tier].join(account, job, self._cell.now_ms):
             self._cell.unstored[account.account_id, job.tier] = None
@@ -349,7 +379,7 @@ class Board:
 
     def _forget(self, live: Live) -> None:
         self._leave(live)
-        self._cell.not_running[live.job.tier].discard(live.job.job_id)
+        self._cell.not_running[live.job.tier].remove(live.accepted_ms)
         del self._cell.jobs[live.job.job_id]
 
     def _cancel_wanted(self, event: CancelWanted) -> None:
@@ -373,7 +403,7 @@ class Board:
 
     def _move(self, live: Live, tier: Tier) -> None:
         self._leave(live)
-        self._cell.not_running[live.job.tier].discard(live.job.job_id)
+        self._cell.not_running[live.job.tier].remove(live.accepted_ms)
         live.job = replace(live.job, tier=tier)
         # It begins anew: what was drawn in one tier is not paid for in the other.
         live.checkpoint = None
@@ -394,7 +424,9 @@ class Board:
 
     def _funds_changed(self, event: FundsChanged) -> None:
         for job_id in self._cell.held.pop(event.account_id, ()):
-            self._wait(self._cell.jobs[job_id])
+            live = self._cell.jobs[job_id]
+            live.state = State.WAITING
+            self._join(live)
 
     # -- facts about attempts -----------------------------------------------------------------------
 
@@ -421,7 +453,7 @@ class Board:
         ):
             attempt.left_ms = max(0, attempt.left_ms - checkpoint.kept_ms)
             attempt.checkpoint = checkpoint
-        self._cell.not_running[job.tier].discard(job.job_id)
+        self._cell.not_running[job.tier].remove(live.accepted_ms)
         self._cell.running[job.tier] += 1
         if event.sheltered:
             self._cell.fast_since_relax_turn = 0

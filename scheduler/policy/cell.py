@@ -18,6 +18,8 @@ from scheduler.policy.parked import ParkedRuns
 from scheduler.policy.placement import Fleet
 from scheduler.policy.ranking import Ranking
 
+_SPAN_MS = 100
+
 
 class State(Enum):
     WAITING = auto()
@@ -41,6 +43,47 @@ class Live:
         self.attempt_id: AttemptId | None = None
         self.cancel_wanted = False
         self.state = State.WAITING
+
+
+class Moments:
+    """How many there are, and when the first of them came, to a tenth of a second.
+
+    Not one by one: there may be a million, and nobody asks which of them was the first.
+    """
+
+    __slots__ = ("_count", "_counts", "_spans")
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._counts: dict[int, int] = {}
+        self._spans: Ranking[int] = Ranking()
+        """Those in which some came."""
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, at_ms: int) -> None:
+        """Count one."""
+        span = at_ms // _SPAN_MS
+        counted = self._counts.get(span, 0)
+        if not counted:
+            self._spans.put((span,))
+        self._counts[span] = counted + 1
+        self._count += 1
+
+    def remove(self, at_ms: int) -> None:
+        """Count one less of those that came then."""
+        span = at_ms // _SPAN_MS
+        self._counts[span] -= 1
+        self._count -= 1
+        if not self._counts[span]:
+            del self._counts[span]
+            self._spans.discard(span)
+
+    def first_ms(self) -> int | None:
+        """Return when the first came; None: there is none."""
+        entry = self._spans.first()
+        return None if entry is None else entry[0] * _SPAN_MS
 
 
 class Cell:
@@ -69,7 +112,7 @@ class Cell:
         """How many attempts run, parked ones included."""
         self.fast_since_relax_turn = 0
         """Fast starts since relax last had its turn before fast."""
-        self.not_running: dict[Tier, Ranking[JobId]] = {tier: Ranking() for tier in Tier}
+        self.not_running = {tier: Moments() for tier in Tier}
         """Jobs that wait, held ones included, by the time of their acceptance."""
         self.positions: dict[Tier, dict[JobId, int]] = {}
         """Places of the jobs that could start, as of the last event, where they were asked for."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Final, NamedTuple
 
 from scheduler.policy.decisions import Charge
 from scheduler.policy.ids import AccountId, AttemptId, JobId, Tier, WorkerId
@@ -120,17 +121,48 @@ class UsageReset:
     account_id: AccountId
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+# As a `Job`.
+@dataclass(kw_only=True, slots=True, unsafe_hash=True)
 class JobSubmitted:
     """A job waits. A job that is on the board already stays as it is: door and sweep may both report it."""
 
-    at_ms: int
-    job: Job
-    losses: int = 0
-    accepted_ms: int | None = None
+    at_ms: Final[int]
+    job: Final[Job]
+    losses: Final[int] = 0
+    accepted_ms: Final[int | None] = None
     """When its row was committed, if not at `at_ms`."""
-    checkpoint: Checkpoint | None = None
+    checkpoint: Final[Checkpoint | None] = None
     """The newest of its earlier attempts."""
+
+
+class Waited(NamedTuple):
+    """A job that waited when a scheduler took over. A tuple, since there may be a million."""
+
+    job: Job
+    losses: int
+    accepted_ms: int
+    """When its row was committed."""
+    checkpoint: Checkpoint | None
+    """The newest of its earlier attempts."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WaitingRestored:
+    """After a restart: all jobs of an account that wait, in order of arrival, of which the board has none.
+
+    It is as if each were submitted (`submitted`), in less time.
+    """
+
+    at_ms: int
+    account_id: AccountId
+    jobs: tuple[Waited, ...]
+
+    def submitted(self) -> Iterator[JobSubmitted]:
+        """Return what it stands for, where each job is noted by itself."""
+        for job, losses, accepted_ms, checkpoint in self.jobs:
+            yield JobSubmitted(
+                at_ms=self.at_ms, job=job, losses=losses, accepted_ms=accepted_ms, checkpoint=checkpoint
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -393,6 +425,7 @@ Event = (
     | FundsChanged
     | UsageReset
     | JobSubmitted
+    | WaitingRestored
     | CancelWanted
     | TierChanged
     | StartRefused

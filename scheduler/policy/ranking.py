@@ -6,7 +6,7 @@ import heapq
 from collections.abc import Container, Iterator
 from typing import Any, Generic, TypeVar
 
-Key = TypeVar("Key", bound=str)
+Key = TypeVar("Key", bound=str | int)
 Entry = tuple[Any, ...]
 
 

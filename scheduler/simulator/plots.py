@@ -19,10 +19,12 @@ _COLOURS = ("#1b6ca8", "#d1495b", "#66a182", "#edae49", "#7b5ea7", "#8d6e63", "#
 
 
 class PlotsMissing(RuntimeError):
-    """matplotlib is not installed. `pip install 'darkroom[simulator]'` brings it."""
+    """matplotlib is not installed. `pip install -c constraints.txt '.[simulator]'` brings it."""
 
     def __init__(self) -> None:
-        super().__init__("plots need matplotlib: pip install 'darkroom[simulator]', or leave --out away")
+        super().__init__(
+            "plots need matplotlib: pip install -c constraints.txt '.[simulator]', or leave --out away"
+        )
 
 
 def draw(simulations: Sequence[Simulated], groups: Groups, folder: Path) -> list[Path]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import asyncpg
 
+from scheduler.store import canary_time
+from scheduler.store.canary_time import CanaryTime
 from scheduler.store.lanes import AWAY, session_settings
 from scheduler.store.migrate import DatabaseUnreachable, Migration, migrations
 
@@ -47,10 +49,19 @@ class CheckedDatabase:
     """For how long that one has written nothing; None: before the first."""
     processes: Sequence[str]
     """Front doors and schedulers that are connected, with their releases: `frontdoor-0.1.0`."""
+    canary: CanaryTime | None
+    """None: none was asked for, it has no account, or the schema is not there."""
+    canary_take_ms: int | None
+    """What its newest fast jobs were billed each; None: there are none."""
+
+    @property
+    def has_schema(self) -> bool:
+        """Whether this release can use the schema: what waits until nothing older runs may be missing."""
+        return _has_schema(self.missing)
 
 
-async def look_at_database(dsn: str) -> CheckedDatabase:
-    """Return how well the database is. Raises DatabaseUnreachable."""
+async def look_at_database(dsn: str, *, canary: str | None = None) -> CheckedDatabase:
+    """Return how well the database is, and what the account `canary` has. Raises DatabaseUnreachable."""
     try:
         connection = await asyncpg.connect(
             dsn,
@@ -65,7 +76,7 @@ async def look_at_database(dsn: str) -> CheckedDatabase:
         why = str(trouble) or "it did not answer in time"
         raise DatabaseUnreachable(f"cannot connect to PostgreSQL: {why}") from trouble
     try:
-        return await _look(connection)
+        return await _look(connection, canary)
     except (*AWAY, asyncpg.PostgresError) as trouble:
         # It went away meanwhile; or the role may not read what the service's own may.
         raise DatabaseUnreachable(f"PostgreSQL did not say how it is: {trouble}") from trouble
@@ -85,7 +96,7 @@ def embedded_dsn(data_dir: Path) -> str | None:
     return f"postgresql://postgres@/postgres?host={socket_folder.strip()}"
 
 
-async def _look(connection: asyncpg.Connection) -> CheckedDatabase:
+async def _look(connection: asyncpg.Connection, canary: str | None) -> CheckedDatabase:
     began_s = time.time()
     row = await connection.fetchrow(
         """SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint AS now_ms,
@@ -105,6 +116,10 @@ async def _look(connection: asyncpg.Connection) -> CheckedDatabase:
     assert row is not None, "it selects one row of nothing"
     missing, changed, newer = await _schema(connection)
     leader = await _leader(connection)
+    granted = take_ms = None
+    if canary is not None and _has_schema(missing):
+        granted = await canary_time.read(connection, canary)
+        take_ms = await canary_time.take_ms(connection, canary)
     return CheckedDatabase(
         version=row["version"].split()[0],
         missing=missing,
@@ -120,6 +135,8 @@ async def _look(connection: asyncpg.Connection) -> CheckedDatabase:
         leader=leader[0],
         leader_silent_ms=leader[1],
         processes=sorted(row["processes"] or ()),
+        canary=granted,
+        canary_take_ms=take_ms,
     )
 
 
@@ -134,6 +151,10 @@ async def _schema(connection: asyncpg.Connection) -> tuple[list[Migration], list
     ]
     newer = sorted(f"{package}/{name}" for package, name in applied.keys() - known.keys())
     return [one for key, one in known.items() if key not in applied], changed, newer
+
+
+def _has_schema(missing: Iterable[Migration]) -> bool:
+    return all(one.is_after for one in missing)
 
 
 async def _leader(connection: asyncpg.Connection) -> tuple[str, int | None]:

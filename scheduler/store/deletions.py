@@ -73,7 +73,7 @@ async def _delete(connection: Connection, job_ids: Collection[UUID]) -> list[str
                ON CONFLICT (path) DO UPDATE SET since = now())
            UPDATE scheduler.job
            SET deleted_at = now(), files_due_at = now(),
-               prompt = '', warnings = '{}', videos = NULL, latents_path = NULL,
+               prompt = '', warnings = '{}', videos = NULL, latents_path = NULL, traceparent = NULL,
                spec = spec || '{"prompt": "", "parts": [], "pictures": []}' || CASE
                    -- Which job it is stays: that one's files may not go before this one has ended. Names of
                    -- files have words of the prompt.

@@ -71,6 +71,10 @@ class StartedAttempt:
     """An attempt at its job was lost before, with what it had done since its newest checkpoint."""
     waited_ms: int | None
     """From acceptance to its first start; None for a later one."""
+    traceparent: str | None
+    """The span of the call that made its job; None: it is not traced."""
+    queued_at: datetime | None
+    """Of one that is traced: since when it waited, this time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +160,7 @@ async def _outcome_of_before(
     rows = {
         row["attempt_id"]: row
         for row in await connection.fetch(
-            f"""SELECT attempt_id::text, job.spec, job.checkpoint, job.event_seq, {_AFTER_LOSS}
+            f"""SELECT attempt_id::text, job.spec, job.checkpoint, job.event_seq, traceparent, {_AFTER_LOSS}
                FROM scheduler.attempt JOIN scheduler.job USING (job_id) WHERE attempt_id = ANY($1::uuid[])""",  # noqa: S608
             [plan.attempt_id for plan in planned] + [one.to_attempt_id for one in migrations],
         )
@@ -171,6 +175,8 @@ async def _outcome_of_before(
             checkpoint=checkpoint_from_json(rows[plan.attempt_id]["checkpoint"]),
             after_loss=rows[plan.attempt_id]["after_loss"],
             waited_ms=None,
+            traceparent=rows[plan.attempt_id]["traceparent"],
+            queued_at=None,
         )
         for plan in planned
         if plan.attempt_id in rows
@@ -212,6 +218,8 @@ async def _write_all(
                 checkpoint=checkpoint_from_json(rows[plan.job_id]["checkpoint"]),
                 after_loss=rows[plan.job_id]["after_loss"],
                 waited_ms=rows[plan.job_id]["waited_ms"],
+                traceparent=rows[plan.job_id]["traceparent"],
+                queued_at=rows[plan.job_id]["queued_at"],
             )
             for plan in prefix
         ],
@@ -248,7 +256,11 @@ async def _job_rows(
     rows = await connection.fetch(
         f"""SELECT job_id::text, state, tier, pricing, spec, checkpoint, {_AFTER_LOSS},
                   CASE WHEN started_at IS NULL
-                       THEN (extract(epoch FROM now() - created_at) * 1000)::bigint END AS waited_ms
+                       THEN (extract(epoch FROM now() - created_at) * 1000)::bigint END AS waited_ms,
+                  traceparent,
+                  CASE WHEN traceparent IS NOT NULL THEN coalesce(
+                       (SELECT max(ended_at) FROM scheduler.attempt WHERE attempt.job_id = job.job_id),
+                       created_at) END AS queued_at
            FROM scheduler.job WHERE job_id = ANY($1::uuid[]) AND NOT past""",  # noqa: S608
         [plan.job_id for plan in planned],
     )

@@ -119,6 +119,8 @@ class Settled:
     counts_as_loss: bool = False
     set_aside_until: datetime | None = None
     """The worker's slot lost so many jobs in a row that it gets none until then."""
+    repeated: bool = False
+    """It was settled before: of what it came to only `gpu_ms` is told again, and no price."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,6 +231,7 @@ def _settled_before(row: asyncpg.Record) -> Settled:
         billed_ms=0,
         released_ms=0,
         counts_as_loss=row["counts_as_loss"],
+        repeated=True,
     )
 
 

@@ -105,6 +105,8 @@ class NewJob:
     uploads: int = 0
     """Pictures that came with the prompt, beside those that it names."""
     warnings: tuple[str, ...]
+    traceparent: str | None = None
+    """The call's span, whose children are what is done for the job; None: it is not traced."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,8 +271,8 @@ async def insert_job(connection: Connection, job: NewJob, sentence: str) -> Stor
             job AS (
                 INSERT INTO scheduler.job (
                     job_id, account_id, kind, tier, visibility, prompt, seed_fixed, spec, pricing,
-                    predicted_ms, source_job_id, source_image, warnings, uploads, event_seq)
-                SELECT $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $15, seq FROM event
+                    predicted_ms, source_job_id, source_image, warnings, uploads, traceparent, event_seq)
+                SELECT $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $15, $16, seq FROM event
                 RETURNING *),
             written AS (
                 INSERT INTO scheduler.job_event (seq, job_id, state, sentence) OVERRIDING SYSTEM VALUE
@@ -293,6 +295,7 @@ async def insert_job(connection: Connection, job: NewJob, sentence: str) -> Stor
         list(job.warnings),
         sentence,
         job.uploads,
+        job.traceparent,
     )
     assert row is not None, "an INSERT with RETURNING returns its row"
     return _stored(row)
@@ -370,6 +373,14 @@ async def with_pictures(connection: Connection, account_id: str) -> dict[int, in
         account_id,
     )
     return {row["arrival"]: row["pictures"] for row in rows}
+
+
+async def arrival(connection: Connection, account_id: str, job_id: str) -> int | None:
+    """Return a job's place among its account's, also if it was deleted since; None: there is none such."""
+    place: int | None = await connection.fetchval(
+        "SELECT arrival FROM scheduler.job WHERE account_id = $1 AND job_id = $2", account_id, UUID(job_id)
+    )
+    return place
 
 
 async def pictures(connection: Connection, account_id: str, arrivals: Sequence[int]) -> list[ImageFile]:

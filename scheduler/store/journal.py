@@ -23,7 +23,15 @@ import asyncpg
 import structlog
 
 from scheduler.clock import from_ms, to_ms
-from scheduler.policy.auditing.journal import AccountMet, CellMet, Dispatch, Journal, Record, Recorder
+from scheduler.policy.auditing.journal import (
+    OF_NO_CONCERN,
+    AccountMet,
+    CellMet,
+    Dispatch,
+    Journal,
+    Record,
+    Recorder,
+)
 from scheduler.policy.decisions import Decision
 from scheduler.policy.events import (
     AccountRestored,
@@ -47,6 +55,7 @@ from scheduler.policy.events import (
     TierChanged,
     TierPaused,
     TierResumed,
+    WaitingRestored,
     WorkerDraining,
     WorkerJoined,
     WorkerLost,
@@ -94,10 +103,9 @@ class Notes:
         self._most = most
         self._recorder = Recorder()
         self._records: deque[_Noted] = deque()
-        self._accounts_put_off: dict[AccountId, _Noted] = {}
-        """What was restored of accounts of which nothing else was told so far but what is put off too."""
-        self._put_off: dict[JobId, _Noted] = {}
-        """Submissions of jobs of which nothing else was told so far."""
+        self._put_off: dict[AccountId, _PutOff] = {}
+        """What waited when this scheduler took over, of accounts of which nothing else was told so far."""
+        self._lines_put_off = 0
         self._number = 0
         self._behind = False
 
@@ -105,9 +113,32 @@ class Notes:
         """Remember by what numbers jobs were chosen."""
         self._recorder.decided(decisions)
 
-    def note(self, event: Event) -> None:
-        """Take an event down."""
+    def note(self, event: Event, whose: AccountId | None = None) -> None:
+        """Take an event down, and what was put off of that account before it.
+
+        `whose`: the account of the job that it is about, where it says only which job. What says only which
+        attempt comes behind the start of that.
+        """
+        if self._put_off and not isinstance(event, OF_NO_CONCERN):
+            job: Job | None = getattr(event, "job", None)
+            account_id = getattr(event, "account_id", whose) if job is None else job.account_id
+            if account_id in self._put_off:
+                self._records += self._taken_up(account_id)
         self._recorder.note(event)
+
+    def put_off(self, events: Sequence[Event]) -> None:
+        """Take down all that was restored of one account and waits, to be written when there is time.
+
+        Its lines alone may be a million. They are written before anything else that is told of the account.
+        """
+        if not events:
+            return
+        self._take_down()
+        *standing, restored = events
+        assert isinstance(restored, WaitingRestored)
+        put_off = self._put_off[restored.account_id] = _PutOff(self._number + 1, standing, restored)
+        self._number += put_off.lines
+        self._lines_put_off += put_off.lines
 
     @property
     def behind(self) -> bool:
@@ -117,23 +148,18 @@ class Notes:
     def lines(self, *, without_waiting: bool = False) -> Sequence[Line]:
         """Return the next lines that were taken down and not returned so far.
 
-        A recovery takes down a line for every live job, so the rest is left for the next time. With
-        `without_waiting`, restored accounts and submissions are put off until something else is told of them,
-        or this is asked without. It is their numbers that order the lines, not when they are written.
+        `without_waiting`: what was put off stays so, but for accounts of which something else was told. It is
+        the numbers that order the lines, not when they are written.
         """
-        for record in self._recorder.take():
-            self._number += 1
-            self._take_down(_Noted(self._number, record), put_off=without_waiting)
+        self._take_down()
         lines: list[Line] = []
-        too_many = len(self._records) + self._all_put_off - self._most
+        too_many = len(self._records) + self._lines_put_off - self._most
         if too_many > 0:
             lines.append(self._gap(too_many))
+        while self._put_off and not without_waiting and len(self._records) < _MOST_LINES:
+            self._records += self._taken_up(next(reversed(self._put_off)))
         noted = [self._records.popleft() for _ in range(min(len(self._records), _MOST_LINES))]
-        if not without_waiting:
-            for put_off in (self._accounts_put_off, self._put_off):
-                rest = min(len(put_off), _MOST_LINES - len(noted))
-                noted += (put_off.popitem()[1] for _ in range(rest))
-        self._behind = bool(self._records) or (self._all_put_off > 0 and not without_waiting)
+        self._behind = bool(self._records) or (bool(self._put_off) and not without_waiting)
         for number, record in noted:
             facts = json.dumps(_fields(record), default=_plain)
             lines.append(
@@ -147,37 +173,24 @@ class Notes:
             )
         return lines
 
-    @property
-    def _all_put_off(self) -> int:
-        return len(self._accounts_put_off) + len(self._put_off)
+    def _take_down(self) -> None:
+        for record in self._recorder.take():
+            self._number += 1
+            self._records.append(_Noted(self._number, record))
 
-    def _take_down(self, noted: _Noted, *, put_off: bool) -> None:
-        record = noted.record
-        if put_off and isinstance(record, JobSubmitted) and record.job.job_id not in self._put_off:
-            self._put_off[record.job.job_id] = noted
-        elif put_off and isinstance(record, AccountRestored):
-            self._accounts_put_off[record.account_id] = noted
-        else:
-            if self._all_put_off:
-                self._write_what_it_builds_on(record)
-            self._records.append(noted)
-
-    def _write_what_it_builds_on(self, record: Record) -> None:
-        about = record.started if isinstance(record, Dispatch) else record
-        account_id = getattr(about, "account_id", AccountId(""))
-        job: Job | None = getattr(about, "job", None)
-        submitted = self._put_off.pop(getattr(about, "job_id", JobId("")), None)
-        if submitted is not None:
-            assert isinstance(submitted.record, JobSubmitted)
-            job = submitted.record.job
-        restored = self._accounts_put_off.pop(account_id if job is None else job.account_id, None)
-        self._records += (one for one in (restored, submitted) if one is not None)
+    def _taken_up(self, account_id: AccountId) -> list[_Noted]:
+        """Take what was put off of an account out."""
+        put_off = self._put_off.pop(account_id)
+        self._lines_put_off -= put_off.lines
+        return [_Noted(number, event) for number, event in enumerate(put_off.events(), put_off.first_number)]
 
     def _gap(self, too_many: int) -> Line:
-        """Drop records, what was put off first and then the oldest, and return the line that says so."""
-        dropped = [
-            self._put_off.popitem()[1] if self._put_off else self._records.popleft() for _ in range(too_many)
-        ]
+        """Drop at least so many records, what was put off first and then the oldest, and return the line that
+        says so."""
+        dropped: list[_Noted] = []
+        while len(dropped) < too_many and self._put_off:
+            dropped += self._taken_up(next(reversed(self._put_off)))
+        dropped += [self._records.popleft() for _ in range(too_many - len(dropped))]
         began_ms = min(noted.record.at_ms for noted in dropped)
         until_ms = max(noted.record.at_ms for noted in dropped)
         _log.error("journal lines lost", lines=len(dropped), from_ms=began_ms, until_ms=until_ms)
@@ -185,6 +198,22 @@ class Notes:
         return Line(
             number=dropped[-1].number, at_ms=until_ms, kind=_GAP, subject=_GAP, facts=json.dumps(facts)
         )
+
+
+class _PutOff(NamedTuple):
+    """All that was restored of an account of which nothing ran. A tuple, since there may be 200,000."""
+
+    first_number: int
+    standing: Sequence[Event]
+    restored: WaitingRestored
+
+    @property
+    def lines(self) -> int:
+        return len(self.standing) + len(self.restored.jobs)
+
+    def events(self) -> list[Event]:
+        """Return what gets a line each: what happened to a job is found by its id."""
+        return [*self.standing, *self.restored.submitted()]
 
 
 class _Noted(NamedTuple):
@@ -684,8 +713,8 @@ def _decode(kind: str, facts: str) -> Any:
 @cache
 def _decoder(hint: Any) -> Callable[[Any], Any]:
     """Return what makes a value of a type of what JSON made of one."""
-    while isinstance(hint, typing.NewType):
-        hint = hint.__supertype__
+    while isinstance(hint, typing.NewType) or typing.get_origin(hint) is typing.Final:
+        hint = hint.__supertype__ if isinstance(hint, typing.NewType) else typing.get_args(hint)[0]
     if is_dataclass(hint) and isinstance(hint, type):
         return _dataclass_decoder(hint)
     if isinstance(hint, type) and issubclass(hint, StrEnum):

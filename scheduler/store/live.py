@@ -28,15 +28,16 @@ from scheduler.store.checkpoints import checkpoint_from_json
 from scheduler.store.jobs import spec_from_json
 from scheduler.store.leadership import require_leader
 
-# In the order of LiveJob's fields. What the spec says of the work comes as one text: there are few different
-# ones, and each is looked into once.
+# In the order of _Row's fields. What the spec says of the work comes as one text: there are few different
+# ones, and each is looked into once. Not as JSON, which takes the database as long as all the rest together.
 _JOB_COLUMNS = """job_id::text, account_id, tier, state, arrival, predicted_ms, losses, cancel_wanted,
                   floor(extract(epoch FROM created_at) * 1000)::bigint AS accepted_ms, event_seq,
-                  jsonb_build_array(
-                      spec -> 'kind', spec -> 'model', spec -> 'width', spec -> 'height', spec -> 'steps',
-                      spec -> 'source' -> 'strength_permille', spec -> 'stop_percent',
-                      coalesce(jsonb_array_length(spec -> 'parts') + jsonb_array_length(spec -> 'pictures'),
-                               0))::text AS work, checkpoint, memory_above_bytes"""
+                  concat(
+                      spec ->> 'kind', ' ', spec ->> 'width', ' ', spec ->> 'height', ' ',
+                      spec ->> 'steps', ' ', spec -> 'source' ->> 'strength_permille', ' ',
+                      spec ->> 'stop_percent', ' ',
+                      jsonb_array_length(spec -> 'parts') + jsonb_array_length(spec -> 'pictures'), ' ',
+                      spec ->> 'model') AS work, checkpoint, memory_above_bytes"""
 
 
 MOST_WORKS = 10_000
@@ -56,12 +57,10 @@ class Work:
     """Of the estimator: what its denoising steps take, in plain ones."""
 
 
-class LiveJob(NamedTuple):
-    """A job's row, as far as the order of things needs it. A tuple, since a restart may make a million."""
-
+class _Row(NamedTuple):
     job_id: JobId
     account_id: AccountId
-    tier: Tier
+    tier_name: str
     state: str
     arrival: int
     predicted_ms: int
@@ -70,10 +69,35 @@ class LiveJob(NamedTuple):
     accepted_ms: int
     """When its row was committed."""
     event_seq: int
-    work: Work
-    checkpoint: Checkpoint | None
+    work_text: str
+    checkpoint_text: str | None
     memory_above_bytes: int
     """All the memory of the largest worker that had too little for it; 0: none had."""
+
+
+class LiveJob(_Row):
+    """A job's row, as far as the order of things needs it.
+
+    A tuple of what was read, since a restart may read a million: of the rest each is worked out by whoever
+    asks for it.
+    """
+
+    __slots__ = ()
+
+    @property
+    def tier(self) -> Tier:
+        """Where it runs or waits."""
+        return _TIERS[self.tier_name]
+
+    @property
+    def work(self) -> Work:
+        """What work it is."""
+        return _work(self.work_text)
+
+    @property
+    def checkpoint(self) -> Checkpoint | None:
+        """The newest of its attempts; None: it begins anew."""
+        return None if self.checkpoint_text is None else checkpoint_from_json(self.checkpoint_text)
 
 
 class Waits(NamedTuple):
@@ -111,6 +135,8 @@ class RunningAttempt:
     parks: int
     sheltered: bool
     spec: RenderSpec
+    traceparent: str | None
+    """The span of the call that made its job; None: it is not traced."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +185,7 @@ async def live_jobs(connection: asyncpg.Connection, account_ids: Sequence[str]) 
             ORDER BY arrival""",  # noqa: S608
         account_ids,
     )
-    return [_job(row) for row in rows]
+    return [LiveJob._make(row) for row in rows]
 
 
 async def noticed_jobs(
@@ -182,61 +208,28 @@ async def noticed_jobs(
             WHERE job_id = ANY($1::uuid[]) AND NOT past ORDER BY arrival""",  # noqa: S608
         job_ids,
     )
-    return [_job(row) for row in rows]
+    return [LiveJob._make(row) for row in rows]
 
 
 # Of each of a million rows, at a restart: what an Enum finds by its value takes a microsecond.
 _TIERS = {tier.value: tier for tier in Tier}
 
 
-def _job(row: asyncpg.Record) -> LiveJob:
-    (
-        job_id,
-        account_id,
-        tier,
-        state,
-        arrival,
-        predicted_ms,
-        losses,
-        cancel_wanted,
-        accepted_ms,
-        event_seq,
-        work,
-        checkpoint,
-        memory_above_bytes,
-    ) = row
-    return LiveJob(
-        job_id,
-        account_id,
-        _TIERS[tier],
-        state,
-        arrival,
-        predicted_ms,
-        losses,
-        cancel_wanted,
-        accepted_ms,
-        event_seq,
-        _work(work),
-        None if checkpoint is None else checkpoint_from_json(checkpoint),
-        memory_above_bytes,
-    )
-
-
 @functools.lru_cache(maxsize=MOST_WORKS)
 def _work(text: str) -> Work:
-    kind, model, width, height, steps, strength_permille, stop_percent, parts = json.loads(text)
-    kind = RenderKind(kind)
+    # What the spec does not have is empty.
+    kind, width, height, steps, strength_permille, stop_percent, parts, model = text.split(" ", 7)
     return Work(
-        kind=kind,
+        kind=RenderKind(kind),
         model=model,
-        width=width,
-        height=height,
+        width=int(width),
+        height=int(height),
         steps=steps_done(
-            steps,
-            kind=kind,
-            strength_permille=strength_permille,
-            stop_percent=100 if stop_percent is None else stop_percent,
-            parts=parts,
+            int(steps),
+            kind=RenderKind(kind),
+            strength_permille=int(strength_permille) if strength_permille else None,
+            stop_percent=int(stop_percent or 100),
+            parts=int(parts or 0),
         ),
     )
 
@@ -275,7 +268,7 @@ async def running_attempts(connection: asyncpg.Connection) -> list[RunningAttemp
     rows = await connection.fetch(
         """SELECT attempt_id::text, token::text, job_id::text, account_id, tier, worker_id, incarnation,
                   attempt.predicted_ms, charged_at_ms, weight_milli, attempt.started_at, parked_at, drawn_at,
-                  parked_ms, parks, sheltered, spec
+                  parked_ms, parks, sheltered, spec, traceparent
            FROM scheduler.attempt JOIN scheduler.job USING (job_id)
            WHERE attempt.state = 'running' AND NOT past"""
     )
@@ -298,6 +291,7 @@ async def running_attempts(connection: asyncpg.Connection) -> list[RunningAttemp
             parks=row["parks"],
             sheltered=row["sheltered"],
             spec=spec_from_json(json.loads(row["spec"])),
+            traceparent=row["traceparent"],
         )
         for row in rows
     ]
@@ -322,7 +316,7 @@ async def standings(
            FROM scheduler.fair_share WHERE account_id = ANY($1::text[])""",
         account_ids,
     ):
-        tier = Tier(row["tier"])
+        tier = _TIERS[row["tier"]]
         shares[row["account_id"]][tier] = FairShare(
             finish_tag=row["finish_tag"], tag=row["tag"], usage=row["usage"]
         )

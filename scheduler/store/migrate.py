@@ -76,6 +76,10 @@ class DatabaseUnreachable(Exception):
     """PostgreSQL cannot be connected to: check that it runs, the DSN, and the password."""
 
 
+class DatabaseNotOwned(Exception):
+    """The role may connect but not make tables: the database has to be its own."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Migration:
     """One file of SQL."""
@@ -134,7 +138,8 @@ async def migrate(
     so often as `tries`; an index that is built or dropped CONCURRENTLY, which keeps nobody waiting, waits as
     long as it takes. Two that start at once wait for each other.
 
-    Raises SchemaChanged, SchemaTooNew and OlderReleaseRuns, having changed nothing, and SchemaBusy.
+    Raises SchemaChanged, SchemaTooNew, OlderReleaseRuns and DatabaseNotOwned, having changed nothing, and
+    SchemaBusy.
     """
     async with _Alone(connection):
         missing = await _missing(connection, migrations() if known is None else known)
@@ -154,7 +159,8 @@ async def migrate_before(
 ) -> Migrated:
     """Apply what the release before can live with, and leave the rest for `migrate`.
 
-    Raises SchemaChanged, SchemaTooNew and AfterMigrationsWaiting, having changed nothing, and SchemaBusy.
+    Raises SchemaChanged, SchemaTooNew, AfterMigrationsWaiting and DatabaseNotOwned, having changed nothing,
+    and SchemaBusy.
     """
     async with _Alone(connection):
         missing = await _missing(connection, migrations() if known is None else known)
@@ -227,12 +233,17 @@ class _Alone:
 
 
 async def _missing(connection: asyncpg.Connection, known: Sequence[Migration]) -> list[Migration]:
-    await connection.execute(
-        """CREATE TABLE IF NOT EXISTS public.darkroom_migration (
-               package text, name text, sha256 text NOT NULL,
-               applied_at timestamptz NOT NULL DEFAULT now(),
-               PRIMARY KEY (package, name))"""
-    )
+    try:
+        await connection.execute(
+            """CREATE TABLE IF NOT EXISTS public.darkroom_migration (
+                   package text, name text, sha256 text NOT NULL,
+                   applied_at timestamptz NOT NULL DEFAULT now(),
+                   PRIMARY KEY (package, name))"""
+        )
+    except asyncpg.InsufficientPrivilegeError as denied:
+        raise DatabaseNotOwned(
+            f"{denied}: the role has to own the database. A superuser says ALTER DATABASE … OWNER TO …"
+        ) from denied
     applied = {
         (row["package"], row["name"]): row["sha256"]
         for row in await connection.fetch("SELECT package, name, sha256 FROM public.darkroom_migration")

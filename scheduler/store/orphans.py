@@ -102,6 +102,7 @@ async def due(connection: Connection, prefix: str, *, noted_for: timedelta) -> S
     return [row["path"] for row in rows]
 
 
-async def gone(connection: Connection, path: str) -> None:
-    """Take a path off the list: it is not in the store any more."""
-    await connection.execute("DELETE FROM scheduler.orphan_file WHERE path = $1", path)
+async def gone(connection: Connection, path: str) -> bool:
+    """Take a path off the list: it is not in the store any more. Returns whether it was on it."""
+    done: str = await connection.execute("DELETE FROM scheduler.orphan_file WHERE path = $1", path)
+    return done != "DELETE 0"

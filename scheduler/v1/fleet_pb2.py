@@ -26,47 +26,55 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from scheduler.v1 import job_pb2 as scheduler_dot_v1_dot_job__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18scheduler/v1/fleet.proto\x12\x0cscheduler.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16scheduler/v1/job.proto\"\xd8\x03\n\x06Worker\x12\x0c\n\x04name\x18\x01 \x01(\t\x12(\n\x05state\x18\x02 \x01(\x0e\x32\x19.scheduler.v1.WorkerState\x12.\n\nstate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08sentence\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x16\n\x0espeed_permille\x18\x06 \x01(\x05\x12\x14\n\x0cmemory_bytes\x18\x07 \x01(\x03\x12\x19\n\x11memory_bytes_used\x18\x08 \x01(\x03\x12\x13\n\x0bwarm_models\x18\t \x03(\t\x12\'\n\x06\x61\x63tive\x18\n \x01(\x0b\x32\x17.scheduler.v1.WorkerRun\x12\'\n\x06parked\x18\x0b \x03(\x0b\x32\x17.scheduler.v1.WorkerRun\x12\x10\n\x08\x64raining\x18\x0c \x01(\x08\x12\x14\n\x0c\x64rain_reason\x18\r \x01(\t\x12\x38\n\x14set_aside_until_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x0ehand_over_time\x18\x0f \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xaa\x01\n\tWorkerRun\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\t\x12\x0b\n\x03job\x18\x02 \x01(\t\x12 \n\x04tier\x18\x03 \x01(\x0e\x32\x12.scheduler.v1.Tier\x12.\n\nstart_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\tpark_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xa8\x01\n\x06Queues\x12&\n\x05tiers\x18\x01 \x03(\x0b\x32\x17.scheduler.v1.TierQueue\x12\x0c\n\x04gpus\x18\x02 \x01(\x05\x12\x11\n\tidle_gpus\x18\x03 \x01(\x05\x12\x11\n\tfast_gpus\x18\x04 \x01(\x05\x12\x18\n\x10relax_floor_gpus\x18\x05 \x01(\x05\x12\x18\n\x0bwanted_gpus\x18\x06 \x01(\x05H\x00\x88\x01\x01\x42\x0e\n\x0c_wanted_gpus\"\xab\x01\n\tTierQueue\x12 \n\x04tier\x18\x01 \x01(\x0e\x32\x12.scheduler.v1.Tier\x12\x0f\n\x07waiting\x18\x02 \x01(\x05\x12\x0c\n\x04held\x18\x03 \x01(\x05\x12\x0f\n\x07running\x18\x04 \x01(\x05\x12\x0e\n\x06parked\x18\x05 \x01(\x05\x12\x16\n\x0eoldest_wait_ms\x18\x06 \x01(\x03\x12\x0e\n\x06paused\x18\x07 \x01(\x08\x12\x14\n\x0cpause_reason\x18\x08 \x01(\t\"\x14\n\x12ListWorkersRequest\"<\n\x13ListWorkersResponse\x12%\n\x07workers\x18\x01 \x03(\x0b\x32\x14.scheduler.v1.Worker\"l\n\x12\x44rainWorkerRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x16\n\twithin_ms\x18\x04 \x01(\x03H\x00\x88\x01\x01\x42\x0c\n\n_within_ms\"G\n\x13ResumeWorkerRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\x12\n\x10GetQueuesRequest\"X\n\x10PauseTierRequest\x12 \n\x04tier\x18\x01 \x01(\x0e\x32\x12.scheduler.v1.Tier\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"Y\n\x11ResumeTierRequest\x12 \n\x04tier\x18\x01 \x01(\x0e\x32\x12.scheduler.v1.Tier\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"t\n\x14\x41uditFairnessRequest\x12.\n\nstart_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"a\n\x15\x41uditFairnessResponse\x12\'\n\x08\x66indings\x18\x01 \x03(\x0b\x32\x15.scheduler.v1.Finding\x12\x0e\n\x06starts\x18\x02 \x01(\x03\x12\x0f\n\x07unknown\x18\x03 \x03(\t\"\xfc\x01\n\x07\x46inding\x12\r\n\x05\x62ound\x18\x01 \x01(\t\x12\x0f\n\x07promise\x18\x02 \x01(\t\x12&\n\x07verdict\x18\x03 \x01(\x0e\x32\x15.scheduler.v1.Verdict\x12\r\n\x05\x63\x61ses\x18\x04 \x01(\x03\x12\x12\n\nviolations\x18\x05 \x01(\x03\x12\x11\n\tset_aside\x18\x06 \x01(\x03\x12\x19\n\x0cworst_margin\x18\x07 \x01(\x01H\x00\x88\x01\x01\x12\x0c\n\x04unit\x18\x08 \x01(\t\x12(\n\x05worst\x18\t \x01(\x0b\x32\x19.scheduler.v1.FindingCase\x12\x0f\n\x07widened\x18\n \x03(\tB\x0f\n\r_worst_margin\"w\n\x0b\x46indingCase\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08\x61\x63\x63ounts\x18\x02 \x03(\t\x12\x0b\n\x03job\x18\x03 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x04 \x01(\t\x12\x0e\n\x06worker\x18\x05 \x01(\t*\xc8\x01\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11WORKER_STATE_IDLE\x10\x01\x12\x18\n\x14WORKER_STATE_RUNNING\x10\x02\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x03\x12\x1a\n\x16WORKER_STATE_SET_ASIDE\x10\x04\x12\x1a\n\x16WORKER_STATE_UNHEALTHY\x10\x05\x12\x17\n\x13WORKER_STATE_ABSENT\x10\x06*w\n\x07Verdict\x12\x17\n\x13VERDICT_UNSPECIFIED\x10\x00\x12\x11\n\rVERDICT_HOLDS\x10\x01\x12\x14\n\x10VERDICT_VIOLATED\x10\x02\x12\x14\n\x10VERDICT_NO_CASES\x10\x03\x12\x14\n\x10VERDICT_OBSERVED\x10\x04\x32\x9d\x04\n\x0c\x46leetService\x12R\n\x0bListWorkers\x12 .scheduler.v1.ListWorkersRequest\x1a!.scheduler.v1.ListWorkersResponse\x12\x45\n\x0b\x44rainWorker\x12 .scheduler.v1.DrainWorkerRequest\x1a\x14.scheduler.v1.Worker\x12G\n\x0cResumeWorker\x12!.scheduler.v1.ResumeWorkerRequest\x1a\x14.scheduler.v1.Worker\x12\x41\n\tGetQueues\x12\x1e.scheduler.v1.GetQueuesRequest\x1a\x14.scheduler.v1.Queues\x12\x44\n\tPauseTier\x12\x1e.scheduler.v1.PauseTierRequest\x1a\x17.scheduler.v1.TierQueue\x12\x46\n\nResumeTier\x12\x1f.scheduler.v1.ResumeTierRequest\x1a\x17.scheduler.v1.TierQueue\x12X\n\rAuditFairness\x12\".scheduler.v1.AuditFairnessRequest\x1a#.scheduler.v1.AuditFairnessResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18scheduler/v1/fleet.proto\x12\x0cscheduler.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16scheduler/v1/job.proto\"\xd8\x03\n\x06Worker\x12\x0c\n\x04name\x18\x01 \x01(\t\x12(\n\x05state\x18\x02 \x01(\x0e\x32\x19.scheduler.v1.WorkerState\x12.\n\nstate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08sentence\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x16\n\x0espeed_permille\x18\x06 \x01(\x05\x12\x14\n\x0cmemory_bytes\x18\x07 \x01(\x03\x12\x19\n\x11memory_bytes_used\x18\x08 \x01(\x03\x12\x13\n\x0bwarm_models\x18\t \x03(\t\x12\'\n\x06\x61\x63tive\x18\n \x01(\x0b\x32\x17.scheduler.v1.WorkerRun\x12\'\n\x06parked\x18\x0b \x03(\x0b\x32\x17.scheduler.v1.WorkerRun\x12\x10\n\x08\x64raining\x18\x0c \x01(\x08\x12\x14\n\x0c\x64rain_reason\x18\r \x01(\t\x12\x38\n\x14set_aside_until_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x0ehand_over_time\x18\x0f \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xc7\x01\n\tWorkerRun\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\t\x12\x0b\n\x03job\x18\x02 \x01(\t\x12 \n\x04tier\x18\x03 \x01(\x0e\x32\x12.scheduler.v1.Tier\x12.\n\nstart_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\tpark_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04step\x18\x06 \x01(\x05\x12\r\n\x05steps\x18\x07 \x01(\x05\"\xa8\x01\n\x06Queues\x12&\n\x05tiers\x18\x01 \x03(\x0b\x32\x17.scheduler.v1.TierQueue\x12\x0c\n\x04gpus\x18\x02 \x01(\x05\x12\x11\n\tidle_gpus\x18\x03 \x01(\x05\x12\x11\n\tfast_gpus\x18\x04 \x01(\x05\x12\x18\n\x10relax_floor_gpus\x18\x05 \x01(\x05\x12\x18\n\x0bwanted_gpus\x18\x06 \x01(\x05H\x00\x88\x01\x01\x42\x0e\n\x0c_wanted_gpus\"\xab\x01\n\tTierQueue\x12 \n\x04tier\x18\x01 \x01(\x0e\x32\x12.scheduler.v1.Tier\x12\x0f\n\x07waiting\x18\x02 \x01(\x05\x12\x0c\n\x04held\x18\x03 \x01(\x05\x12\x0f\n\x07running\x18\x04 \x01(\x05\x12\x0e\n\x06parked\x18\x05 \x01(\x05\x12\x16\n\x0eoldest_wait_ms\x18\x06 \x01(\x03\x12\x0e\n\x06paused\x18\x07 \x01(\x08\x12\x14\n\x0cpause_reason\x18\x08 \x01(\t\"\x14\n\x12ListWorkersRequest\"<\n\x13ListWorkersResponse\x12%\n\x07workers\x18\x01 \x03(\x0b\x32\x14.scheduler.v1.Worker\"l\n\x12\x44rainWorkerRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x16\n\twithin_ms\x18\x04 \x01(\x03H\x00\x88\x01\x01\x42\x0c\n\n_within_ms\"G\n\x13ResumeWorkerRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\x12\n\x10GetQueuesRequest\"X\n\x10PauseTierRequest\x12 \n\x04tier\x18\x01 \x01(\x0e\x32\x12.scheduler.v1.Tier\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"Y\n\x11ResumeTierRequest\x12 \n\x04tier\x18\x01 \x01(\x0e\x32\x12.scheduler.v1.Tier\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"t\n\x14\x41uditFairnessRequest\x12.\n\nstart_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"a\n\x15\x41uditFairnessResponse\x12\'\n\x08\x66indings\x18\x01 \x03(\x0b\x32\x15.scheduler.v1.Finding\x12\x0e\n\x06starts\x18\x02 \x01(\x03\x12\x0f\n\x07unknown\x18\x03 \x03(\t\"\xfc\x01\n\x07\x46inding\x12\r\n\x05\x62ound\x18\x01 \x01(\t\x12\x0f\n\x07promise\x18\x02 \x01(\t\x12&\n\x07verdict\x18\x03 \x01(\x0e\x32\x15.scheduler.v1.Verdict\x12\r\n\x05\x63\x61ses\x18\x04 \x01(\x03\x12\x12\n\nviolations\x18\x05 \x01(\x03\x12\x11\n\tset_aside\x18\x06 \x01(\x03\x12\x19\n\x0cworst_margin\x18\x07 \x01(\x01H\x00\x88\x01\x01\x12\x0c\n\x04unit\x18\x08 \x01(\t\x12(\n\x05worst\x18\t \x01(\x0b\x32\x19.scheduler.v1.FindingCase\x12\x0f\n\x07widened\x18\n \x03(\tB\x0f\n\r_worst_margin\"w\n\x0b\x46indingCase\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08\x61\x63\x63ounts\x18\x02 \x03(\t\x12\x0b\n\x03job\x18\x03 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x04 \x01(\t\x12\x0e\n\x06worker\x18\x05 \x01(\t\")\n\x14ListDecisionsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\"B\n\x15ListDecisionsResponse\x12)\n\tdecisions\x18\x01 \x03(\x0b\x32\x16.scheduler.v1.Decision\"\xaf\x01\n\x08\x44\x65\x63ision\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12(\n\x04kind\x18\x02 \x01(\x0e\x32\x1a.scheduler.v1.DecisionKind\x12 \n\x04tier\x18\x03 \x01(\x0e\x32\x12.scheduler.v1.Tier\x12\x0b\n\x03job\x18\x04 \x01(\t\x12\x0e\n\x06worker\x18\x05 \x01(\t\x12\x10\n\x08sentence\x18\x06 \x01(\t*\xe2\x01\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11WORKER_STATE_IDLE\x10\x01\x12\x18\n\x14WORKER_STATE_RUNNING\x10\x02\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x03\x12\x18\n\x14WORKER_STATE_LEAVING\x10\x07\x12\x1a\n\x16WORKER_STATE_SET_ASIDE\x10\x04\x12\x1a\n\x16WORKER_STATE_UNHEALTHY\x10\x05\x12\x17\n\x13WORKER_STATE_ABSENT\x10\x06*w\n\x07Verdict\x12\x17\n\x13VERDICT_UNSPECIFIED\x10\x00\x12\x11\n\rVERDICT_HOLDS\x10\x01\x12\x14\n\x10VERDICT_VIOLATED\x10\x02\x12\x14\n\x10VERDICT_NO_CASES\x10\x03\x12\x14\n\x10VERDICT_OBSERVED\x10\x04*\xe8\x01\n\x0c\x44\x65\x63isionKind\x12\x1d\n\x19\x44\x45\x43ISION_KIND_UNSPECIFIED\x10\x00\x12\x19\n\x15\x44\x45\x43ISION_KIND_STARTED\x10\x01\x12\x18\n\x14\x44\x45\x43ISION_KIND_PARKED\x10\x02\x12\x19\n\x15\x44\x45\x43ISION_KIND_RESUMED\x10\x03\x12\x1a\n\x16\x44\x45\x43ISION_KIND_MIGRATED\x10\x04\x12\x16\n\x12\x44\x45\x43ISION_KIND_LOST\x10\x05\x12\x19\n\x15\x44\x45\x43ISION_KIND_REFUSED\x10\x06\x12\x1a\n\x16\x44\x45\x43ISION_KIND_GIVEN_UP\x10\x07\x32\xf7\x04\n\x0c\x46leetService\x12R\n\x0bListWorkers\x12 .scheduler.v1.ListWorkersRequest\x1a!.scheduler.v1.ListWorkersResponse\x12\x45\n\x0b\x44rainWorker\x12 .scheduler.v1.DrainWorkerRequest\x1a\x14.scheduler.v1.Worker\x12G\n\x0cResumeWorker\x12!.scheduler.v1.ResumeWorkerRequest\x1a\x14.scheduler.v1.Worker\x12\x41\n\tGetQueues\x12\x1e.scheduler.v1.GetQueuesRequest\x1a\x14.scheduler.v1.Queues\x12\x44\n\tPauseTier\x12\x1e.scheduler.v1.PauseTierRequest\x1a\x17.scheduler.v1.TierQueue\x12\x46\n\nResumeTier\x12\x1f.scheduler.v1.ResumeTierRequest\x1a\x17.scheduler.v1.TierQueue\x12X\n\rAuditFairness\x12\".scheduler.v1.AuditFairnessRequest\x1a#.scheduler.v1.AuditFairnessResponse\x12X\n\rListDecisions\x12\".scheduler.v1.ListDecisionsRequest\x1a#.scheduler.v1.ListDecisionsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'scheduler.v1.fleet_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WORKERSTATE']._serialized_start=2154
-  _globals['_WORKERSTATE']._serialized_end=2354
-  _globals['_VERDICT']._serialized_start=2356
-  _globals['_VERDICT']._serialized_end=2475
+  _globals['_WORKERSTATE']._serialized_start=2472
+  _globals['_WORKERSTATE']._serialized_end=2698
+  _globals['_VERDICT']._serialized_start=2700
+  _globals['_VERDICT']._serialized_end=2819
+  _globals['_DECISIONKIND']._serialized_start=2822
+  _globals['_DECISIONKIND']._serialized_end=3054
   _globals['_WORKER']._serialized_start=100
   _globals['_WORKER']._serialized_end=572
   _globals['_WORKERRUN']._serialized_start=575
-  _globals['_WORKERRUN']._serialized_end=745
-  _globals['_QUEUES']._serialized_start=748
-  _globals['_QUEUES']._serialized_end=916
-  _globals['_TIERQUEUE']._serialized_start=919
-  _globals['_TIERQUEUE']._serialized_end=1090
-  _globals['_LISTWORKERSREQUEST']._serialized_start=1092
-  _globals['_LISTWORKERSREQUEST']._serialized_end=1112
-  _globals['_LISTWORKERSRESPONSE']._serialized_start=1114
-  _globals['_LISTWORKERSRESPONSE']._serialized_end=1174
-  _globals['_DRAINWORKERREQUEST']._serialized_start=1176
-  _globals['_DRAINWORKERREQUEST']._serialized_end=1284
-  _globals['_RESUMEWORKERREQUEST']._serialized_start=1286
-  _globals['_RESUMEWORKERREQUEST']._serialized_end=1357
-  _globals['_GETQUEUESREQUEST']._serialized_start=1359
-  _globals['_GETQUEUESREQUEST']._serialized_end=1377
-  _globals['_PAUSETIERREQUEST']._serialized_start=1379
-  _globals['_PAUSETIERREQUEST']._serialized_end=1467
-  _globals['_RESUMETIERREQUEST']._serialized_start=1469
-  _globals['_RESUMETIERREQUEST']._serialized_end=1558
-  _globals['_AUDITFAIRNESSREQUEST']._serialized_start=1560
-  _globals['_AUDITFAIRNESSREQUEST']._serialized_end=1676
-  _globals['_AUDITFAIRNESSRESPONSE']._serialized_start=1678
-  _globals['_AUDITFAIRNESSRESPONSE']._serialized_end=1775
-  _globals['_FINDING']._serialized_start=1778
-  _globals['_FINDING']._serialized_end=2030
-  _globals['_FINDINGCASE']._serialized_start=2032
-  _globals['_FINDINGCASE']._serialized_end=2151
-  _globals['_FLEETSERVICE']._serialized_start=2478
-  _globals['_FLEETSERVICE']._serialized_end=3019
+  _globals['_WORKERRUN']._serialized_end=774
+  _globals['_QUEUES']._serialized_start=777
+  _globals['_QUEUES']._serialized_end=945
+  _globals['_TIERQUEUE']._serialized_start=948
+  _globals['_TIERQUEUE']._serialized_end=1119
+  _globals['_LISTWORKERSREQUEST']._serialized_start=1121
+  _globals['_LISTWORKERSREQUEST']._serialized_end=1141
+  _globals['_LISTWORKERSRESPONSE']._serialized_start=1143
+  _globals['_LISTWORKERSRESPONSE']._serialized_end=1203
+  _globals['_DRAINWORKERREQUEST']._serialized_start=1205
+  _globals['_DRAINWORKERREQUEST']._serialized_end=1313
+  _globals['_RESUMEWORKERREQUEST']._serialized_start=1315
+  _globals['_RESUMEWORKERREQUEST']._serialized_end=1386
+  _globals['_GETQUEUESREQUEST']._serialized_start=1388
+  _globals['_GETQUEUESREQUEST']._serialized_end=1406
+  _globals['_PAUSETIERREQUEST']._serialized_start=1408
+  _globals['_PAUSETIERREQUEST']._serialized_end=1496
+  _globals['_RESUMETIERREQUEST']._serialized_start=1498
+  _globals['_RESUMETIERREQUEST']._serialized_end=1587
+  _globals['_AUDITFAIRNESSREQUEST']._serialized_start=1589
+  _globals['_AUDITFAIRNESSREQUEST']._serialized_end=1705
+  _globals['_AUDITFAIRNESSRESPONSE']._serialized_start=1707
+  _globals['_AUDITFAIRNESSRESPONSE']._serialized_end=1804
+  _globals['_FINDING']._serialized_start=1807
+  _globals['_FINDING']._serialized_end=2059
+  _globals['_FINDINGCASE']._serialized_start=2061
+  _globals['_FINDINGCASE']._serialized_end=2180
+  _globals['_LISTDECISIONSREQUEST']._serialized_start=2182
+  _globals['_LISTDECISIONSREQUEST']._serialized_end=2223
+  _globals['_LISTDECISIONSRESPONSE']._serialized_start=2225
+  _globals['_LISTDECISIONSRESPONSE']._serialized_end=2291
+  _globals['_DECISION']._serialized_start=2294
+  _globals['_DECISION']._serialized_end=2469
+  _globals['_FLEETSERVICE']._serialized_start=3057
+  _globals['_FLEETSERVICE']._serialized_end=3688
 # @@protoc_insertion_point(module_scope)

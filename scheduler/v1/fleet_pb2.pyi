@@ -37,6 +37,10 @@ class _WorkerStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WorkerSta
     WORKER_STATE_RUNNING: _WorkerState.ValueType  # 2
     WORKER_STATE_DRAINING: _WorkerState.ValueType  # 3
     """Finishes what it has, by an operator's wish."""
+    WORKER_STATE_LEAVING: _WorkerState.ValueType  # 7
+    """Finishes what it has, or hands it over, and ends, without an operator's wish: its machine ends or is not
+    needed, or a worker of another release takes its place.
+    """
     WORKER_STATE_SET_ASIDE: _WorkerState.ValueType  # 4
     """Takes nothing for a while, as it lost several jobs in a row."""
     WORKER_STATE_UNHEALTHY: _WorkerState.ValueType  # 5
@@ -53,6 +57,10 @@ WORKER_STATE_IDLE: WorkerState.ValueType  # 1
 WORKER_STATE_RUNNING: WorkerState.ValueType  # 2
 WORKER_STATE_DRAINING: WorkerState.ValueType  # 3
 """Finishes what it has, by an operator's wish."""
+WORKER_STATE_LEAVING: WorkerState.ValueType  # 7
+"""Finishes what it has, or hands it over, and ends, without an operator's wish: its machine ends or is not
+needed, or a worker of another release takes its place.
+"""
 WORKER_STATE_SET_ASIDE: WorkerState.ValueType  # 4
 """Takes nothing for a while, as it lost several jobs in a row."""
 WORKER_STATE_UNHEALTHY: WorkerState.ValueType  # 5
@@ -86,6 +94,48 @@ VERDICT_NO_CASES: Verdict.ValueType  # 3
 VERDICT_OBSERVED: Verdict.ValueType  # 4
 """It has no number that a period could exceed: the worst is told."""
 Global___Verdict: _TypeAlias = Verdict  # noqa: Y015
+
+class _DecisionKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DecisionKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DecisionKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DECISION_KIND_UNSPECIFIED: _DecisionKind.ValueType  # 0
+    DECISION_KIND_STARTED: _DecisionKind.ValueType  # 1
+    """An attempt began."""
+    DECISION_KIND_PARKED: _DecisionKind.ValueType  # 2
+    """Its attempt gave its GPU to a fast job, in the middle."""
+    DECISION_KIND_RESUMED: _DecisionKind.ValueType  # 3
+    """Its attempt went on where it was parked."""
+    DECISION_KIND_MIGRATED: _DecisionKind.ValueType  # 4
+    """Its attempt went on at another worker."""
+    DECISION_KIND_LOST: _DecisionKind.ValueType  # 5
+    """Its attempt ended before its end, and the job waits again."""
+    DECISION_KIND_REFUSED: _DecisionKind.ValueType  # 6
+    """It was chosen, and could not start."""
+    DECISION_KIND_GIVEN_UP: _DecisionKind.ValueType  # 7
+    """It failed without another attempt."""
+
+class DecisionKind(_DecisionKind, metaclass=_DecisionKindEnumTypeWrapper):
+    """DecisionKind is what was decided about a job."""
+
+DECISION_KIND_UNSPECIFIED: DecisionKind.ValueType  # 0
+DECISION_KIND_STARTED: DecisionKind.ValueType  # 1
+"""An attempt began."""
+DECISION_KIND_PARKED: DecisionKind.ValueType  # 2
+"""Its attempt gave its GPU to a fast job, in the middle."""
+DECISION_KIND_RESUMED: DecisionKind.ValueType  # 3
+"""Its attempt went on where it was parked."""
+DECISION_KIND_MIGRATED: DecisionKind.ValueType  # 4
+"""Its attempt went on at another worker."""
+DECISION_KIND_LOST: DecisionKind.ValueType  # 5
+"""Its attempt ended before its end, and the job waits again."""
+DECISION_KIND_REFUSED: DecisionKind.ValueType  # 6
+"""It was chosen, and could not start."""
+DECISION_KIND_GIVEN_UP: DecisionKind.ValueType  # 7
+"""It failed without another attempt."""
+Global___DecisionKind: _TypeAlias = DecisionKind  # noqa: Y015
 
 @_typing.final
 class Worker(_message.Message):
@@ -124,7 +174,7 @@ class Worker(_message.Message):
     drain_reason: _builtins.str
     @_builtins.property
     def state_time(self) -> _timestamp_pb2.Timestamp:
-        """Since when it is idle or running; absent in other states."""
+        """Since when it is idle, running or leaving; absent in other states."""
 
     @_builtins.property
     def warm_models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -184,11 +234,18 @@ class WorkerRun(_message.Message):
     TIER_FIELD_NUMBER: _builtins.int
     START_TIME_FIELD_NUMBER: _builtins.int
     PARK_TIME_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
     attempt: _builtins.str
     """UUID of the attempt."""
     job: _builtins.str
     """accounts/{account}/jobs/{uuid}"""
     tier: _job_pb2.Tier.ValueType
+    step: _builtins.int
+    """Denoising steps that are done, as the worker said in the last few seconds, of so many; 0 of 0 until it has
+    said so for the first time.
+    """
+    steps: _builtins.int
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -203,10 +260,12 @@ class WorkerRun(_message.Message):
         tier: _job_pb2.Tier.ValueType = ...,
         start_time: _timestamp_pb2.Timestamp | None = ...,
         park_time: _timestamp_pb2.Timestamp | None = ...,
+        step: _builtins.int = ...,
+        steps: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["park_time", b"park_time", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "job", b"job", "park_time", b"park_time", "start_time", b"start_time", "tier", b"tier"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "job", b"job", "park_time", b"park_time", "start_time", b"start_time", "step", b"step", "steps", b"steps", "tier", b"tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -643,3 +702,91 @@ class FindingCase(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___FindingCase: _TypeAlias = FindingCase  # noqa: Y015
+
+@_typing.final
+class ListDecisionsRequest(_message.Message):
+    """ListDecisionsRequest is the request of ListDecisions."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """At most 100; 0 is 25."""
+    def __init__(
+        self,
+        *,
+        page_size: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListDecisionsRequest: _TypeAlias = ListDecisionsRequest  # noqa: Y015
+
+@_typing.final
+class ListDecisionsResponse(_message.Message):
+    """ListDecisionsResponse is the response of ListDecisions. Of older decisions there is no list: AuditFairness and
+    the journal's rows have them.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DECISIONS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def decisions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Decision]:
+        """The newest first."""
+
+    def __init__(
+        self,
+        *,
+        decisions: _abc.Iterable[Global___Decision] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decisions", b"decisions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListDecisionsResponse: _TypeAlias = ListDecisionsResponse  # noqa: Y015
+
+@_typing.final
+class Decision(_message.Message):
+    """Decision is one decision, as it came true."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIME_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
+    JOB_FIELD_NUMBER: _builtins.int
+    WORKER_FIELD_NUMBER: _builtins.int
+    SENTENCE_FIELD_NUMBER: _builtins.int
+    kind: Global___DecisionKind.ValueType
+    tier: _job_pb2.Tier.ValueType
+    job: _builtins.str
+    """accounts/{account}/jobs/{uuid}"""
+    worker: _builtins.str
+    """workers/{worker}; empty where none is concerned."""
+    sentence: _builtins.str
+    """Why."""
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        time: _timestamp_pb2.Timestamp | None = ...,
+        kind: Global___DecisionKind.ValueType = ...,
+        tier: _job_pb2.Tier.ValueType = ...,
+        job: _builtins.str = ...,
+        worker: _builtins.str = ...,
+        sentence: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["time", b"time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "kind", b"kind", "sentence", b"sentence", "tier", b"tier", "time", b"time", "worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Decision: _TypeAlias = Decision  # noqa: Y015

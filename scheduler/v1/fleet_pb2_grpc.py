@@ -70,6 +70,11 @@ class FleetServiceStub:
                 request_serializer=scheduler_dot_v1_dot_fleet__pb2.AuditFairnessRequest.SerializeToString,
                 response_deserializer=scheduler_dot_v1_dot_fleet__pb2.AuditFairnessResponse.FromString,
                 _registered_method=True)
+        self.ListDecisions = channel.unary_unary(
+                '/scheduler.v1.FleetService/ListDecisions',
+                request_serializer=scheduler_dot_v1_dot_fleet__pb2.ListDecisionsRequest.SerializeToString,
+                response_deserializer=scheduler_dot_v1_dot_fleet__pb2.ListDecisionsResponse.FromString,
+                _registered_method=True)
 
 
 class FleetServiceServicer:
@@ -126,6 +131,14 @@ class FleetServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListDecisions(self, request, context):
+        """ListDecisions returns what the scheduler decided lately, newest first, as its journal has it about a second
+        later: what started where and why, and what was parked, moved, lost or refused.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_FleetServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -163,6 +176,11 @@ def add_FleetServiceServicer_to_server(servicer, server):
                     servicer.AuditFairness,
                     request_deserializer=scheduler_dot_v1_dot_fleet__pb2.AuditFairnessRequest.FromString,
                     response_serializer=scheduler_dot_v1_dot_fleet__pb2.AuditFairnessResponse.SerializeToString,
+            ),
+            'ListDecisions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListDecisions,
+                    request_deserializer=scheduler_dot_v1_dot_fleet__pb2.ListDecisionsRequest.FromString,
+                    response_serializer=scheduler_dot_v1_dot_fleet__pb2.ListDecisionsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -355,6 +373,33 @@ class FleetService:
             '/scheduler.v1.FleetService/AuditFairness',
             scheduler_dot_v1_dot_fleet__pb2.AuditFairnessRequest.SerializeToString,
             scheduler_dot_v1_dot_fleet__pb2.AuditFairnessResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListDecisions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/scheduler.v1.FleetService/ListDecisions',
+            scheduler_dot_v1_dot_fleet__pb2.ListDecisionsRequest.SerializeToString,
+            scheduler_dot_v1_dot_fleet__pb2.ListDecisionsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -53,6 +53,10 @@ class FleetServiceStub:
     """ResumeTier lets jobs of a paused tier start again."""
     AuditFairness: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.AuditFairnessRequest, _fleet_pb2.AuditFairnessResponse]
     """AuditFairness replays what was decided in a period and holds it against every bound of the policy."""
+    ListDecisions: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.ListDecisionsRequest, _fleet_pb2.ListDecisionsResponse]
+    """ListDecisions returns what the scheduler decided lately, newest first, as its journal has it about a second
+    later: what started where and why, and what was parked, moved, lost or refused.
+    """
 
 @_typing.type_check_only
 class FleetServiceAsyncStub(FleetServiceStub):
@@ -75,6 +79,10 @@ class FleetServiceAsyncStub(FleetServiceStub):
     """ResumeTier lets jobs of a paused tier start again."""
     AuditFairness: _aio.UnaryUnaryMultiCallable[_fleet_pb2.AuditFairnessRequest, _fleet_pb2.AuditFairnessResponse]  # type: ignore[assignment]
     """AuditFairness replays what was decided in a period and holds it against every bound of the policy."""
+    ListDecisions: _aio.UnaryUnaryMultiCallable[_fleet_pb2.ListDecisionsRequest, _fleet_pb2.ListDecisionsResponse]  # type: ignore[assignment]
+    """ListDecisions returns what the scheduler decided lately, newest first, as its journal has it about a second
+    later: what started where and why, and what was parked, moved, lost or refused.
+    """
 
 class FleetServiceServicer(metaclass=_abc_1.ABCMeta):
     """FleetService is for keys with the role operator, or one that includes it."""
@@ -136,5 +144,15 @@ class FleetServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_fleet_pb2.AuditFairnessResponse, _abc.Awaitable[_fleet_pb2.AuditFairnessResponse]]:
         """AuditFairness replays what was decided in a period and holds it against every bound of the policy."""
+
+    @_abc_1.abstractmethod
+    def ListDecisions(
+        self,
+        request: _fleet_pb2.ListDecisionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_fleet_pb2.ListDecisionsResponse, _abc.Awaitable[_fleet_pb2.ListDecisionsResponse]]:
+        """ListDecisions returns what the scheduler decided lately, newest first, as its journal has it about a second
+        later: what started where and why, and what was parked, moved, lost or refused.
+        """
 
 def add_FleetServiceServicer_to_server(servicer: FleetServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -54,7 +54,6 @@ _REASONS = (
     "weight has no effect",
     "is read as text; a weight",
     "--iw has no effect",
-    "The model reads about 60 words",
 )
 
 

@@ -1,6 +1,6 @@
 """How soon a new leader starts jobs, and how soon it has read all that waits.
 
-    python -m tests.bench.recovery [--jobs 10000 100000] [--million] [--gpus 64]
+    python -m tests.bench.recovery [--jobs 10000 100000] [--million] [--gpus 64] [--record]
 
 Each row fills an embedded PostgreSQL with waiting jobs (ten of each account, one in ten of them fast, in four
 sizes), as an earlier leader left them: noticed, and with stored tags. Then a leader takes over, with an idle
@@ -47,7 +47,7 @@ _JOB_MS = 60_000
 _BEAT_S = 0.001
 
 _SPAWN = multiprocessing.get_context("spawn")
-_Measure = Callable[[str, LocalFleet, int], Coroutine[None, None, str]]
+_Measure = Callable[[str, Path | None, LocalFleet, int], Coroutine[None, None, str]]
 
 
 def main() -> None:
@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, nargs="*", default=[10_000, 100_000])
     parser.add_argument("--million", action="store_true", help="also with 1,000,000")
     parser.add_argument("--gpus", type=int, default=64)
+    parser.add_argument("--record", action="store_true", help="take down all that the board is told")
     arguments = parser.parse_args()
     print(
         f"{'waiting':>9} {'GPUs':>6} {'first s':>8} {'busy s':>7} {'whole s':>8} {'CPU s':>6} {'pause ms':>9}"
@@ -72,7 +73,8 @@ def main() -> None:
             asyncio.run(_fill(dsn, jobs))
             # Each in a process of its own, whose memory is its alone.
             for measure in (_measured, _measured_naively):
-                process = _SPAWN.Process(target=_run, args=(measure, dsn, arguments.gpus, jobs))
+                record_to = Path(folder) / measure.__name__ if arguments.record else None
+                process = _SPAWN.Process(target=_run, args=(measure, dsn, record_to, arguments.gpus, jobs))
                 process.start()
                 process.join()
 
@@ -142,16 +144,17 @@ async def _fill(dsn: str, jobs: int) -> None:
     await connection.close()
 
 
-def _run(measure: _Measure, dsn: str, gpus: int, jobs: int) -> None:
+def _run(measure: _Measure, dsn: str, record_to: Path | None, gpus: int, jobs: int) -> None:
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
-    print(asyncio.run(measure(dsn, LocalFleet(workers=gpus, take_ms=_JOB_MS), jobs)), end="", flush=True)
+    fleet = LocalFleet(workers=gpus, take_ms=_JOB_MS)
+    print(asyncio.run(measure(dsn, record_to, fleet, jobs)), end="", flush=True)
 
 
-async def _measured(dsn: str, fleet: LocalFleet, jobs: int) -> str:
+async def _measured(dsn: str, record_to: Path | None, fleet: LocalFleet, jobs: int) -> str:
     before = _resident_bytes()
     pauses: list[float] = []
     begun_s, begun_cpu_s = time.perf_counter(), time.process_time()
-    async with _leading(dsn, fleet) as leader:
+    async with _leading(dsn, record_to, fleet) as leader:
         turning = asyncio.create_task(leader.run())
         while not fleet.rendered:  # noqa: ASYNC110 - a fleet that tells nobody
             await asyncio.sleep(_BEAT_S)
@@ -171,9 +174,9 @@ async def _measured(dsn: str, fleet: LocalFleet, jobs: int) -> str:
     )
 
 
-async def _measured_naively(dsn: str, fleet: LocalFleet, jobs: int) -> str:
+async def _measured_naively(dsn: str, record_to: Path | None, fleet: LocalFleet, jobs: int) -> str:
     begun_s = time.perf_counter()
-    async with _leading(dsn, fleet) as leader:
+    async with _leading(dsn, record_to, fleet) as leader:
         reading = asyncio.gather(*(leader._backlog.run(lane) for lane in leader._backlog.lanes))
         while leader._loop._backlog is not None:
             leader._loop._tell_backlog(leader._loop._backlog)
@@ -190,8 +193,15 @@ async def _measured_naively(dsn: str, fleet: LocalFleet, jobs: int) -> str:
 
 
 @asynccontextmanager
-async def _leading(dsn: str, fleet: LocalFleet) -> AsyncIterator[Leader]:
-    async with lead(dsn=dsn, holder="bench", fleet=fleet, models=read_models(None), sweep_ms=1_000) as leader:
+async def _leading(dsn: str, record_to: Path | None, fleet: LocalFleet) -> AsyncIterator[Leader]:
+    async with lead(
+        dsn=dsn,
+        holder="bench",
+        fleet=fleet,
+        models=read_models(None),
+        sweep_ms=1_000,
+        record_to=record_to,
+    ) as leader:
         collect_seldom()
         yield leader
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 # Messages of PostgreSQL's protocol: a type, the length of what follows, the content.
+_BEGINS = b"BEGIN"
 _COMMIT = b"Q\x00\x00\x00\x0cCOMMIT;\x00"
 _COMMITTED = b"C\x00\x00\x00\x0bCOMMIT\x00"
 
@@ -72,8 +73,11 @@ class ReplyProxy:
     ) -> None:
         sent = b""
         while data := await reader.read(65_536):
-            # A driver sends a commit by itself: it has waited for what came before.
-            if data != _COMMIT:
+            # A driver sends a commit by itself, and what begins a transaction: it has waited for what came
+            # before.
+            if data[5:].startswith(_BEGINS):
+                sent = b""
+            elif data != _COMMIT:
                 sent += data
             else:
                 if self._loses is not None and self._of in sent:

@@ -415,7 +415,7 @@ def test_the_client_runs_without_anything_of_the_server() -> None:
 def test_a_server_command_without_the_servers_packages_says_what_to_install() -> None:
     serve = python(WALL + "from scheduler.client.commands import app\napp(sys.argv[1:])", "serve")
     assert serve.returncode == 2, serve.stderr
-    assert "pip install 'darkroom[server,worker]'" in serve.stderr
+    assert "pip install -c constraints.txt '.[server,worker]'" in serve.stderr
     assert "Traceback" not in serve.stderr
 
 

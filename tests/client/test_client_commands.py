@@ -25,7 +25,7 @@ from tests.client.typed_commands import darkroom, one_document
 ROOT = Path(__file__).resolve().parents[2]
 DARKROOM = str(Path(sys.executable).with_name("darkroom"))
 
-NOT_OUR_ANSWERS = {"serve", "demo", "migrate", "sweep-artifacts", "lead", "stop", "simulate"}
+NOT_OUR_ANSWERS = {"serve", "demo", "migrate", "sweep-artifacts", "lead", "stop", "simulate", "replay"}
 """Commands of the server: they run something, and say so for people."""
 
 

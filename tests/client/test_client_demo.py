@@ -39,6 +39,8 @@ class DemoService:
     ) -> None:
         self.jobs: dict[str, Job] = {}
         self.ends_in = ends_in
+        self.parks = ""
+        """The prompt of the job that is parked on its way."""
         service.says("ListPlans", ListPlansResponse(plans=[Plan(name="plans/basic", quota_ms=12_000_000)]))
         service.says("CreateAccount", *[self.account] * 2)
         service.says("CreateApiKey", ApiKey(secret="dk_ada_secret"), ApiKey(secret="dk_ben_secret"))
@@ -64,10 +66,12 @@ class DemoService:
         )
         running = self.event(job, 2, RUNNING, f"Reason of {job.prompt}.")
         job.receipt.CopyFrom(Receipt(gpu_ms=3_400))
+        parked = job.prompt == self.parks
         return [
             WatchJobResponse(queue_status=job_pb2.QueueStatus(sentence="Next.", position=1)),
             running,
             WatchJobResponse(progress=progress),
+            *(self.event(job, 2, RUNNING, sentence) for sentence in ("Parked.", "Went on.") if parked),
             self.event(job, 3, self.ends_in, "Done."),
         ]
 
@@ -127,6 +131,17 @@ async def test_the_order_is_explained_by_start_times_and_the_schedulers_reasons(
     assert names == ["1. ben 1", "2. ben 2", "3. ada", "4. ben 3"]
     assert explained[2].endswith("Reason of a paper boat on a quiet river.")
     assert explained[4].startswith("Ada's fast job passed ben 3:")
+
+
+async def test_a_job_that_was_parked_says_why_it_first_started_and_that_it_went_on(
+    service: ScriptedService, tmp_path: Path
+) -> None:
+    demo = DemoService(service)
+    demo.parks = "a lighthouse in the rain"
+    text = await shown(service, tmp_path)
+    explained = text[text.index("Why they started") :].splitlines()[1:4]
+    assert explained[0].endswith("Reason of a lighthouse in the rain.")
+    assert explained[1:] == ["   since then: Parked.", "   since then: Went on."]
 
 
 async def test_a_terminal_shows_the_pictures(service: ScriptedService, tmp_path: Path) -> None:

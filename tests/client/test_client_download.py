@@ -6,12 +6,13 @@ import io
 import os
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 
-from scheduler.client.aio import DarkroomClient
-from scheduler.client.errors import CannotSave, DownloadDamaged, ServiceFailed, SourceNotReady
+from scheduler.client.aio import DarkroomClient, RetryPolicy
+from scheduler.client.errors import CannotSave, DownloadDamaged, Overloaded, ServiceFailed, SourceNotReady
 from scheduler.v1.job_pb2 import Archive, DownloadImagesResponse, FileHeader
 from tests.client.scripted_service import (
     BUSY,
@@ -183,13 +184,29 @@ async def test_a_picture_of_the_feed_can_be_had_although_its_job_is_not_ours_to_
 # Everything at once
 
 
-def an_archive(pictures: dict[str, bytes], file_name: str = "ada.zip") -> list[DownloadImagesResponse]:
-    data = io.BytesIO()
-    with zipfile.ZipFile(data, "w") as archive:
-        for name, content in pictures.items():
-            archive.writestr(name, content)
-    content = data.getvalue()
-    announced = Archive(file_name=file_name, content_type="application/zip", images=len(pictures))
+class Sent(io.RawIOBase):
+    """What a service sends of a ZIP while it makes it: nothing can be put right afterwards."""
+
+    def __init__(self) -> None:
+        self.content = bytearray()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, content: Any) -> int:
+        self.content += content
+        return len(content)
+
+
+def an_archive(
+    pictures: dict[str, bytes], file_name: str = "ada.zip", *, rest: bool = False
+) -> list[DownloadImagesResponse]:
+    sent = Sent()
+    with zipfile.ZipFile(sent, "w") as archive:
+        for name, picture in pictures.items():
+            archive.writestr(name, picture)
+    content = bytes(sent.content)
+    announced = Archive(file_name=file_name, content_type="application/zip", images=len(pictures), rest=rest)
     return [
         DownloadImagesResponse(header=FileHeader(archive=announced)),
         *(DownloadImagesResponse(chunk=content[at : at + 50]) for at in range(0, len(content), 50)),
@@ -211,13 +228,66 @@ async def test_an_account_comes_as_one_archive_under_the_services_name_or_ones_o
     assert {request.name for request in service.asked("DownloadImages")} == {"accounts/-"}
 
 
-async def test_an_archive_that_breaks_off_begins_again(
+def files_of(path: Path) -> dict[str, bytes]:
+    """Return the files of an archive in their order, each checked against its checksum."""
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+# Some look at parts like the end of another: the signature that stands behind a file.
+MANY = {f"{UID}_a-lighthouse_{n}.png": b"PK\x07\x08" * 20 + bytes([n]) * 100 for n in (1, 2, 3, 4)}
+
+
+async def test_an_archive_that_breaks_off_goes_on_behind_the_last_picture_that_is_whole(
     service: ScriptedService, client: DarkroomClient, tmp_path: Path
 ) -> None:
-    whole = an_archive(PICTURES)
-    service.says("DownloadImages", [*whole[:3], BUSY], whole)
-    assert zipfile.is_zipfile(await client.download_all(tmp_path))
+    names = list(MANY)
+    last = an_archive({name: MANY[name] for name in names[3:]}, rest=True)
+    service.says(
+        "DownloadImages",
+        [*an_archive(MANY)[:8], BUSY],
+        [*an_archive({name: MANY[name] for name in names[1:]}, rest=True)[:13], BUSY],
+        [*last[:-1], BUSY],
+        an_archive({}, rest=True),
+    )
+    path = await client.download_all(tmp_path)
+    assert list(files_of(path).items()) == list(MANY.items())
+    asked = [request.after.rpartition("/images/")[2] for request in service.asked("DownloadImages")]
+    assert asked == ["", "1", "3", "4"]
     assert names_in(tmp_path) == ["ada.zip"]
+
+
+async def test_a_note_in_place_of_a_lost_picture_counts_as_that_picture(
+    service: ScriptedService, client: DarkroomClient, tmp_path: Path
+) -> None:
+    first, second = PICTURES
+    note = {f"{first}.missing.txt": b"It is lost."}
+    service.says(
+        "DownloadImages",
+        [*an_archive(note | {second: PICTURES[second]})[:6], BUSY],
+        an_archive({second: PICTURES[second]}, rest=True),
+    )
+    assert list(files_of(await client.download_all(tmp_path))) == [*note, second]
+    assert service.asked("DownloadImages")[1].after == f"accounts/-/jobs/{UID}/images/1"
+
+
+@pytest.mark.parametrize("names", [list(PICTURES), ["a.png", "b.png"]], ids=["older", "other names"])
+async def test_an_archive_of_a_service_that_cannot_go_on_begins_again(
+    service: ScriptedService, client: DarkroomClient, tmp_path: Path, names: list[str]
+) -> None:
+    pictures = dict(zip(names, PICTURES.values(), strict=True))
+    service.says("DownloadImages", [*an_archive(pictures)[:7], BUSY], an_archive(pictures))
+    assert files_of(await client.download_all(tmp_path)) == pictures
+    assert names_in(tmp_path) == ["ada.zip"]
+
+
+async def test_an_archive_that_is_given_up_leaves_nothing(service: ScriptedService, tmp_path: Path) -> None:
+    service.says("DownloadImages", [*an_archive(PICTURES)[:7], BUSY], [BUSY])
+    async with DarkroomClient(service.address, "dk_ada", retries=RetryPolicy(times=1, first_ms=1)) as client:
+        with pytest.raises(Overloaded):
+            await client.download_all(tmp_path)
+    assert names_in(tmp_path) == []
 
 
 async def test_an_archive_that_lacks_its_end_is_not_saved_and_the_old_one_stays(

@@ -23,7 +23,15 @@ from scheduler.client.aio import DarkroomClient
 from scheduler.client.top import Board, Fleet, OwnJobs, look
 from scheduler.v1 import fleet_pb2, job_pb2
 from scheduler.v1.account_pb2 import Account
-from scheduler.v1.fleet_pb2 import ListWorkersResponse, Queues, TierQueue, Worker, WorkerRun
+from scheduler.v1.fleet_pb2 import (
+    Decision,
+    ListDecisionsResponse,
+    ListWorkersResponse,
+    Queues,
+    TierQueue,
+    Worker,
+    WorkerRun,
+)
 from scheduler.v1.job_pb2 import ListJobsResponse
 from tests.client.scripted_service import BUSY, UID, Refuse, ScriptedService, a_job
 from tests.client.typed_commands import darkroom, lines, one_document
@@ -37,6 +45,7 @@ def a_worker(number: int, account: str = "", tier: job_pb2.Tier = job_pb2.TIER_F
     if account:
         worker.state = fleet_pb2.WORKER_STATE_RUNNING
         worker.active.CopyFrom(WorkerRun(job=f"accounts/{account}/jobs/{UID}", tier=tier))
+        worker.active.step, worker.active.steps = 12, 20
         worker.active.start_time.FromDatetime(NOON - timedelta(seconds=42))
     return worker
 
@@ -63,7 +72,24 @@ WORKERS = [
         sentence="It lost 3 jobs in a row.",
     ),
 ]
-FLEET = Fleet(queues=QUEUES, workers=WORKERS)
+DECISIONS = [
+    Decision(
+        kind=fleet_pb2.DECISION_KIND_GIVEN_UP,
+        tier=job_pb2.TIER_RELAX,
+        job=f"accounts/ben/jobs/{UID}",
+        sentence="It could not be done, and failed.",
+    ),
+    Decision(
+        kind=fleet_pb2.DECISION_KIND_STARTED,
+        tier=job_pb2.TIER_FAST,
+        job=f"accounts/ada/jobs/{UID}",
+        worker="workers/node-a/gpu-1",
+        sentence="It waited longest.",
+    ),
+]
+for ago, decision in enumerate(DECISIONS, start=1):
+    decision.time.FromDatetime(NOON - timedelta(seconds=20 * ago))
+FLEET = Fleet(queues=QUEUES, workers=WORKERS, decisions=DECISIONS)
 ADA = Account(
     name="accounts/ada",
     mode=job_pb2.TIER_FAST,
@@ -108,7 +134,29 @@ def test_an_operator_sees_the_queues_the_workers_and_who_holds_the_gpus(board: B
     assert "Held by: ada 2, ben 1" in shown
     assert "paused: new fans" in shown
     (running,) = [line for line in shown.splitlines() if "gpu-3" in line]
-    assert running.split()[1:6] == ["running", "relax", "ben", UID, "42"]
+    assert running.split()[1:7] == ["running", "relax", "ben", UID, "12/20", "42"]
+
+
+def test_an_operator_sees_what_was_decided_lately_and_why(board: Board) -> None:
+    board.show(FLEET)
+    newest, before = drawn(board)[-2:]
+    assert newest.split("  ") != before.split("  ")
+    assert newest.startswith("20 s ago  given up  relax ben 1b4e28ba")
+    assert newest.endswith("It could not be done, and failed.")
+    assert before.startswith("40 s ago  started   fast ada 1b4e28ba")
+    assert before.endswith("node-a/gpu-1  It waited longest.")
+
+
+def test_a_worker_that_leaves_says_for_how_long_and_why(board: Board) -> None:
+    leaving = Worker(
+        name="workers/node-b/gpu-0",
+        state=fleet_pb2.WORKER_STATE_LEAVING,
+        sentence="Its machine is about to end.",
+    )
+    leaving.state_time.FromDatetime(NOON - timedelta(seconds=8))
+    board.show(Fleet(queues=QUEUES, workers=[leaving], decisions=[]))
+    (line,) = [line for line in drawn(board) if line.startswith("node-b/gpu-0")]
+    assert " ".join(line.split()) == "node-b/gpu-0 leaving Its machine is about to end. 8 s"
 
 
 def test_what_is_wrong_comes_first(board: Board) -> None:
@@ -128,7 +176,7 @@ def test_shares_are_of_the_time_that_was_looked_at(board: Board, clock: Clock) -
     board.show(FLEET)
     assert not any("GPU time" in line for line in drawn(board))
     clock.passes(10)
-    board.show(Fleet(queues=Queues(gpus=4, idle_gpus=4), workers=[]))
+    board.show(Fleet(queues=Queues(gpus=4, idle_gpus=4), workers=[], decisions=[]))
     clock.passes(10)
     board.show(FLEET)
     (shares,) = [line for line in drawn(board) if "GPU time" in line]
@@ -139,13 +187,18 @@ def test_shares_are_of_the_time_that_was_looked_at(board: Board, clock: Clock) -
 @pytest.mark.parametrize("height", [10, 14, 24])
 def test_no_terminal_is_too_small(board: Board, width: int, height: int) -> None:
     workers = [a_worker(number, "ada") for number in range(100)]
-    board.show(Fleet(queues=QUEUES, workers=workers))
+    board.show(Fleet(queues=QUEUES, workers=workers, decisions=[]))
     shown = drawn(board, width, height)
     assert all(len(line) <= width for line in shown)
     assert any("gpu-0" in line for line in shown) or width < 60
     rows = sum("run" in line and "gpu" in line for line in shown)
     if width >= 60:
         assert shown[-1] == f"… and {100 - rows} more"
+    if height >= 14:
+        assert len(shown) <= height
+    board.show(Fleet(queues=QUEUES, workers=workers, decisions=DECISIONS * 10))
+    shown = drawn(board, width, height)
+    assert all(len(line) <= width for line in shown)
     if height >= 14:
         assert len(shown) <= height
 
@@ -201,19 +254,24 @@ async def test_without_the_role_one_sees_ones_own_jobs(
 def test_in_a_pipe_it_is_printed_once(service: ScriptedService, environment: dict[str, str]) -> None:
     service.says("GetQueues", QUEUES)
     service.says("ListWorkers", ListWorkersResponse(workers=WORKERS))
+    service.says("ListDecisions", ListDecisionsResponse(decisions=DECISIONS))
     printed = lines(darkroom(environment, "top"))
     assert printed[0][:2] == ["fast", "2"]
-    assert printed[-1][0] == "node-b/gpu-0"
+    assert printed[-3][0] == "node-b/gpu-0"
+    assert printed[-1][1:] == ["started", "fast", "ada", UID, "node-a/gpu-1", "It waited longest."]
 
 
 def test_json_is_one_document(service: ScriptedService, environment: dict[str, str]) -> None:
     service.says("GetQueues", QUEUES, NOT_AN_OPERATOR)
     service.says("ListWorkers", ListWorkersResponse(workers=WORKERS))
+    service.says("ListDecisions", ListDecisionsResponse(decisions=DECISIONS))
     service.says("GetAccount", ADA)
     service.says("ListJobs", ListJobsResponse(jobs=[a_job()]))
     operators = one_document(darkroom(environment, "top", "--json"))
     assert operators["queues"]["gpus"] == 4
     assert len(operators["workers"]) == len(WORKERS)
+    assert operators["workers"][1]["active"]["step"] == 12
+    assert [one["sentence"] for one in operators["decisions"]] == [one.sentence for one in DECISIONS]
     own = one_document(darkroom(environment, "top", "--json"))
     assert (own["account"]["name"], own["jobs"][0]["uid"]) == ("accounts/ada", UID)
 
@@ -284,6 +342,7 @@ def test_it_lives_through_a_service_that_goes_away_and_comes_back_until_q_is_pre
 ) -> None:
     service.says("GetQueues", QUEUES, BUSY, *[Queues(gpus=9, idle_gpus=9)] * 1_000)
     service.says("ListWorkers", *[ListWorkersResponse(workers=WORKERS)] * 1_000)
+    service.says("ListDecisions", *[ListDecisionsResponse()] * 1_000)
     with a_terminal(environment, "top", "--every", "0.6") as terminal:
         terminal.until("Held by: ada 2")
         terminal.until("No answer for")
@@ -297,6 +356,7 @@ def test_it_lives_through_a_service_that_goes_away_and_comes_back_until_q_is_pre
 def test_ctrl_c_ends_it_well(service: ScriptedService, environment: dict[str, str]) -> None:
     service.says("GetQueues", *[QUEUES] * 1_000)
     service.says("ListWorkers", *[ListWorkersResponse(workers=WORKERS)] * 1_000)
+    service.says("ListDecisions", *[ListDecisionsResponse()] * 1_000)
     with a_terminal(environment, "top", "--every", "0.5") as terminal:
         terminal.until("Held by: ada 2")
         terminal.process.send_signal(signal.SIGINT)
@@ -309,6 +369,7 @@ def test_a_key_that_is_revoked_meanwhile_ends_it(
 ) -> None:
     service.says("GetQueues", QUEUES, Refuse(code=grpc.StatusCode.UNAUTHENTICATED, reason="UNAUTHENTICATED"))
     service.says("ListWorkers", ListWorkersResponse(workers=WORKERS))
+    service.says("ListDecisions", ListDecisionsResponse())
     with a_terminal(environment, "top", "--every", "0.5") as terminal:
         assert terminal.ends() == 1, terminal.output
     assert b"darkroom config set key" in terminal.output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import uuid
@@ -13,7 +14,11 @@ from typing import Any
 
 import pytest
 import ray
+from ray._private.ray_constants import AUTOSCALER_RESOURCE_REQUEST_CHANNEL
+from ray._private.state import state as ray_state
+from ray.autoscaler.sdk import request_resources
 from ray.exceptions import ActorUnavailableError, RayTaskError
+from ray.experimental.internal_kv import _internal_kv_get
 
 from gpu_worker.contract import Outcome, RenderKind, RenderRequest, RenderSpec, WorkerBusy
 from gpu_worker.settings import WorkerSettings
@@ -238,6 +243,58 @@ async def test_a_worker_that_does_not_answer_holds_up_no_takeover_and_is_lost_wh
         assert fact.report.pid == pids[_WORKER]
 
 
+async def test_gpus_of_a_machine_that_is_about_to_end_are_not_counted(tmp_path: Path) -> None:
+    fleet = a_fleet(tmp_path)
+    fleet._names = {"1": "node-a", "2": "node-b"}
+    fleet._listening = dict.fromkeys(["node-a/gpu-0", "node-b/gpu-0", "node-b/gpu-1"])  # type: ignore[arg-type]
+    fleet._ending = {"2"}
+    assert set(fleet.slots()) == {"node-a/gpu-0"}
+
+
+async def test_a_machine_that_ends_while_it_is_looked_at_does_not_seem_to_have_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lives = iter([True, False])  # when Ray is asked the first thing, and when it is asked the second
+    monkeypatch.setattr(ray_state, "get_draining_nodes", lambda: {"1": 0} if next(lives) else {})
+    node = {"NodeID": "1", "NodeName": "node-a", "Resources": {"GPU": 1}}
+    monkeypatch.setattr(ray, "nodes", lambda: [{**node, "Alive": next(lives)}])
+    monkeypatch.setattr(ray.util, "list_named_actors", lambda **_: [])
+    fleet = a_fleet(tmp_path)
+    fleet._tell = [].append
+    fleet._names, fleet._ending = {"1": "node-a"}, {"1"}
+    fleet._listening = {"node-a/gpu-0": asyncio.get_running_loop().create_future()}  # type: ignore[dict-item]
+    fleet._answered = {"node-a/gpu-0": asyncio.Event()}
+    assert not fleet.slots()
+    await fleet._look_at_nodes()
+    assert not fleet.slots()
+
+
+def asked_for() -> list[dict[str, float]]:
+    """Return what Ray was asked for last."""
+    asked: list[dict[str, float]] = json.loads(_internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL))
+    return asked
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+async def test_a_fleet_that_is_not_scaled_takes_back_once_what_a_scaled_one_asked_for(tmp_path: Path) -> None:
+    request_resources(bundles=[{"GPU": 1}] * 3)
+    fleet = a_fleet(tmp_path)
+    await fleet._ask_for_machines()
+    assert asked_for() == []
+    request_resources(bundles=[{"GPU": 1}])  # somebody else's, from now on
+    await fleet._ask_for_machines()
+    assert asked_for() == [{"GPU": 1}]
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_who_ends_the_service_keeps_no_machines() -> None:
+    request_resources(bundles=[{"GPU": 1}] * 3)
+    stop_actors(NAMESPACE)
+    assert asked_for() == []
+
+
 class Line:
     """In the place of an actor's handle: each call meets the next of these troubles, and then an answer."""
 
@@ -323,12 +380,16 @@ async def test_run_of_a_worker_that_died_meanwhile_is_not_given_to_the_next(tmp_
     assert len(line.calls) == 1
 
 
-async def test_worker_that_is_busy_after_a_lost_call_is_told(tmp_path: Path) -> None:
+async def test_worker_that_is_busy_after_a_lost_call_is_told_in_its_own_words(tmp_path: Path) -> None:
     facts: asyncio.Queue[FleetFact] = asyncio.Queue()
-    fleet = over(Line(unavailable(), WorkerBusy("busy")), tmp_path, facts.put_nowait)
-    fleet.render(_WORKER, a_request())
+    # As Ray raises what an actor raised: with a traceback for its text.
+    busy = RayTaskError("render", "Traceback …", WorkerBusy("It is busy.")).as_instanceof_cause()
+    fleet = over(Line(unavailable(), busy), tmp_path, facts.put_nowait)
+    request = a_request()
+    fleet.render(_WORKER, request)
     async with asyncio.timeout(10):
-        assert isinstance(await facts.get(), RenderRefused)
+        told = await facts.get()
+    assert told == RenderRefused(worker_id=_WORKER, attempt_id=request.attempt_id, sentence="It is busy.")
 
 
 async def test_pictures_that_could_not_be_deleted_end_nothing(tmp_path: Path) -> None:

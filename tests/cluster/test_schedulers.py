@@ -11,8 +11,10 @@ from pathlib import Path
 import asyncpg
 import pytest
 import ray
+from pydantic import ValidationError
+from structlog.testing import capture_logs
 
-from scheduler.cluster.ray_session import ensure_scheduler, stop_actors
+from scheduler.cluster.ray_session import ensure_scheduler, start_scheduler, stop_actors
 from scheduler.cluster.scheduler_actor import lives
 from scheduler.settings import RayCluster, Settings, Worker
 from tests.cluster.small_ray import NAMESPACE
@@ -75,6 +77,21 @@ def test_front_door_of_an_older_release_brings_no_scheduler_where_a_newer_leads(
     assert lives("scheduler-0.11.0", NAMESPACE), "a newer one takes the lead by itself"
     ensure_scheduler(settings(tmp_path, OLD), dsn, leads="scheduler-0.12.0")
     assert lives(f"scheduler-{OLD}", NAMESPACE), "the one that led is not there any more"
+
+
+def test_a_scheduler_whose_machine_is_not_there_waits_for_it_and_says_so(tmp_path: Path) -> None:
+    elsewhere = RayCluster(namespace=NAMESPACE, scheduler_resource="of-no-machine")
+    wanted = settings(tmp_path, OLD).model_copy(update={"ray": elsewhere})
+    with capture_logs() as logs:
+        start_scheduler(wanted, "postgresql://postgres@/postgres?host=/nowhere")
+    assert [line["resource"] for line in logs if line["log_level"] == "warning"] == ["of-no-machine"]
+    assert stop_actors(NAMESPACE) == [f"scheduler-{OLD}"]
+
+
+@pytest.mark.parametrize("name", ["CPU", "GPU", ""])
+def test_what_others_take_is_no_resource_of_the_scheduler(name: str) -> None:
+    with pytest.raises(ValidationError):
+        RayCluster(scheduler_resource=name)
 
 
 def test_what_ends_by_itself_meanwhile_does_not_keep_the_others_from_being_ended() -> None:

@@ -157,7 +157,7 @@ def test_operators_get_what_they_need() -> None:
 
 def test_the_overlay_that_operators_are_shown_builds(tmp_path: Path) -> None:
     page = (DEPLOY / "README.md").read_text()
-    (overlay,) = re.findall(r"^```yaml\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    (overlay,) = re.findall(r"^```yaml\n(# kustomization.yaml\n.*?)^```", page, re.DOTALL | re.MULTILINE)
     ours = os.path.relpath(KUSTOMIZE, tmp_path.resolve())
     (tmp_path / "kustomization.yaml").write_text(overlay.replace("../deploy/kustomize", ours))
     resources = built(tmp_path)

@@ -1,13 +1,16 @@
 """What must be so when a run is over: each check returns a sentence for everything that is not.
 
 They go by the rows, the files and what clients wrote down, and trust nothing that the service says of itself,
-but for `memory_is_the_database`, which compares just that with the rows.
+but for `memory_is_the_database`, which compares just that with the rows, and `the_same_is_decided_again`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
+import os
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,11 +29,16 @@ from scheduler.client.aio import DarkroomClient
 from scheduler.clock import to_ms
 from scheduler.policy.auditing.audit import audit
 from scheduler.policy.auditing.findings import Bound, Finding, Verdict
+from scheduler.policy.board import Board
 from scheduler.policy.events import FairShare
 from scheduler.policy.ids import AccountId, Tier
 from scheduler.policy.parameters import Parameters
+from scheduler.recorder import recording_of, recordings
+from scheduler.recording import Asked, Recording, RecordingWrong
+from scheduler.replay import replay
 from scheduler.store import invariants, journal
 from scheduler.v1 import fleet_pb2, job_pb2
+from tests.faults.another_order import InAnotherOrder
 from tests.faults.crowd import Deed, Promise
 
 ENDED = ("succeeded", "failed", "cancelled")
@@ -50,6 +58,8 @@ class Evidence:
     undisturbed: Mapping[int, tuple[str, ...]]
     """Digests of each picture of the gallery, drawn before anything went wrong."""
     store: Path
+    recordings: Path
+    """Of all schedulers; the last may be written yet."""
     store_mended_s: float = 0.0
     """When the store was last away or full, in seconds since 1970."""
 
@@ -272,6 +282,64 @@ def _sentence(finding: Finding) -> str:
     )
 
 
+async def the_same_is_decided_again(evidence: Evidence) -> list[str]:
+    """B12, by the recordings of all schedulers: asked twice, with dictionaries and sets in other orders."""
+    there = recordings(evidence.recordings)
+    found = []
+    for board in (Board, InAnotherOrder):
+        for file in there:
+            found += await asyncio.to_thread(_decided_otherwise, file, board)
+    if there and not found:
+        found += await _decided_otherwise_elsewhere(there)
+    if found:
+        return found
+    rows = await evidence.connection.fetch(
+        "SELECT epoch, min(at) AS began_at, max(at) AS ended_at FROM scheduler.journal GROUP BY epoch"
+    )
+    for epoch, began_at, ended_at in (row.values() for row in rows):
+        file = recording_of(evidence.recordings, epoch)
+        if file not in there:
+            found.append(f"the scheduler of epoch {epoch} left no recording")
+        elif (missing_ms := to_ms(ended_at) - _asked_last_ms(file, to_ms(began_at))) > _RECORDED_WITHIN_MS:
+            found.append(f"the recording of epoch {epoch} lacks the last {missing_ms} ms of the journal")
+    return found
+
+
+# Twice a second, if it gets its CPU.
+_RECORDED_WITHIN_MS = 5_000
+
+
+def _asked_last_ms(file: Path, began_ms: int) -> int:
+    """Return when it was asked last; of one that was killed before anything was on disk, when it began."""
+    asked = (line.entry.now_ms for line in Recording(file) if isinstance(line.entry, Asked))
+    return max(asked, default=began_ms)
+
+
+def _decided_otherwise(file: Path, kind: type[Board]) -> list[str]:
+    recording = Recording(file)
+    try:
+        difference = replay(recording, kind(recording.header.parameters)).difference
+    except RecordingWrong as wrong:
+        return [str(wrong)]
+    except (AssertionError, LookupError) as impossible:
+        return [f"{kind.__name__} breaks by {file.name}: {impossible!r} {impossible.__notes__}"]
+    if difference is None:
+        return []
+    return [f"{kind.__name__} decides {file.name} otherwise: {' '.join(difference.sentences())}"]
+
+
+async def _decided_otherwise_elsewhere(files: Sequence[Path]) -> list[str]:
+    """Ask another process, in which sets have neither this one's order nor the scheduler's."""
+    replaying = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "scheduler", "replay", *files),
+        env={**os.environ, "PYTHONHASHSEED": "4711"},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    said, _ = await replaying.communicate()
+    return [f"another process says: {said.decode()}"] if replaying.returncode else []
+
+
 # --- files ----------------------------------------------------------------------------------------------
 
 
@@ -418,10 +486,11 @@ CHECKS: Mapping[Check, Of] = {
     the_rows_have_nothing_twice: Of.DOUBLED,
     the_ledger_holds: Of.OTHER,
     the_order_was_kept: Of.OTHER,
+    the_same_is_decided_again: Of.OTHER,
     pictures_are_whole_and_exact: Of.OTHER,
     no_file_is_left_over: Of.OTHER,
 }
-"""Those that need the rows, the files and the promises alone, and what their findings are of."""
+"""Those that need the rows, the files, recordings and promises alone, and what their findings are of."""
 
 
 async def findings(evidence: Evidence, checks: Mapping[Check, Of] = CHECKS) -> list[Wrong]:

@@ -91,18 +91,13 @@ async def count(
     counted: Counter[Sometimes] = Counter()
     for what, query in _ROWS.items():
         counted[what] = await connection.fetchval(query)
-    free: list[str] = []
     for line in said:
         if line.get("event") in _LOGGED:
             counted[_LOGGED[line["event"]]] += 1
         elif line.get("event") == "worker lost" and line["sentence"].endswith("was silent."):
             counted[Sometimes.SILENT] += 1
-        elif line.get("event") == "attempt ended" and not line["billed_ms"]:
-            free.append(line["attempt"])
-    # Who finds a settlement done says that it charged nothing; who did it had said so to nobody.
-    counted[Sometimes.COMMIT_UNKNOWN] = await connection.fetchval(
-        "SELECT count(*) FROM billing.settlement WHERE attempt_id = ANY($1::uuid[]) AND billed_ms > 0", free
-    )
+        elif line.get("event") == "attempt ended" and line["repeated"]:
+            counted[Sometimes.COMMIT_UNKNOWN] += 1
     made = {
         row["job_id"]: row["made_s"]
         for row in await connection.fetch(

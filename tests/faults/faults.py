@@ -207,15 +207,17 @@ async def _swallow_database(stage: Stage, planned: Planned) -> AsyncIterator[str
 
 @asynccontextmanager
 async def _lose_commits(stage: Stage, planned: Planned) -> AsyncIterator[str | None]:
-    """It strikes with the first commit whose answer is lost."""
-    commits = 3 + planned.which % 8
+    """It strikes with the first commit whose answer is lost. Every other one is of ends of attempts alone, as
+    few commits are."""
+    commits, of_ends = 3 + planned.which % 8, planned.which // 8 % 2
     before = stage.wire.answers_lost.total()
-    stage.wire.lose_commit_answers(commits)
+    stage.wire.lose_commit_answers(commits, "darkroom settlement" if of_ends else "")
     try:
         late = time.monotonic() + planned.for_ms / 1000
         while stage.wire.answers_lost.total() == before and time.monotonic() < late:  # noqa: ASYNC110
             await asyncio.sleep(_LOOK_S)
-        yield f"the next {commits}" if stage.wire.answers_lost.total() > before else None
+        struck = f"the next {commits}" + " of ends" * of_ends
+        yield struck if stage.wire.answers_lost.total() > before else None
     finally:
         stage.wire.lose_commit_answers(0)
 

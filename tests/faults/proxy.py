@@ -48,6 +48,7 @@ class Proxy:
         self._passages: set[_Passage] = set()
         self._serving: set[asyncio.Task[None]] = set()
         self._commits_to_lose = 0
+        self._commits_of = ""
         self.delay_s = 0.0
         """How much later every piece arrives, each way."""
         self.swallows_answers = False
@@ -79,9 +80,12 @@ class Proxy:
             passage.half_closed = True
             passage.server.write_eof()
 
-    def lose_commit_answers(self, commits: int) -> None:
-        """Break each connection that makes one of the next so many commits, once it is made."""
-        self._commits_to_lose = commits
+    def lose_commit_answers(self, commits: int, of: str = "") -> None:
+        """Break each connection that makes one of the next so many commits, once it is made.
+
+        Of applications whose name begins with `of`.
+        """
+        self._commits_to_lose, self._commits_of = commits, of
 
     def listen_again(self) -> None:
         """Swallow no more. Connections whose answers were thrown away are broken."""
@@ -122,7 +126,8 @@ class Proxy:
             if first:
                 passage.application, first = _application(data), False
             # A driver sends a commit by itself: it has waited for what came before.
-            if data == _COMMIT and self._commits_to_lose:
+            wanted = self._commits_to_lose and passage.application.startswith(self._commits_of)
+            if data == _COMMIT and wanted:
                 self._commits_to_lose -= 1
                 passage.commits = True
             if self.delay_s:

@@ -20,6 +20,7 @@ from scheduler.client.aio import DarkroomClient
 from scheduler.frontdoor.artifacts import Artifacts
 from scheduler.frontdoor.deletions import Deletions
 from scheduler.frontdoor.orphans import Orphans
+from scheduler.metrics import FrontDoorMetrics
 from scheduler.store import invariants
 from scheduler.store.pool import open_pool
 from scheduler.v1 import job_pb2
@@ -227,6 +228,7 @@ async def _judged(
             promises=crowd.promises,
             undisturbed=undisturbed,
             store=it.store.path,
+            recordings=it.recordings,
             store_mended_s=seen.store_mended_s,
         )
         leaks, orphans = await _swept(it, evidence)
@@ -287,7 +289,7 @@ async def _swept(it: Stage, evidence: checks.Evidence) -> tuple[list[Wrong], int
         store, clock = Artifacts(f"file://{it.store.path}"), lambda: datetime.now(UTC)
         await Deletions(pool, store, clock).sweep()
         leaks = await _leaks(evidence)
-        swept = await Orphans(pool, store, clock, kept=timedelta(0)).sweep("")
+        swept = await Orphans(pool, store, FrontDoorMetrics(()), clock, kept=timedelta(0)).sweep("")
     finally:
         await pool.close()
     return leaks, len(swept.removed)

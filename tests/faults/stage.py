@@ -31,6 +31,7 @@ import asyncpg
 import psutil
 
 from tests.faults.proxy import Proxy
+from tests.folders import in_memory
 from tests.service.nodes import cluster_environment
 
 ROOT = Path(__file__).parents[2]
@@ -41,10 +42,9 @@ RESTART_S = 1.0
 """After which what ended is started again."""
 _STOP_S = 20.0
 _LOOK_S = 0.1
-# All that a run writes stays below this; the machine's disk is slower, and others use it.
-_MEMORY = Path("/dev/shm")
-_MEMORY_BYTES = 3 * 2**30
 _PR_SET_CHILD_SUBREAPER = 36
+# What every node offers but the head, which is spared: so the scheduler's node can be taken from under it.
+_SCHEDULER = "scheduler"
 _RAY_NODE = ("--block", "--num-cpus", "1", "--object-store-memory", "100000000")
 
 
@@ -276,6 +276,8 @@ class Stage:
         self.wire = wire
         """Between the service and its database."""
         self.store = Store(folder)
+        self.recordings = folder / "recordings"
+        """Of all schedulers."""
         self.logs = folder / "logs"
         self.address = ""
         self.admin_key = ""
@@ -363,7 +365,8 @@ class Stage:
         return ["--head", "--port", "0", "--include-dashboard=false", "--temp-dir", folder, "--num-gpus", "0"]
 
     def _arguments_of_node(self, gpus: int) -> list[str]:
-        return ["--address", self.address, "--num-gpus", str(gpus)]
+        resources = json.dumps({_SCHEDULER: 1})
+        return ["--address", self.address, "--num-gpus", str(gpus), "--resources", resources]
 
     def _arguments_of_door(self) -> list[str]:
         return [
@@ -394,7 +397,7 @@ async def stage(scene: Scene, keep_in: Path | None = None) -> AsyncIterator[Stag
                 stack.callback(database.stop)
                 wire = Proxy(lambda: asyncio.open_unix_connection(database.socket))
                 await stack.enter_async_context(wire.open())
-                it = Stage(folder, scene, database, wire, _environment(scene))
+                it = Stage(folder, scene, database, wire, _environment(folder, scene))
                 for door in it.doors:
                     await stack.enter_async_context(door.wire.open())
                 for process in [it.head, *it.nodes.values(), *it.doors]:
@@ -421,8 +424,10 @@ async def _keep_up(process: RayNode | Door) -> None:
                 await process.start()
 
 
-def _environment(scene: Scene) -> dict[str, str]:
+def _environment(folder: Path, scene: Scene) -> dict[str, str]:
     return cluster_environment(
+        DARKROOM_RAY__SCHEDULER_RESOURCE=_SCHEDULER,
+        DARKROOM_SCHEDULING__RECORD_TO=str(folder / "recordings"),
         DARKROOM_WORKER__TIMED_STEP_MS=str(scene.step_ms),
         # Silence is noticed after three of these.
         DARKROOM_WORKER__HEARTBEAT_MS="1000",
@@ -435,12 +440,6 @@ def _environment(scene: Scene) -> dict[str, str]:
         RAY_USAGE_STATS_ENABLED="0",
         OMP_NUM_THREADS="1",
     )
-
-
-def in_memory() -> Path | None:
-    """Return a folder in memory, where this machine has one with room; None: the usual one is to be used."""
-    roomy = _MEMORY.is_dir() and shutil.disk_usage(_MEMORY).free >= _MEMORY_BYTES
-    return _MEMORY if roomy else None
 
 
 def _new_folder() -> Path:
@@ -458,6 +457,8 @@ def _keep_logs(folder: Path, keep_in: Path) -> None:
     for log in (folder / "ray").glob("session_2*/logs/*"):
         if log.is_file():
             shutil.copy(log, keep_in)
+    if (folder / "recordings").exists():
+        shutil.copytree(folder / "recordings", keep_in / "recordings", dirs_exist_ok=True)
     postgresql = folder / "database" / "postgresql" / "log"
     if postgresql.exists():
         shutil.copy(postgresql, keep_in / "postgresql.log")

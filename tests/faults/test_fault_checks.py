@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import itertools
 import shutil
-import tempfile
 import time
+import zlib
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -17,6 +19,7 @@ import asyncpg
 import pytest
 
 from scheduler.client.aio import DarkroomClient
+from scheduler.recorder import recordings
 from scheduler.store.embedded import embedded_postgresql, with_database
 from scheduler.v1 import job_pb2
 from tests.faults import checks
@@ -24,7 +27,7 @@ from tests.faults.checks import Check, Evidence
 from tests.faults.counters import Sometimes, count
 from tests.faults.crowd import Crowd, Deed, Promise
 from tests.faults.run import written_down
-from tests.faults.stage import in_memory
+from tests.folders import data_folder
 from tests.service.process import ServiceProcess, service
 
 pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.timeout(300)]
@@ -42,6 +45,7 @@ class Rest:
     promises: tuple[Promise, ...]
     undisturbed: Mapping[int, tuple[str, ...]]
     store: Path
+    recordings: Path
     told: list[str]
     """What was said of a memory that is not the database."""
 
@@ -61,6 +65,7 @@ class Rest:
                     promises=self.promises,
                     undisturbed=self.undisturbed,
                     store=self.store,
+                    recordings=self.recordings,
                 )
             finally:
                 await connection.close()
@@ -70,9 +75,8 @@ class Rest:
 
 @pytest.fixture(scope="module")
 def at_rest() -> Iterator[Rest]:
-    with tempfile.TemporaryDirectory(prefix="dr-", dir=in_memory(), ignore_cleanup_errors=True) as name:
-        folder = Path(name)
-        with service(folder, gpus=2, timed_step_ms=2) as running:
+    with data_folder() as folder:
+        with service(folder, gpus=2, timed_step_ms=2, record_to=folder / "recordings") as running:
             crowd, undisturbed, told = asyncio.run(used(running))
         with embedded_postgresql(folder / "database") as dsn:
             asyncio.run(set_aside(dsn))
@@ -81,6 +85,7 @@ def at_rest() -> Iterator[Rest]:
                 promises=tuple(crowd.promises),
                 undisturbed=undisturbed,
                 store=folder / "artifacts",
+                recordings=folder / "recordings",
                 told=told,
             )
 
@@ -295,17 +300,74 @@ async def test_a_file_that_no_fault_explains_is_told(at_rest: Rest, tmp_path: Pa
         assert await checks.nothing_leaks(left) == [], "its worker did not live to remove it"
 
 
-_CHARGED = "SELECT attempt_id::text FROM billing.settlement WHERE billed_ms > 0 ORDER BY attempt_id LIMIT 1"
+def without(kind: bytes, lines: list[bytes]) -> list[bytes]:
+    """Leave out the lines of a kind. One alone may have led to nothing."""
+    return [line for line in lines if not line.startswith(b'{"%b"' % kind)]
 
 
-async def test_only_a_charge_that_was_found_done_is_a_commit_that_nobody_knew_of(at_rest: Rest) -> None:
+def without_one(kind: bytes, lines: list[bytes]) -> list[bytes]:
+    """Leave out the middle one of the lines of a kind."""
+    places = [place for place, line in enumerate(lines) if line.startswith(b'{"%b"' % kind)]
+    place = places[len(places) // 2]
+    return [*lines[:place], *lines[place + 1 :]]
+
+
+def with_another_decision(lines: list[bytes]) -> list[bytes]:
+    return [line.replace(b'"warm":true', b'"warm":false') for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (partial(without, b"JobSubmitted"), "Board "),
+        (partial(without, b"AttemptFinished"), "Board "),
+        (partial(without_one, b"decided"), "has no answer"),
+        (with_another_decision, "Board decides"),
+    ],
+)
+async def test_a_recording_that_was_made_wrong_is_told(
+    at_rest: Rest, change: Callable[[list[bytes]], list[bytes]], told: str, tmp_path: Path
+) -> None:
+    (recording,) = recordings(at_rest.recordings)
+    lines = zlib.decompressobj(wbits=31).decompress(recording.read_bytes()).splitlines(keepends=True)
+    (tmp_path / recording.name).write_bytes(gzip.compress(b"".join(change(lines))))
     async with at_rest.evidence() as evidence:
-        charged = await evidence.connection.fetchval(_CHARGED)
-        told = {"event": "attempt ended", "attempt": charged}
-        for billed_ms, times in ((0, 1), (5, 0)):
-            said = [{**told, "billed_ms": billed_ms}]
+        found = await checks.the_same_is_decided_again(replace(evidence, recordings=tmp_path))
+    assert any(told in one for one in found), found
+
+
+async def test_a_recording_that_ends_before_its_scheduler_is_told(at_rest: Rest) -> None:
+    later = "UPDATE scheduler.journal SET at = at + interval '1 minute'"
+    async with at_rest.evidence(later) as evidence:
+        (told,) = await checks.the_same_is_decided_again(evidence)
+        assert "lacks the last" in told
+
+
+async def test_a_scheduler_that_led_for_a_moment_has_nothing_recorded_yet(
+    at_rest: Rest, tmp_path: Path
+) -> None:
+    (recording,) = recordings(at_rest.recordings)
+    header, *_ = zlib.decompressobj(wbits=31).decompress(recording.read_bytes()).splitlines(keepends=True)
+    (tmp_path / recording.name).write_bytes(gzip.compress(header))
+    at_once = "UPDATE scheduler.journal SET at = now()"
+    for doctored, told in ((at_once, 0), (f"{at_once} + number * interval '1 minute'", 1)):
+        async with at_rest.evidence(doctored) as evidence:
+            found = await checks.the_same_is_decided_again(replace(evidence, recordings=tmp_path))
+        assert len(found) == told
+
+
+async def test_a_scheduler_that_left_no_recording_is_told(at_rest: Rest, tmp_path: Path) -> None:
+    async with at_rest.evidence() as evidence:
+        (found,) = await checks.the_same_is_decided_again(replace(evidence, recordings=tmp_path))
+    assert found.endswith("left no recording")
+
+
+async def test_only_an_end_that_was_settled_before_is_a_commit_that_nobody_knew_of(at_rest: Rest) -> None:
+    async with at_rest.evidence() as evidence:
+        for repeated in (True, False):
+            said = [{"event": "attempt ended", "repeated": repeated}]
             counted = await count(evidence.connection, said=said, promises=())
-            assert counted[Sometimes.COMMIT_UNKNOWN] == times
+            assert counted[Sometimes.COMMIT_UNKNOWN] == repeated
 
 
 async def test_only_a_hold_of_a_loss_is_one_that_a_loss_released(at_rest: Rest) -> None:

@@ -116,3 +116,21 @@ async def test_the_answer_to_a_commit_is_lost_and_the_commit_is_not(database: st
             assert await connection.fetchval("SELECT name FROM fox") == "red"
         await connection.close()
         assert proxy.answers_lost == {"a loop": 1}, "it was to lose one"
+
+
+async def test_the_answer_to_a_commit_is_lost_of_those_alone_of_whom_it_is_to_be(database: str) -> None:
+    server = urlsplit(database)
+    async with Proxy(lambda: asyncio.open_unix_connection(socket_of(database))).open() as proxy:
+        address = f"postgresql://postgres@127.0.0.1:{proxy.port}{server.path}?sslmode=disable"
+        one, other = [
+            await asyncpg.connect(address, server_settings={"application_name": name})
+            for name in ("a settlement 1", "a loop")
+        ]
+        proxy.lose_commit_answers(1, of="a settlement")
+        async with other.transaction():
+            await other.execute("SELECT 1")
+        with pytest.raises((OSError, asyncpg.PostgresError, asyncpg.InterfaceError)):
+            async with one.transaction():
+                await one.execute("SELECT 1")
+        await other.close()
+        assert proxy.answers_lost == {"a settlement 1": 1}

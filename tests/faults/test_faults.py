@@ -13,6 +13,7 @@ import pytest
 from tests.faults.counters import REQUIRED, Sometimes
 from tests.faults.plan import Kind, plan_of
 from tests.faults.run import Report, run
+from tests.faults.soak import table
 from tests.faults.stage import DRAWING, PLAIN, Scene
 
 pytestmark = [
@@ -73,9 +74,12 @@ async def test_disturbed_pictures_are_the_same_bits_as_undisturbed_ones(tmp_path
 async def test_every_kind_and_everything_rare_comes_up_in_twenty_seeds(tmp_path: Path) -> None:
     faults: Counter[Kind] = Counter()
     counters: Counter[Sometimes] = Counter()
+    reports = []
     for seed in range(100, 120):
         report = await a_run(seed, tmp_path / str(seed))
+        reports.append(report)
         faults += report.faults
         counters += report.counters
+    print(table(reports))
     assert [kind for kind in Kind if not faults[kind]] == []
     assert [what for what in REQUIRED if not counters[what]] == []

@@ -7,6 +7,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 
 from billing import invariants as ledger_invariants
 from gpu_worker.models import Models, read_models
@@ -19,6 +20,7 @@ from scheduler.settings import Settings
 from scheduler.store import invariants
 from scheduler.store.pool import open_pool
 from tests.frontdoor.door import MODELS, PLANS, Clock, Door, SmallScheduler
+from tests.spans import Spans
 
 
 @pytest.fixture
@@ -49,6 +51,12 @@ def moderation_settings() -> ModerationSettings:
 
 
 @pytest.fixture
+def spans() -> Spans:
+    """What it traces; a test module may ask for others. Here nothing is recorded, and nothing kept."""
+    return Spans(ALWAYS_OFF)
+
+
+@pytest.fixture
 def dsn(database: str) -> str:
     """Where the door finds its database; a test module may put something in between."""
     return database
@@ -70,6 +78,7 @@ async def door(
     frontdoor_settings: FrontDoorSettings,
     moderation_settings: ModerationSettings,
     scheduling_settings: SchedulingSettings,
+    spans: Spans,
 ) -> AsyncIterator[Door]:
     """A front door that answers."""
     artifacts = tmp_path / "artifacts"
@@ -95,6 +104,7 @@ async def door(
                 metrics,
                 clock=lambda: clock.now,
                 monotonic_s=lambda: clock.monotonic_s,
+                tracer=spans.tracer,
             )
         )
         door = Door(
@@ -103,6 +113,7 @@ async def door(
             scheduler=scheduler,
             metrics=metrics,
             artifacts=artifacts,
+            doorman=front_door.doorman,
             clock=clock,
             close=service.aclose,
         )

@@ -30,6 +30,7 @@ from gpu_worker import outputs
 from gpu_worker.contract import ImageFile, Progress, RenderSpec, VideoFile
 from gpu_worker.prompt import file_stem
 from scheduler.answers import Explained, Outlook, QueuesView, WhatIf, WorkerView
+from scheduler.frontdoor.auth import Doorman
 from scheduler.metrics import FrontDoorMetrics
 from scheduler.policy.ids import Tier
 from scheduler.store import accounts, jobs
@@ -326,9 +327,9 @@ class Caller:
     def watch(self, name: str, **fields: Any) -> Any:
         return self.jobs.WatchJob(job_pb2.WatchJobRequest(name=name, **fields))
 
-    async def download(self, name: str) -> list[tuple[Any, bytes]]:
+    async def download(self, name: str, *, after: str = "") -> list[tuple[Any, bytes]]:
         files: list[tuple[Any, bytes]] = []
-        async for part in self.jobs.DownloadImages(job_pb2.DownloadImagesRequest(name=name)):
+        async for part in self.jobs.DownloadImages(job_pb2.DownloadImagesRequest(name=name, after=after)):
             if part.WhichOneof("part") == "header":
                 kind = part.header.WhichOneof("file")
                 assert kind is not None
@@ -348,6 +349,7 @@ class Door:
     scheduler: SmallScheduler
     metrics: FrontDoorMetrics
     artifacts: Path
+    doorman: Doorman
     clock: Clock
     close: Callable[[], Awaitable[object]]
     """Stop serving now, and not at the end of the test."""
@@ -403,7 +405,7 @@ class Door:
                 "UPDATE scheduler.job SET state = 'running', started_at = now() WHERE job_id = $1",
                 uuid.UUID(job_id),
             )
-            await self._event(connection, job_id, "running", "It was next.")
+            await self.event(connection, job_id, "running", "It was next.")
         return attempt_id
 
     async def succeed(
@@ -467,7 +469,7 @@ class Door:
                 "UPDATE scheduler.job SET state = 'queued', losses = losses + 1 WHERE job_id = $1",
                 uuid.UUID(job_id),
             )
-            await self._event(connection, job_id, "queued", "Its worker was lost.")
+            await self.event(connection, job_id, "queued", "Its worker was lost.")
 
     async def _end(
         self, job_id: str, state: str, images: Sequence[ImageFile] = (), videos: Sequence[VideoFile] = ()
@@ -493,9 +495,10 @@ class Door:
                 "The engine failed." if failed else None,
                 json.dumps(jobs.videos_to_json(videos)) if videos else None,
             )
-            await self._event(connection, job_id, state, "It ended.")
+            await self.event(connection, job_id, state, "It ended.")
 
-    async def _event(self, connection: asyncpg.Connection, job_id: str, state: str, sentence: str) -> None:
+    async def event(self, connection: asyncpg.Connection, job_id: str, state: str, sentence: str) -> None:
+        """Let a job have an event, as every change of it does."""
         await connection.execute(
             """WITH event AS (INSERT INTO scheduler.job_event (job_id, state, sentence) VALUES ($1, $2, $3)
                               RETURNING seq)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
+
 import grpc
 import pytest
 
-from scheduler.frontdoor.auth import ROLE_NEEDED, SERVICES, every_method_has_a_role
+from scheduler.frontdoor.auth import ROLE_NEEDED, SERVICES, OpenStream, every_method_has_a_role
+from scheduler.refusals import Unauthenticated
 from scheduler.settings import FrontDoor as FrontDoorSettings
 from scheduler.store.accounts import Role
 from scheduler.v1 import job_pb2
-from tests.frontdoor.door import Door, read_refusal, refusal
+from tests.frontdoor.door import Caller, Door, read_refusal, refusal
 
 METHODS = {
     f"/{service.full_name}/{method.name}": method for service in SERVICES for method in service.methods
@@ -94,6 +98,77 @@ async def test_a_key_that_asks_too_often_is_told_when_to_come_back(door: Door) -
     await ben.jobs.ListFeed(job_pb2.ListFeedRequest())  # another key is not held up
     door.clock.pass_s(refused.retry_s)
     await ann.jobs.ListFeed(job_pb2.ListFeedRequest())
+
+
+async def watching(caller: Caller) -> AsyncIterator[job_pb2.WatchJobResponse]:
+    """Return what is still to come of an open watch of a waiting job."""
+    job = await caller.create(tier=job_pb2.TIER_RELAX)
+    messages = aiter(caller.watch(job.name))
+    await anext(messages)
+    return messages
+
+
+async def its_end(messages: AsyncIterator[job_pb2.WatchJobResponse]) -> None:
+    async for _ in messages:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("statement", "code", "reason"),
+    [
+        (
+            "UPDATE scheduler.api_key SET revoked_at = now()",
+            grpc.StatusCode.UNAUTHENTICATED,
+            "UNAUTHENTICATED",
+        ),
+        ("DELETE FROM scheduler.api_key", grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED"),
+        ("UPDATE scheduler.account SET blocked = true", grpc.StatusCode.PERMISSION_DENIED, "ACCOUNT_BLOCKED"),
+    ],
+    ids=["revoked", "erased", "blocked"],
+)
+async def test_open_streams_end_with_their_key(
+    door: Door, statement: str, code: grpc.StatusCode, reason: str
+) -> None:
+    ann = await door.caller("ann")
+    messages = await watching(ann)
+    door.clock.pass_s(15)
+    await door.doorman.look_again()
+    await door.sql(f"{statement} RETURNING 1")
+    door.clock.pass_s(15)
+    await door.doorman.look_again()
+    refused = await refusal(its_end(messages))
+    assert (refused.code, refused.reason) == (code, reason)
+    assert door.metrics.registry.get_sample_value("darkroom_watch_streams") == 0
+
+
+async def test_streams_of_good_keys_go_on_beside_one_that_was_revoked(door: Door) -> None:
+    ann, ben = await door.caller("ann"), await door.caller("ben")
+    hers, his = await watching(ann), await watching(ben)
+    await door.sql("UPDATE scheduler.api_key SET revoked_at = now() WHERE account_id = 'ann' RETURNING 1")
+    door.clock.pass_s(15)
+    await door.doorman.look_again()
+    assert (await refusal(its_end(hers))).code is grpc.StatusCode.UNAUTHENTICATED
+    ended = asyncio.create_task(its_end(his))
+    await door.close()
+    with pytest.raises(grpc.aio.AioRpcError) as closed:
+        await ended
+    assert closed.value.code() is grpc.StatusCode.UNAVAILABLE, "it was open until then"
+
+
+async def test_a_download_ends_before_its_next_piece_when_its_key_was_revoked() -> None:
+    stream = OpenStream()
+    async with stream.kept():
+        pass
+    stream.end(Unauthenticated())
+    with pytest.raises(Unauthenticated):
+        async with stream.kept():
+            raise AssertionError("nothing more is read")
+
+
+async def test_a_timeout_of_what_is_awaited_is_not_taken_for_the_end_of_a_key() -> None:
+    with pytest.raises(TimeoutError):
+        async with OpenStream().kept():
+            raise TimeoutError
 
 
 async def test_a_key_has_so_many_streams_open_and_no_more(door: Door) -> None:

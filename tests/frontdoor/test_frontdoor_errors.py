@@ -17,7 +17,9 @@ from billing.refusals import Refusal
 from billing.v1 import admin_pb2
 from scheduler.frontdoor.errors import code_of, status_of
 from scheduler.frontdoor.fields import page_token
-from scheduler.refusals import FieldViolation, Impossible, InvalidRequest
+from scheduler.frontdoor.jobs import submission_refused
+from scheduler.metrics import FrontDoorMetrics, SubmissionReason
+from scheduler.refusals import FieldViolation, Impossible, InvalidRequest, RateLimited
 from scheduler.store.accounts import Role
 from scheduler.v1 import account_pb2, job_pb2
 from tests.frontdoor.door import Door, abilities, refusal
@@ -365,11 +367,59 @@ async def test_a_picture_that_the_store_has_lost(door: Door) -> None:
     assert refused.metadata == {"file": f"{job.uid}_a_fox_1.png"}
 
 
+REFUSALS = tuple(
+    kind
+    for module in (billing.refusals, scheduler.refusals)
+    for kind in vars(module).values()
+    if isinstance(kind, type) and issubclass(kind, Refusal) and kind is not Refusal
+)
+
+NEVER_OF_CREATE_JOB = {
+    *("ACCOUNT_ERASED", "ACCOUNT_EXISTS", "ACCOUNT_PROTECTED", "ADJUSTMENT_TOO_LARGE", "ETAG_MISMATCH"),
+    *("JOB_FINISHED", "JOB_NOT_FINISHED", "JOB_STARTED", "NOTHING_CHARGED", "NOTHING_TO_UNDO"),
+    *("NO_REFUND_TO_UNDO", "OUTSIDE_PERIODS", "PICTURE_MISSING", "PLAN_EXISTS", "PLAN_LACKS_OVERAGE"),
+    *("PLAN_NOT_SELF_SERVICE", "REFUND_SPENT", "REFUND_TOO_LARGE", "SECRET_SHOWN_ONCE", "UNKNOWN_GRANT"),
+    *("UNKNOWN_KEY", "UNKNOWN_PLAN", "UNKNOWN_WORKER"),
+}
+
+
 def test_every_refusal_has_a_row() -> None:
-    for module in (billing.refusals, scheduler.refusals):
-        for kind in vars(module).values():
-            if isinstance(kind, type) and issubclass(kind, Refusal) and kind is not Refusal:
-                code_of(kind.__new__(kind))
+    for kind in REFUSALS:
+        code_of(kind.__new__(kind))
+
+
+def test_every_refusal_is_counted_as_what_it_is_or_is_never_the_answer_to_a_new_job() -> None:
+    counted = {reason.value.upper() for reason in SubmissionReason} - {"NONE"}
+    assert counted & NEVER_OF_CREATE_JOB == set()
+    assert counted | NEVER_OF_CREATE_JOB == {kind.reason for kind in REFUSALS}
+
+
+async def test_what_refuses_a_job_is_what_it_is_counted_as(door: Door) -> None:
+    ann, ben = await door.caller("ann"), await door.caller("ben")
+    await refusal(ann.create("a fox --private"))
+    await door.use_up("ben")
+    await refusal(ben.create())
+    for _ in range(10):
+        await ann.create(tier=job_pb2.TIER_RELAX)
+    await refusal(ann.create())
+    counted = {
+        (sample.labels["tier"], sample.labels["reason"]): sample.value
+        for sample in next(iter(door.metrics.submissions.collect())).samples
+        if sample.labels["outcome"] == "rejected" and sample.value
+    }
+    assert counted == {
+        ("fast", "plan_lacks_private"): 1,
+        ("fast", "fast_time_exhausted"): 1,
+        ("fast", "queue_full"): 1,
+    }
+
+
+def test_a_caller_that_is_too_quick_is_counted_as_that() -> None:
+    metrics = FrontDoorMetrics(())
+    too_quick = RateLimited(sentence="Slower.", retry_after_ms=1)
+    submission_refused(metrics)(job_pb2.CreateJobRequest(tier=job_pb2.TIER_RELAX), too_quick)
+    labels = {"tier": "relax", "outcome": "rejected", "reason": "rate_limited"}
+    assert metrics.registry.get_sample_value("darkroom_submissions_total", labels) == 1
 
 
 @pytest.mark.parametrize("letter", ["x", "字", "\N{GRINNING FACE}"])

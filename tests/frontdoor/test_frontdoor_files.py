@@ -137,6 +137,43 @@ async def test_all_images_of_an_account_come_as_one_archive(door: Door) -> None:
     assert waiting.uid
 
 
+async def test_an_archive_goes_on_behind_an_image(door: Door) -> None:
+    ann = await door.caller("ann")
+    one, gone, two = [await ann.create("a fox") for _ in range(3)]
+    for job, pictures in ((one, [b"1", b"2", b"3"]), (gone, [b"4"]), (two, [b"5", b"6"])):
+        await door.succeed(job.uid, pictures)
+    await ann.delete(gone.name)
+
+    async def names(after: str) -> tuple[bool, int, list[str]]:
+        ((archive, content),) = await ann.download("accounts/-", after=after)
+        with zipfile.ZipFile(io.BytesIO(content)) as files:
+            assert files.testzip() is None
+            return archive.rest, archive.images, [name.replace("_a_fox", "") for name in files.namelist()]
+
+    of_one, of_two = [f"{one.uid}_{n}.png" for n in (1, 2, 3)], [f"{two.uid}_{n}.png" for n in (1, 2)]
+    assert await names("") == (False, 5, of_one + of_two)
+    assert await names(f"{one.name}/images/1") == (True, 4, of_one[1:] + of_two)
+    assert await names(f"accounts/-/jobs/{one.uid}/images/3") == (True, 2, of_two)
+    assert await names(f"{gone.name}/images/1") == (True, 2, of_two), (
+        "it was there when the archive broke off"
+    )
+    assert await names(f"{two.name}/images/2") == (True, 0, [])
+
+
+async def test_an_archive_goes_on_behind_nothing_but_an_image_of_its_account(door: Door) -> None:
+    ann, ben = await door.caller("ann"), await door.caller("ben")
+    job, of_ben = await ann.create("a fox"), await ben.create("a fox")
+    await door.succeed(job.uid)
+    for name, after in (
+        ("accounts/-", job.name),
+        ("accounts/-", f"{of_ben.name}/images/1"),
+        (job.name, f"{job.name}/images/1"),
+    ):
+        assert "after" in (await refusal(ann.download(name, after=after))).violations, (name, after)
+    unknown = await refusal(ann.download("accounts/-", after=f"accounts/-/jobs/{of_ben.uid}/images/1"))
+    assert unknown.reason == NOT_YOURS
+
+
 async def test_an_account_without_images_has_an_empty_archive(door: Door) -> None:
     ann = await door.caller("ann")
     ((archive, content),) = await ann.download("accounts/-")

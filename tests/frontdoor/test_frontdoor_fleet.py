@@ -12,11 +12,12 @@ import pytest
 
 from scheduler.answers import QueuesView, TierView, WorkerRun, WorkerView
 from scheduler.policy.ids import Tier
-from scheduler.store import operations
+from scheduler.store import operations, overview
 from scheduler.store.accounts import Role
 from scheduler.v1 import fleet_pb2, job_pb2
 from tests.frontdoor.door import WORKER, Caller, Door, refusal
 
+DECISION_KINDS = fleet_pb2.DecisionKind.DESCRIPTOR.values_by_name
 JOB_ID, ATTEMPT_ID = str(uuid.uuid4()), str(uuid.uuid4())
 NAME = f"workers/{WORKER}"
 
@@ -108,6 +109,58 @@ async def test_workers_are_listed_with_what_they_have_in_hand(door: Door, operat
         3_000,
     )
     assert list(c.warm_models) == ["small"]
+
+
+async def test_a_worker_that_is_emptied_says_since_when_and_why(door: Door, operator: Caller) -> None:
+    leaves = {"leaves_since_ms": 5_000, "leaves_because": "Its machine is about to end."}
+    door.scheduler.workers = [
+        a_worker(worker_id="a", idle_since_ms=None, active=a_run(step=7, steps=20), **leaves),
+        a_worker(worker_id="b", **leaves, healthy=False, sentence="The GPU fell off the bus."),
+    ]
+    a, b = await workers(operator)
+    assert (a.state, a.sentence) == (fleet_pb2.WORKER_STATE_LEAVING, "Its machine is about to end.")
+    assert a.state_time.ToMilliseconds() == 5_000
+    assert (a.active.step, a.active.steps) == (7, 20)
+    assert b.state == fleet_pb2.WORKER_STATE_UNHEALTHY, "what is wrong comes first"
+
+
+async def test_what_was_decided_lately_is_listed_newest_first(door: Door, operator: Caller) -> None:
+    ann = await door.caller("ann")
+    job = await ann.create(tier=job_pb2.TIER_RELAX)
+    attempt_id = await door.start(job.uid)
+    await door.sql(
+        """UPDATE scheduler.attempt SET decision = '{"reason": "It used least."}' WHERE attempt_id = $1""",
+        uuid.UUID(attempt_id),
+    )
+    kinds = ["Dispatch", "AttemptParked", "JobArrived", "AttemptResumed"]
+    for number, kind in enumerate(kinds):
+        await door.sql(
+            """INSERT INTO scheduler.journal VALUES (1, $1, to_timestamp($1::bigint), $2, $3, '{}')
+               RETURNING number""",
+            number,
+            kind,
+            attempt_id,
+        )
+    answer = await operator.fleet.ListDecisions(fleet_pb2.ListDecisionsRequest())
+    assert [(one.kind, one.time.seconds) for one in answer.decisions] == [
+        (fleet_pb2.DECISION_KIND_RESUMED, 3),
+        (fleet_pb2.DECISION_KIND_PARKED, 1),
+        (fleet_pb2.DECISION_KIND_STARTED, 0),
+    ]
+    started = answer.decisions[-1]
+    assert (started.tier, started.job, started.worker, started.sentence) == (
+        job_pb2.TIER_RELAX,
+        job.name,
+        NAME,
+        "It used least.",
+    )
+    answer = await operator.fleet.ListDecisions(fleet_pb2.ListDecisionsRequest(page_size=1))
+    assert [one.kind for one in answer.decisions] == [fleet_pb2.DECISION_KIND_RESUMED]
+
+
+def test_every_decision_has_a_name_for_clients() -> None:
+    named = {name.removeprefix("DECISION_KIND_") for name in DECISION_KINDS}
+    assert named == {"UNSPECIFIED", *(kind.name for kind in overview.Decided)}
 
 
 async def test_a_drained_worker_is_a_row_with_its_reason_until_it_is_resumed(

@@ -377,8 +377,8 @@ async def test_submissions_are_counted_by_what_became_of_them(door: Door) -> Non
     count = door.metrics.registry.get_sample_value
     for tier, outcome, reason in (
         ("fast", "accepted", "none"),
-        ("relax", "rejected", "invalid"),
-        ("fast", "rejected", "auth"),
+        ("relax", "rejected", "invalid_parameter"),
+        ("fast", "rejected", "unauthenticated"),
     ):
         labels = {"tier": tier, "outcome": outcome, "reason": reason}
         assert count("darkroom_submissions_total", labels) == 1, labels

@@ -23,7 +23,8 @@ WEEK = timedelta(days=7)
 
 
 def orphans_of(door: Door) -> Orphans:
-    return Orphans(door.pool, Artifacts(f"file://{door.artifacts}"), lambda: datetime.now(UTC), WEEK)
+    artifacts = Artifacts(f"file://{door.artifacts}")
+    return Orphans(door.pool, artifacts, door.metrics, lambda: datetime.now(UTC), WEEK)
 
 
 async def days_pass(door: Door, days: float) -> None:
@@ -43,6 +44,16 @@ async def noted(door: Door) -> list[str]:
     return list(
         await door.sql("SELECT coalesce(array_agg(path ORDER BY path), '{}') FROM scheduler.orphan_file")
     )
+
+
+def counted(door: Door) -> dict[str, float]:
+    """Return what was counted of orphans, by what became of them."""
+    (family,) = door.metrics.orphans.collect()
+    return {
+        sample.labels["result"]: sample.value
+        for sample in family.samples
+        if sample.name.endswith("_total") and sample.value
+    }
 
 
 def write(door: Door, path: str) -> str:
@@ -85,6 +96,8 @@ async def test_what_no_row_names_goes_when_it_was_noted_for_a_week(door: Door) -
     assert await orphans.sweep("") == swept(*sorted(left))
     assert files(door) == needed
     assert await noted(door) == []
+    assert counted(door) == {"noted": 3, "removed": 3}
+    assert door.metrics.registry.get_sample_value("darkroom_orphan_removed_bytes_total") == 3
 
 
 async def test_a_folder_of_a_job_that_the_database_does_not_know_goes_as_one(door: Door) -> None:
@@ -95,8 +108,13 @@ async def test_a_folder_of_a_job_that_the_database_does_not_know_goes_as_one(doo
     await orphans.sweep("")
     assert await noted(door) == [f"jobs/{unknown}/"]
     await days_pass(door, 7)
+    # What a link leads to is not in the folder.
+    (door.artifacts / "jobs" / unknown / "link").symlink_to("/usr")
     assert await orphans.sweep(unknown[:3]) == swept(f"jobs/{unknown}/")
     assert not (door.artifacts / "jobs" / unknown).exists()
+    assert counted(door) == {"noted": 1, "removed": 1}
+    size_bytes = door.metrics.registry.get_sample_value("darkroom_orphan_removed_bytes_total")
+    assert size_bytes == len(b"x") * 2
 
 
 async def test_what_a_live_job_has_in_the_store_is_never_noted(door: Door) -> None:
@@ -167,6 +185,7 @@ async def test_pictures_of_prompts_that_no_job_has_are_strays_after_a_week(door:
     assert await orphans.sweep("aaa") == swept(lost)
     assert await noted(door) == []
     assert files(door) == {used, lost}, "strays have a sweep of their own"
+    assert counted(door) == {"noted": 2, "removed": 1, "stray": 1}
     await sweep_strays(door)
     assert files(door) == {used}
     assert await orphans.sweep("") == swept()
@@ -230,11 +249,30 @@ class Away(Artifacts):
         raise Overloaded(sentence=f"{path} is away")
 
 
+async def test_what_two_front_doors_remove_at_once_is_counted_once(door: Door) -> None:
+    write(door, f"jobs/{uuid.uuid4()}/x")
+    write(door, "pictures/" + "a" * 64 + ".png")
+    quicker = orphans_of(door)
+    await quicker.sweep("")
+    await days_pass(door, 7)
+
+    class Slower(Artifacts):
+        async def delete(self, path: str) -> None:
+            await quicker.sweep("")
+            await super().delete(path)
+
+    artifacts = Slower(f"file://{door.artifacts}")
+    await Orphans(door.pool, artifacts, door.metrics, lambda: datetime.now(UTC), WEEK).sweep("")
+    assert counted(door) == {"noted": 2, "removed": 1, "stray": 1}
+    assert door.metrics.registry.get_sample_value("darkroom_orphan_removed_bytes_total") == 1
+
+
 async def test_what_cannot_be_removed_stays_noted(door: Door) -> None:
     unknown = write(door, f"jobs/{uuid.uuid4()}/x")
     await orphans_of(door).sweep("")
     await days_pass(door, 7)
-    away = Orphans(door.pool, Away(f"file://{door.artifacts}"), lambda: datetime.now(UTC), WEEK)
+    store = Away(f"file://{door.artifacts}")
+    away = Orphans(door.pool, store, door.metrics, lambda: datetime.now(UTC), WEEK)
     with pytest.raises(Overloaded):
         await away.sweep("")
     assert await noted(door) == [unknown.removesuffix("x")]

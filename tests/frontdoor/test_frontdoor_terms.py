@@ -237,7 +237,26 @@ async def test_a_job_the_scheduler_does_not_know_is_explained_by_what_the_rows_s
     assert not running.HasField("queue_status")
     await door.succeed(job.uid)
     ended = await ann.jobs.ExplainJob(job_pb2.ExplainJobRequest(name=job.name))
-    assert (ended.state, list(ended.sentences)) == (job_pb2.JOB_STATE_SUCCEEDED, ["It ended."])
+    assert (ended.state, list(ended.sentences)) == (
+        job_pb2.JOB_STATE_SUCCEEDED,
+        ["It was next.", "It ended."],
+    )
+
+
+async def test_a_job_that_was_parked_is_explained_by_why_it_first_started_and_why_it_went_on(
+    door: Door,
+) -> None:
+    ann = await door.caller("ann")
+    job = await ann.create("a fox --relax")
+    await door.start(job.uid)
+    async with door.pool.transaction() as connection:
+        for sentence in ("A fast job took its GPU.", "The fast job has ended."):
+            await door.event(connection, job.uid, "running", sentence)
+    told = await ann.jobs.ExplainJob(job_pb2.ExplainJobRequest(name=job.name))
+    assert list(told.sentences) == ["It was next.", "Since then: The fast job has ended."]
+    await door.succeed(job.uid)
+    told = await ann.jobs.ExplainJob(job_pb2.ExplainJobRequest(name=job.name))
+    assert list(told.sentences) == ["It was next.", "Since then: The fast job has ended.", "It ended."]
 
 
 async def test_a_parked_job_says_so(door: Door) -> None:

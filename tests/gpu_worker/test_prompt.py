@@ -15,6 +15,7 @@ from gpu_worker.prompt import (
     file_stem,
     parse,
     print_prompt,
+    unread,
     without_urls,
 )
 
@@ -343,14 +344,14 @@ def test_parts_and_pictures_have_a_limit() -> None:
 
 
 def test_words_without_effect_are_warned_of() -> None:
-    assert parse("fog " * 60).warnings == ()
-    (warning,) = parse("fog " * 61).warnings
+    assert [*unread(parse("fog " * 60), 60)] == []
+    (warning,) = unread(parse("fog " * 61), 60)
     assert warning == "The model reads about 60 words; of these 61 the last ones have no effect."
 
 
 def test_the_model_reads_each_part_from_its_beginning() -> None:
-    assert parse("fog " * 60 + ":: " + "rain " * 60).warnings == ()
-    (warning,) = parse("fog :: " + "rain " * 61).warnings
+    assert [*unread(parse("fog " * 60 + ":: " + "rain " * 60), 60)] == []
+    (warning,) = unread(parse("fog :: " + "rain " * 61), 60)
     assert "the 61 of “rain rain" in warning
 
 

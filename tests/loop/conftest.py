@@ -8,10 +8,12 @@ from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import asyncpg
 import pytest
+from opentelemetry.trace import Tracer
 
 from billing import accounts as ledger_accounts
 from billing import admin as billing_admin
@@ -31,6 +33,7 @@ from scheduler.store.jobs import JobKind
 from scheduler.store.pool import Pool, open_pool
 
 PREDICTED_MS = 60_000
+_PATIENCE_S = 60
 
 
 class DirectLink:
@@ -69,7 +72,13 @@ class Stage:
         return account_id
 
     async def submit(
-        self, account_id: str, tier: Tier = Tier.RELAX, *, predicted_ms: int = PREDICTED_MS, model: str = ""
+        self,
+        account_id: str,
+        tier: Tier = Tier.RELAX,
+        *,
+        predicted_ms: int = PREDICTED_MS,
+        model: str = "",
+        traceparent: str | None = None,
     ) -> str:
         default = read_models(None).default
         accepted = await intake.submit(
@@ -103,6 +112,7 @@ class Stage:
             ),
             parameters=Parameters(),
             at=datetime.now(UTC),
+            traceparent=traceparent,
         )
         return accepted.job.job_id
 
@@ -163,6 +173,8 @@ class Stage:
         parameters: Parameters | None = None,
         drain_within_ms: int = 60_000,
         scaling: Bounds | None = None,
+        record_to: Path | None = None,
+        tracer: Tracer | None = None,
     ) -> AsyncIterator[Leader]:
         """Lead while the context is open; then die without a word, as a killed process would."""
         async with lead(
@@ -174,6 +186,8 @@ class Stage:
             drain_within_ms=drain_within_ms,
             scaling=scaling,
             parameters=parameters,
+            record_to=record_to,
+            tracer=tracer,
         ) as leader:
             self.link.leader = leader
             self.running = asyncio.create_task(leader.run())
@@ -187,7 +201,7 @@ class Stage:
     async def until(self, leader: Leader, fulfilled: Callable[[], Any]) -> Any:
         """Wait until `fulfilled` (or what it awaits) is true, looking again when a job changed."""
         seen = 0
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(_PATIENCE_S):
             while True:
                 outcome = fulfilled()
                 if asyncio.iscoroutine(outcome):
@@ -238,7 +252,7 @@ class Stage:
         """Return once some transaction waits for a lock of another."""
         watcher = await asyncpg.connect(self.dsn)
         try:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(_PATIENCE_S):
                 while not await watcher.fetchval(
                     """SELECT count(*) FROM pg_stat_activity
                        WHERE wait_event_type = 'Lock' AND datname = current_database()"""

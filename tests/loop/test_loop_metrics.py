@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 
 import pytest
 
@@ -12,7 +13,9 @@ from gpu_worker.contract import Blame, Outcome
 from scheduler.cluster.local_fleet import LocalFleet
 from scheduler.leader import Leader
 from scheduler.logs import configure_logs
+from scheduler.metrics import WorkerState
 from scheduler.policy.ids import Tier
+from scheduler.store import operations
 from tests.loop.conftest import Stage
 
 FIRST, SECOND = "here/gpu-0", "here/gpu-1"
@@ -111,7 +114,7 @@ async def test_the_states_of_workers_add_up_to_the_slots(stage: Stage) -> None:
     await stage.open_account("ada")
 
     def states(leader: Leader) -> dict[str, float]:
-        known = ("starting", "idle", "loading", "running", "draining", "lost")
+        known = tuple(WorkerState)
         return {state: count for state in known if (count := figure(leader, "gpu_workers", state=state))}
 
     async with stage.leading(fleet) as leader:
@@ -128,7 +131,12 @@ async def test_the_states_of_workers_add_up_to_the_slots(stage: Stage) -> None:
         fleet.speak_again(silent)
         await stage.until(leader, lambda: states(leader) == {"running": 1, "idle": 3})
         fleet.fall_ill(silent, "its memory is broken")
-        await stage.until(leader, lambda: states(leader) == {"running": 1, "idle": 2, "draining": 1})
+        await stage.until(leader, lambda: states(leader) == {"running": 1, "idle": 2, "unhealthy": 1})
+        drained = next(f"here/gpu-{index}" for index in range(4) if f"here/gpu-{index}" not in (busy, silent))
+        await operations.drain_worker(stage.connection, drained, "a test", within=timedelta(0))
+        leader.fleet_changed()
+        everybody = {"running": 1, "idle": 1, "unhealthy": 1, "draining": 1}
+        await stage.until(leader, lambda: states(leader) == everybody)
 
 
 async def test_a_worker_in_the_place_of_another_is_a_restart_and_one_that_was_only_silent_is_none(
@@ -137,16 +145,47 @@ async def test_a_worker_in_the_place_of_another_is_a_restart_and_one_that_was_on
     fleet = LocalFleet(workers=2, take_ms=None)
     async with stage.leading(fleet) as leader:
         await stage.until(leader, lambda: leader.workers == 2)
-        began = figure(leader, "worker_started_timestamp_seconds", worker=FIRST)
+        assert figure(leader, "worker_losses_total", worker=FIRST) == 0
         fleet.fall_silent(FIRST)
         fleet.speak_again(FIRST)
         fleet.kill(SECOND)
         await shows(stage, leader, 1, "worker_restarts_total", reason="died")
         assert figure(leader, "worker_restarts_total", reason="silent") == 0
-        assert figure(leader, "worker_started_timestamp_seconds", worker=FIRST) == began
+        assert figure(leader, "worker_losses_total", worker=FIRST) == 1, "it was given up all the same"
         fleet.fall_silent(FIRST)
         fleet.kill(FIRST)
         await shows(stage, leader, 1, "worker_restarts_total", reason="silent")
+
+
+async def test_a_job_that_goes_back_to_its_place_is_counted_by_why(stage: Stage) -> None:
+    fleet = LocalFleet(workers=3, take_ms=None, gpu_ms=PICTURE_MS)
+    await stage.open_account("ada")
+    async with stage.leading(fleet) as leader:
+        fleet.refuse_next = 1
+        job_id = await stage.submit("ada", Tier.FAST)
+        await shows(stage, leader, 1, "job_requeues_total", reason="not_taken")
+        await stage.until_state(leader, job_id, "running")
+        fleet.finish(next(iter(fleet.busy)), outcome=Outcome.FAILED, blame=Blame.PLATFORM)
+        await shows(stage, leader, 1, "job_requeues_total", reason="failed")
+        await stage.until_state(leader, job_id, "running")
+        fleet.kill(next(iter(fleet.busy)))
+        await shows(stage, leader, 1, "job_requeues_total", reason="worker_lost")
+        assert figure(leader, "job_requeues_total", reason="timeout") == 0
+
+
+async def test_a_machine_that_died_stays_missed_and_one_that_was_told_to_end_does_not(stage: Stage) -> None:
+    fleet = LocalFleet(workers=4, take_ms=None, per_machine=1)
+
+    def shown(leader: Leader) -> tuple[float, float]:
+        leader._figures.look()
+        return figure(leader, "gpu_workers_desired"), figure(leader, "gpu_workers", state="lost")
+
+    async with stage.leading(fleet) as leader:
+        await stage.until(leader, lambda: shown(leader) == (4, 0))
+        fleet.remove("here-0/gpu-0")
+        await stage.until(leader, lambda: shown(leader) == (4, 1))
+        fleet.depart("here-1/gpu-0")
+        await stage.until(leader, lambda: shown(leader) == (3, 1))
 
 
 async def test_what_keeps_the_first_in_line_is_counted(stage: Stage) -> None:
@@ -340,7 +379,8 @@ async def test_a_cell_of_64_gpus_stays_within_the_budget_of_series(
             await stage.until_state(leader, job_id, "succeeded")
         fleet.kill(FIRST)
         await shows(stage, leader, 1, "worker_restarts_total", reason="died")
-        await leader._reconciler.look()
+        # Its own look, after two seconds: another beside it would be on the same connection.
+        await shows(stage, leader, 1, "billing_reconcile_runs_total", result="clean")
         leader._figures.look()
         for worker in range(64):
             fleet.beat(f"here/gpu-{worker}")

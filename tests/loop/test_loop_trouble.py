@@ -267,6 +267,8 @@ async def test_attempt_on_a_gpu_that_hangs_is_lost_in_the_end(stage: Stage) -> N
 
         await stage.until(leader, elsewhere)
         lost, again = await stage.attempts(job_id)
+        counted = leader.metrics.registry.get_sample_value
+        assert counted("darkroom_job_requeues_total", {"reason": "timeout"}) == 1
     assert (lost["state"], again["state"]) == ("lost", "running")
 
 

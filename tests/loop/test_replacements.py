@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from billing import invariants
+from scheduler.answers import WorkerView
 from scheduler.cluster.local_fleet import LocalFleet
 from scheduler.leader import Leader
 from scheduler.policy.ids import Tier
+from scheduler.workers import LeavesBecause, Leaving, Workers
 from tests.loop.conftest import Stage
 
 FIRST, SECOND = "here/gpu-0", "here/gpu-1"
@@ -116,6 +118,55 @@ async def test_what_a_machine_that_is_about_to_end_has_goes_on_elsewhere_at_once
         await stage.until_state(leader, job_id, "succeeded")
     assert (await stage.job(job_id))["losses"] == 0
     assert await invariants.check(stage.connection) == []
+
+
+async def test_a_worker_that_leaves_shows_since_when_and_why_and_how_far_its_run_is(stage: Stage) -> None:
+    fleet = LocalFleet(workers=1, take_ms=None, gpu_ms=PICTURE_MS)
+    await stage.open_account("ada")
+    async with stage.leading(fleet) as leader:
+        await stage.submit("ada", Tier.FAST)
+        await stage.until(leader, lambda: fleet.busy)
+        (view,) = leader.workers_view()
+        assert (view.leaves_since_ms, view.leaves_because) == (None, "")
+        fleet.work(FIRST, 400)
+        fleet.beat(FIRST)
+
+        def steps() -> tuple[int, int]:
+            (view,) = leader.workers_view()
+            return (0, 0) if view.active is None else (view.active.step, view.active.steps)
+
+        whole = fleet.busy[FIRST].spec.steps
+        await stage.until(leader, lambda: steps() == (whole * 400 // PICTURE_MS, whole))
+    fleet.grow_old()
+    async with stage.leading(fleet, drain_within_ms=AN_HOUR_MS) as leader:
+        began_ms = leader._loop.desk.clock.now_ms()
+
+        def leaves() -> WorkerView | None:
+            (view,) = leader.workers_view()
+            return None if view.leaves_since_ms is None else view
+
+        view = await stage.until(leader, leaves)
+        assert view.active is not None, "it finishes what it has"
+        assert view.leaves_since_ms >= began_ms
+        assert view.leaves_because == "It makes room for a worker of the scheduler's release."
+
+
+def test_why_a_worker_leaves_is_the_first_reason_that_is_final() -> None:
+    workers = Workers()
+    fleet = LocalFleet(workers=1, take_ms=None)
+    report = fleet._report(fleet._stubs[FIRST])
+    workers.joined(report, 1)
+    assert workers.leaving(FIRST) is None
+    workers.spare_slots({FIRST}, 2)
+    assert workers.leaving(FIRST) == Leaving(since_ms=2, because=LeavesBecause.NOT_NEEDED)
+    workers.spare_slots((), 3)
+    assert workers.leaving(FIRST) is None, "it is wanted again"
+    ends = Leaving(since_ms=4, because=LeavesBecause.MACHINE_ENDS)
+    workers.leaves(FIRST, ends)
+    workers.spare_slots({FIRST}, 5)
+    assert workers.leaving(FIRST) == ends
+    workers.joined(report, 6)
+    assert workers.leaving(FIRST) == Leaving(since_ms=5, because=LeavesBecause.NOT_NEEDED), "another life"
 
 
 async def test_a_tenth_of_a_fleet_leaves_at_once_and_the_next_when_their_successors_have_come(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from billing import invariants
 from scheduler.cluster.local_fleet import LocalFleet
@@ -19,6 +19,14 @@ AT_ONCE = Bounds(at_least=1, at_most=3, shrinks_after_ms=0)
 
 def spare(fleet: LocalFleet) -> set[str]:
     return {worker_id.partition("/")[0] for worker_id in fleet.spare}
+
+
+def states_of(leader: Leader) -> Mapping[WorkerState, int]:
+    return leader._loop._roster.states(leader._loop.desk.clock.now_ms())
+
+
+def cycles(leader: Leader) -> float:
+    return leader.metrics.registry.get_sample_value("darkroom_scheduler_cycle_seconds_count") or 0
 
 
 async def until_ended(stage: Stage, leader: Leader, fleet: LocalFleet, *workers: str) -> None:
@@ -39,7 +47,7 @@ async def test_workers_beyond_what_is_wanted_end_and_come_back_when_work_waits(s
         await until_ended(stage, leader, fleet, "here-0/gpu-0", "here-1/gpu-0")
         await stage.until(leader, lambda: leader.workers == 1)
         assert (fleet.wanted, spare(fleet)) == (1, {"here-0", "here-1"})
-        states = leader._loop._roll_call.states()
+        states = states_of(leader)
         assert states[WorkerState.IDLE] == 1
         assert states[WorkerState.LOST] == states[WorkerState.STARTING] == 0, "they are not missed"
         jobs = [await stage.submit("ada", Tier.FAST) for _ in range(3)]
@@ -87,6 +95,24 @@ async def test_what_runs_on_a_machine_that_is_not_needed_is_finished_there(stage
             await stage.until_state(leader, job_id, "succeeded")
     assert [len(await stage.attempts(job_id)) for job_id in jobs] == [1, 1]
     assert await invariants.check(stage.connection) == []
+
+
+async def test_a_machine_that_is_about_to_end_does_not_count_when_its_worker_has_ended(stage: Stage) -> None:
+    fleet = LocalFleet(workers=3, take_ms=None, per_machine=1)
+    bounds = Bounds(at_least=2, at_most=3, shrinks_after_ms=0)
+    async with stage.leading(fleet, scaling=bounds) as leader:
+        await until_ended(stage, leader, fleet, "here-0/gpu-0")
+        fleet.depart("here-1/gpu-0")
+        await until_ended(stage, leader, fleet, "here-1/gpu-0")
+        leader._loop._sweep_ms = 0  # each cycle looks at the fleet
+        present = leader._loop.desk.workers.ids()
+        await stage.until(leader, lambda: present == {"here-0/gpu-0", "here-2/gpu-0"})
+        seen = cycles(leader)
+        # The first of them may have begun before.
+        await stage.until(leader, lambda: cycles(leader) >= seen + 2)
+        assert (fleet.wanted, spare(fleet)) == (2, set()), "what ends is no reserve"
+        states = states_of(leader)
+        assert states[WorkerState.LOST] == states[WorkerState.STARTING] == 0, "it is not missed"
 
 
 class SlowToEnd(LocalFleet):

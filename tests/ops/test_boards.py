@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 
 import yaml
 
 from deploy.grafana import boards
 from deploy.grafana.drawing import as_json
+from scheduler.metrics.page import exemplar
 from tests.ops.shipped import BOARDS, ROOT
 from tests.ops.shipped import boards as committed
 
@@ -22,9 +24,9 @@ def test_committed_boards_are_what_the_program_makes() -> None:
     assert {path.name: path.read_text() for path in BOARDS} == made, f"run {_WRITE}"
 
 
-def test_five_boards_of_at_most_eight_panels() -> None:
+def test_five_boards_of_at_most_nine_panels() -> None:
     assert len(committed()) == 5
-    assert all(1 <= len(board["panels"]) <= 8 for board in committed())
+    assert all(1 <= len(board["panels"]) <= 9 for board in committed())
 
 
 def test_every_panel_is_a_question_with_a_unit_and_a_meaning() -> None:
@@ -66,6 +68,24 @@ def test_every_query_goes_to_the_source_that_is_chosen() -> None:
         sources = json.dumps(board).count('"uid": "${datasource}"')
         named = json.dumps(board).count('"uid": "') - sources
         assert named == 1, "only the board has a fixed uid"
+
+
+def test_a_dot_leads_to_the_source_of_traces_that_the_page_describes() -> None:
+    (source,) = yaml.safe_load((ROOT / "deploy/grafana/provisioning/datasources/prometheus.yml").read_text())[
+        "datasources"
+    ]
+    (leads,) = source["jsonData"]["exemplarTraceIdDestinations"]
+    assert {leads["name"]} == (exemplar("4bf92f3577b34da6") or {}).keys()
+    page = (ROOT / "deploy/README.md").read_text().partition("## Traces")[2].partition("\n## ")[0]
+    (described,) = yaml.safe_load(page.partition("```yaml\n")[2].partition("```")[0])["datasources"]
+    assert described["uid"] == leads["datasourceUid"]
+    asked = {
+        panel["title"]
+        for board in committed()
+        for panel in board["panels"]
+        if any(target.get("exemplar") for target in panel["targets"])
+    }
+    assert asked == set(re.findall('"([^"]+[?])"', page)), "the page says which panels have dots"
 
 
 def test_rates_are_over_what_grafana_takes_for_right() -> None:

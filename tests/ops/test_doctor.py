@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import asyncpg
+import fsspec
 import pytest
 
 from scheduler.client.diagnosis import Diagnosis, Level
@@ -80,6 +81,14 @@ async def test_a_database_that_is_away_is_found_without_its_password(machine: Pa
 async def test_an_empty_database_wants_to_be_migrated(machine: Path, postgresql: str) -> None:
     found = await found_of(machine, postgresql)
     assert (found["schema"].level, found["schema"].fix) == (Level.FAIL, "darkroom migrate")
+
+
+async def test_an_account_for_the_canary_is_missed_only_where_accounts_could_be(
+    machine: Path, postgresql: str, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DARKROOM_CANARY__ACCOUNT", "canary")
+    assert "canary" not in await found_of(machine, postgresql), "that the schema is missing says enough"
+    assert (await found_of(machine, database))["canary"].sentence == "There is no account canary for it."
 
 
 @pytest.mark.parametrize(
@@ -187,6 +196,15 @@ async def test_a_store_that_cannot_be_used_is_found(machine: Path, monkeypatch: 
     store = (await found_of(machine))["artifact store"]
     assert store.level is Level.FAIL
     assert "swordfish" not in store.sentence
+
+
+@pytest.mark.parametrize(("bucket", "level"), [("new", Level.OK), ("lost", Level.FAIL)])
+async def test_a_bucket_before_its_first_picture_is_well_and_one_that_is_not_there_is_found(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, bucket: str, level: Level
+) -> None:
+    fsspec.filesystem("memory").makedirs("/new", exist_ok=True)
+    monkeypatch.setenv("DARKROOM_ARTIFACTS_URL", f"memory://{bucket}/darkroom")
+    assert (await found_of(machine))["artifact store"].level is level
 
 
 @pytest.mark.parametrize(

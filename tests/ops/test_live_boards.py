@@ -15,6 +15,7 @@ import pytest
 
 from scheduler.metrics import catalogue
 from scheduler.store.bootstrap import ADMIN_ACCOUNT
+from tests.folders import data_folder
 from tests.ops.live import Prometheus, prometheus, things_happen
 from tests.ops.promql import selectors, series_of
 from tests.ops.shipped import Asked, asked_by_boards, asked_by_rules, substituted, tool
@@ -43,14 +44,14 @@ def looked() -> Iterator[Prometheus]:
     program = tool("prometheus")
     with (
         pytest.MonkeyPatch.context() as environment,
-        tempfile.TemporaryDirectory(prefix="dr-", ignore_cleanup_errors=True) as data,
+        data_folder() as data,
         tempfile.TemporaryDirectory(prefix="dr-prometheus-") as folder,
     ):
         environment.setenv("DARKROOM_CANARY__ACCOUNT", ADMIN_ACCOUNT)
         environment.setenv("DARKROOM_CANARY__EVERY_S", "10")
         environment.setenv("DARKROOM_SCHEDULING__RECONCILE_EVERY_MS", "2000")
         with (
-            service(Path(data), gpus=3, timed_step_ms=100) as running,
+            service(data, gpus=3, timed_step_ms=100) as running,
             prometheus(program, running, Path(folder)) as looking,
         ):
             asyncio.run(things_happen(running, looking))

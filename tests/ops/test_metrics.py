@@ -263,6 +263,18 @@ def test_what_was_written_off_of_a_worker_that_comes_back_is_not_counted_twice()
     )
 
 
+def test_gpu_time_of_lives_that_are_forgotten_stays_counted(scheduler: SchedulerMetrics) -> None:
+    for life in range(50):
+        scheduler.worker_began("node-a/gpu-0", f"life-{life}")
+        scheduler.worker_heard(a_report(incarnation=f"life-{life}", fast_ms=100), now_ms=1_000)
+        assert len(scheduler.gpu_time) == 1
+    assert value(scheduler.page().text, "darkroom_gpu_time_seconds_total", use="fast") == pytest.approx(5)
+    scheduler.worker_forgotten("node-a/gpu-0")
+    assert len(scheduler.gpu_time) == 0
+    assert 'worker="' not in scheduler.page().text
+    assert value(scheduler.page().text, "darkroom_gpu_time_seconds_total", use="fast") == pytest.approx(5)
+
+
 def test_a_worker_that_was_adopted_counts_its_open_run_and_no_more_of_its_past() -> None:
     account = GpuTimeAccount(since_ms=1_000_000)
     account.add("node-a/gpu-0", "old", GpuTime(relax_ms=2_000_000, open_ms=700), 1_000_100)

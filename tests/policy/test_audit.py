@@ -8,6 +8,7 @@ from scheduler.policy.auditing.findings import Bound, Verdict
 from scheduler.policy.decisions import ChosenBecause
 from scheduler.policy.events import (
     AttemptMigrated,
+    CellRestored,
     FairShare,
     FundsChanged,
     LimitsChanged,
@@ -310,6 +311,18 @@ def test_what_is_stored_at_the_end_must_be_what_the_records_come_to() -> None:
         assert verdicts == tuple(made.finding(b, closing=closing).verdict for b in (Bound.TAGS, Bound.B9))
 
 
+def test_b2_counts_what_a_start_takes_to_its_row_after_a_night_without_workers() -> None:
+    made = Made(workers=0)
+    made.account("a")
+    made.submit("a", "a0")
+    made.now_ms += 43_000
+    made.join("w0")
+    made.now_ms += 300
+    made.run("a0", 0, last=True)
+    assert made.finding(Bound.B2, grace_ms=299).verdict is Verdict.VIOLATED
+    assert made.finding(Bound.B2, grace_ms=300).verdict is Verdict.HOLDS
+
+
 # --- B8, B13, B14, B15 ---------------------------------------------------------------------------------
 
 
@@ -324,6 +337,18 @@ def test_b8_is_broken_by_a_gpu_that_idles_beside_a_waiting_job() -> None:
     assert (finding.verdict, finding.worst_margin) == (Verdict.VIOLATED, -300)
     assert made.finding(Bound.B8, grace_ms=300).worst_margin == 0
     assert made.finding(Bound.B8, grace_ms=300).verdict is Verdict.HOLDS
+
+
+def test_b8_sees_a_start_that_is_the_last_record_before_a_takeover() -> None:
+    made = Made()
+    made.account("a")
+    made.submit("a", "a0")
+    made.now_ms += 1
+    made.start("a0", 0, last=True)
+    made.now_ms += 30_000
+    for tier in Tier:
+        made.note(CellRestored(at_ms=made.now_ms, tier=tier, virtual_time=0, decay_origin_ms=0))
+    assert made.finding(Bound.B8).worst_margin == -1
 
 
 def test_b8_asks_nothing_of_gpus_that_drain_are_gone_or_cannot_hold_the_job() -> None:

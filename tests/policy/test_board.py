@@ -153,6 +153,7 @@ def test_a_job_without_funds_is_held_until_they_change() -> None:
     assert cell.decide() == []
     cell.refuse = lambda start: None
     cell.apply(FundsChanged(at_ms=0, account_id=AccountId("a")))
+    assert cell.board.queued(FAST) == 1, "held or not, it waits, and is counted once"
     assert [one.job for one in cell.decide()] == [held]
 
 

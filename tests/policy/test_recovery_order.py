@@ -24,6 +24,8 @@ from scheduler.policy.events import (
     LimitsChanged,
     OrderKnown,
     RecoveryEnded,
+    Waited,
+    WaitingRestored,
     WorkerJoined,
 )
 from scheduler.policy.ids import AccountId, AttemptId, JobId, Tier, WorkerId
@@ -113,9 +115,21 @@ class Rows:
                         started_ms=NOW_MS - 1_000,
                     )
                 )
-        for job in self.jobs:
-            if job.account_id == account_id:
-                board.apply(JobSubmitted(at_ms=NOW_MS, job=job))
+        waiting = self.waiting(account_id)
+        if any(job.account_id == account_id for job in self.running.values()):
+            for submitted in waiting.submitted():
+                board.apply(submitted)
+        else:
+            board.apply(waiting)
+
+    def waiting(self, account_id: AccountId, losses: int = 0) -> WaitingRestored:
+        """Return all that waits of an account, of which one job in two has lost so many workers."""
+        waited = (
+            Waited(job, losses * (job.arrival % 2), NOW_MS - job.arrival, None)
+            for job in self.jobs
+            if job.account_id == account_id
+        )
+        return WaitingRestored(at_ms=NOW_MS, account_id=account_id, jobs=tuple(waited))
 
 
 def _place(one: tuple[AccountId, Edge]) -> tuple[int, int]:
@@ -211,6 +225,19 @@ def test_a_job_that_comes_leaves_nothing_to_be_brought_in_line(found: Rows, data
         assert order_of(board) == in_order
 
 
+@given(rows())
+def test_all_that_waits_of_an_account_is_told_at_once_as_if_one_by_one(found: Rows) -> None:
+    at_once, one_by_one = (replace(found, jobs=()).board() for _ in range(2))
+    for account_id in found.shares:
+        waiting = found.waiting(account_id, losses=Parameters().max_losses)
+        at_once.apply(waiting)
+        for submitted in waiting.submitted():
+            one_by_one.apply(submitted)
+    assert order_of(at_once) == order_of(one_by_one)
+    assert at_once.facts(NOW_MS) == one_by_one.facts(NOW_MS)
+    assert at_once.decide(NOW_MS) == one_by_one.decide(NOW_MS)
+
+
 def order_of(board: Board) -> list[object]:
     """Everything by which a board's waiting jobs are in order."""
     cell = board.cell
@@ -231,7 +258,8 @@ def order_of(board: Board) -> list[object]:
             for account in cell.accounts.values()
             for turn in (account.fast, account.relax)
         ),
-        board.unstored_tags(),
+        set(board.unstored_tags()),
+        [(tier, len(moments), moments.first_ms()) for tier, moments in cell.not_running.items()],
     ]
 
 

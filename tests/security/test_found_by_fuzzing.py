@@ -51,5 +51,5 @@ async def test_bytes_that_are_no_message_are_a_mistake_of_the_caller(
         assert (refused.code, refused.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_PARAMETER")
         assert refused.violations == {"request": "request is no scheduler.v1.CreateJobRequest."}
     assert caplog.records == []
-    labels = {"tier": "fast", "outcome": "rejected", "reason": "invalid"}
+    labels = {"tier": "fast", "outcome": "rejected", "reason": "invalid_parameter"}
     assert door.metrics.registry.get_sample_value("darkroom_submissions_total", labels) == 4

@@ -8,7 +8,6 @@ import os
 import stat
 import subprocess
 import sys
-import tempfile
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +26,7 @@ from scheduler.client.errors import DarkroomError, InvalidParameter, Unauthentic
 from scheduler.logs import configure_logs
 from scheduler.settings import Database, Settings
 from scheduler.store.accounts import ApiKey, NewKey, Role
+from tests.folders import data_folder
 from tests.frontdoor.door import Door, refusal
 from tests.security.certificates import Authority
 from tests.service.process import ServiceProcess
@@ -40,8 +40,8 @@ PROMPT = "zqxjkvbp of a fox"
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="dr-", ignore_cleanup_errors=True) as folder:
-        yield Path(folder)
+    with data_folder() as folder:
+        yield folder
 
 
 @pytest.fixture

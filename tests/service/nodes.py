@@ -35,6 +35,11 @@ class Node:
         """Send SIGTERM, as whoever drains a machine does."""
         self.process.send_signal(signal.SIGTERM)
 
+    def processes(self) -> list[str]:
+        """Return the titles of what runs on it, such as `ray::GpuWorker.heartbeat`, without the method."""
+        running = psutil.Process(self.process.pid).children(recursive=True)
+        return [" ".join(process.cmdline()).partition(".")[0] for process in running]
+
     def kill(self) -> None:
         """SIGKILL everything that runs on it, as if its power were cut."""
         root = psutil.Process(self.process.pid)

@@ -170,9 +170,13 @@ def service(
     gpus: int = 2,
     engine: str = "timed",
     timed_step_ms: int = 20,
+    traces_to: str | None = None,
+    record_to: Path | None = None,
 ) -> Iterator[ServiceProcess]:
     """Run the service on `data_dir` while the context is open, then stop it and ask that it stopped well.
 
+    With `traces_to`, an address, it sends there what belongs to traces that its callers record, and no other;
+    with `record_to`, a folder, its schedulers record there.
     Before that, what it promises of the ledger has to hold, unless the test has killed it.
     """
     data_dir.mkdir(parents=True, exist_ok=True)
@@ -189,6 +193,12 @@ def service(
             **os.environ,
             "DARKROOM_WORKER__TIMED_STEP_MS": str(timed_step_ms),
             "DARKROOM_FRONTDOOR__LATE_MAX_MS": "60000",
+            **({} if record_to is None else {"DARKROOM_SCHEDULING__RECORD_TO": str(record_to)}),
+            **(
+                {}
+                if traces_to is None
+                else {"DARKROOM_TRACING__ENDPOINT": traces_to, "DARKROOM_TRACING__SAMPLED_PERMILLE": "0"}
+            ),
         },
     )
     try:

@@ -6,11 +6,15 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.service.typed import type_command
+
 DARKROOM = str(Path(sys.executable).with_name("darkroom"))
+_END_S = 200.0
 
 
 @dataclass(frozen=True)
@@ -24,16 +28,23 @@ class Person:
     def types(self, *arguments: str, expect: int = 0, answers: str = "") -> subprocess.CompletedProcess[str]:
         """Run a command and return it, having seen its exit status."""
         environment = {**os.environ, "DARKROOM_ADDRESS": self.address, "DARKROOM_KEY": self.key}
-        done = subprocess.run(
-            [DARKROOM, *arguments],
-            cwd=self.folder,
-            env=environment,
-            input=answers,
-            capture_output=True,
-            text=True,
-            timeout=200,
-            check=False,
-        )
+        with (
+            tempfile.TemporaryFile("w+") as typed,
+            tempfile.TemporaryFile("w+") as printed,
+            tempfile.TemporaryFile("w+") as complained,
+        ):
+            typed.write(answers)
+            typed.seek(0)
+            status = type_command(
+                arguments,
+                folder=self.folder,
+                environment=environment,
+                files=(typed, printed, complained),
+                within_s=_END_S,
+            )
+            printed.seek(0)
+            complained.seek(0)
+            done = subprocess.CompletedProcess(arguments, status, printed.read(), complained.read())
         assert done.returncode == expect, f"{arguments}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr
         return done

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
-import tempfile
 from collections.abc import Iterator
 from datetime import datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from scheduler.client.sync import DarkroomClient
 from scheduler.v1 import job_pb2
+from tests.folders import data_folder
 from tests.service.process import ServiceProcess, service
 from tests.service.shell import Person
 
@@ -69,10 +68,7 @@ private_multiplier = 1
 
 @pytest.fixture(scope="module")
 def serving() -> Iterator[ServiceProcess]:
-    with (
-        tempfile.TemporaryDirectory(prefix="dr-", ignore_cleanup_errors=True) as folder,
-        service(Path(folder), gpus=3, timed_step_ms=STEP_MS) as running,
-    ):
+    with data_folder() as folder, service(folder, gpus=3, timed_step_ms=STEP_MS) as running:
         yield running
 
 

@@ -7,8 +7,7 @@ runs on the stand-in model. Both are aimed by the steps that somebody sees who w
 from __future__ import annotations
 
 import json
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from scheduler.client.aio import DarkroomClient, JobHandle
 from scheduler.v1 import job_pb2
 from tests.service.nodes import a_node, cluster_environment, front_door, stop_everything
 from tests.service.people import People, assert_ledger_closes, result_of, until_step
-from tests.service.process import ServiceProcess, service
+from tests.service.process import ServiceProcess
 
 pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.timeout(300)]
 
@@ -29,16 +28,6 @@ PROMPT = "a lighthouse in fog --seed 11"
 AT_STEP = 8
 """Of 20: past one checkpoint, and not at the next."""
 K = WorkerSettings.__dataclass_fields__["checkpoint_every_steps"].default
-
-
-@pytest.fixture(scope="module")
-def drawing() -> Iterator[ServiceProcess]:
-    """A service of two workers that draw."""
-    with (
-        tempfile.TemporaryDirectory(prefix="dr-", ignore_cleanup_errors=True) as folder,
-        service(Path(folder), gpus=2, engine="diffusers") as running,
-    ):
-        yield running
 
 
 async def disturbed(handle: JobHandle, kill: Callable[[], None]) -> tuple[job_pb2.Job, int]:

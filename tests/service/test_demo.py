@@ -10,7 +10,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from PIL import Image
 
 from scheduler.store import invariants
 from scheduler.store.embedded import embedded_postgresql
+from tests.folders import data_folder
 
 pytestmark = [pytest.mark.engine, pytest.mark.ray, pytest.mark.faults, pytest.mark.timeout(300)]
 
@@ -57,12 +57,12 @@ class Demos:
 
 @pytest.fixture(scope="module")
 def demos() -> Iterator[Demos]:
-    with tempfile.TemporaryDirectory(prefix="dr-", ignore_cleanup_errors=True) as folder:
-        data_dir = Path(folder) / "data"
+    with data_folder() as folder:
+        data_dir = folder / "data"
         yield Demos(
             data_dir=data_dir,
-            killed=demonstrate(data_dir, Path(folder) / "killed", kill=True),
-            completed=[demonstrate(data_dir, Path(folder) / name) for name in ("after", "again")],
+            killed=demonstrate(data_dir, folder / "killed", kill=True),
+            completed=[demonstrate(data_dir, folder / name) for name in ("after", "again")],
         )
 
 

@@ -10,10 +10,8 @@ import os
 import pty
 import socket
 import subprocess
-import tempfile
 import uuid
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ import pytest
 from PIL import Image
 
 from tests.service.people import People
-from tests.service.process import ServiceProcess, service
+from tests.service.process import ServiceProcess
 from tests.service.shell import DARKROOM, Person
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
@@ -38,15 +36,6 @@ class Artist(Person):
 
 def bits(job: dict[str, Any]) -> list[str]:
     return [image["sha256"] for image in job["images"]]
-
-
-@pytest.fixture(scope="module")
-def drawing() -> Iterator[ServiceProcess]:
-    with (
-        tempfile.TemporaryDirectory(prefix="dr-", ignore_cleanup_errors=True) as folder,
-        service(Path(folder), gpus=2, engine="diffusers") as running,
-    ):
-        yield running
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +143,7 @@ def test_a_video_of_how_it_came_to_be(ann: Artist) -> None:
 
 @pytest.mark.parametrize(
     ("prompt", "warning"),
-    [("hot dog animal::-1", "all of the text before it, “hot dog animal”"), ("fox " * 70, "about 60 words")],
+    [("hot dog animal::-1", "all of the text before it, “hot dog animal”"), ("fox " * 13, "about 12 words")],
     ids=["one weight at the end", "many words"],
 )
 def test_what_may_surprise_is_said_before_it_is_drawn(ann: Artist, prompt: str, warning: str) -> None:
@@ -263,9 +252,11 @@ def test_a_job_that_waits_is_moved_and_one_that_waits_or_runs_is_cancelled(ann: 
     # On each of the two GPUs something that takes a while.
     running = [sent(ben, "a boat", "--w", "448", "--h", "448") for _ in range(2)]
     waiting = sent(ann, "a boat", "--relax")
-    shown = ann.types("show", waiting["uid"]).stdout
+    # Both are worked out beside the queue, and come a moment later.
+    shown = ""
+    while "Starts in about" not in shown:
+        shown = ann.types("show", waiting["uid"]).stdout
     assert "place 1" in shown
-    assert "Starts in about" in shown
     assert ann.gets("fast", waiting["uid"])["tier"] == "TIER_FAST"
     assert "fast queue" in ann.types("explain", waiting["uid"]).stdout
     cancelled = ann.gets("cancel", waiting["uid"])

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
-import tempfile
 import urllib.request
 import uuid
 from collections.abc import Iterator
-from pathlib import Path
 
 import asyncpg
 import pytest
@@ -18,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from scheduler.client.aio import DarkroomClient
 from scheduler.metrics import Kind, Process, catalogue
 from scheduler.v1 import job_pb2
+from tests.folders import data_folder
 from tests.ops.shipped import tool
 from tests.service.people import People, result_of
 from tests.service.process import ServiceProcess, service
@@ -32,14 +31,11 @@ OPENMETRICS = "application/openmetrics-text;version=1.0.0"
 @pytest.fixture(scope="module")
 def scraped() -> Iterator[ServiceProcess]:
     """A service with a canary, whose account is still to be opened."""
-    with (
-        tempfile.TemporaryDirectory(prefix="dr-", ignore_cleanup_errors=True) as folder,
-        pytest.MonkeyPatch.context() as patch,
-    ):
+    with data_folder() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("DARKROOM_CANARY__ACCOUNT", CANARY)
         patch.setenv("DARKROOM_CANARY__EVERY_S", "10")
         patch.setenv("DARKROOM_WORKER__HEARTBEAT_MS", "200")
-        with service(Path(folder), gpus=2, timed_step_ms=5) as running:
+        with service(folder, gpus=2, timed_step_ms=5) as running:
             yield running
 
 

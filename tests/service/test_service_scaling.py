@@ -24,6 +24,10 @@ FAST = job_pb2.TIER_FAST
 STEP_MS = 300
 AT_ONCE = 3
 """What the plan lets an account have running. Those of three wait too long for one GPU, at 6 s each."""
+SHRINK_AFTER_MS = 8_000
+"""Longer than a picture takes. What waits is too much for one GPU until the next picture begins, and then
+again: a fleet that shrank in between would give its second machine back while that still starts.
+"""
 
 
 def head_of(data_dir: Path) -> tuple[str, ...]:
@@ -54,7 +58,7 @@ async def test_machines_are_rented_while_work_waits_and_given_back_when_it_is_do
         DARKROOM_WORKER__TIMED_STEP_MS=str(STEP_MS),
         DARKROOM_SCALING__MAX_WORKERS="2",
         DARKROOM_SCALING__MIN_WORKERS="0",
-        DARKROOM_SCALING__SHRINK_AFTER_MS="1000",
+        DARKROOM_SCALING__SHRINK_AFTER_MS=str(SHRINK_AFTER_MS),
     )
     with (
         a_node("head", *head_of(data_dir), *arguments, environment=environment, gpus=0) as head,

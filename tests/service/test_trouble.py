@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 from pathlib import Path
 
+import asyncpg
 import pytest
 from typer.testing import CliRunner
 
@@ -30,6 +33,24 @@ def test_expected_trouble_is_a_sentence(arguments: list[str], sentence: str, tmp
     assert sentence in result.output
     assert "Traceback" not in result.output
     assert "secret" not in result.output
+
+
+async def test_a_start_that_fails_leaves_no_admin_key_that_nobody_was_shown(
+    database: str, connection: asyncpg.Connection, tmp_path: Path
+) -> None:
+    serve = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "scheduler", "serve", "--port", "0", "--ops-port", "0"),
+        *("--dsn", database, "--data-dir", str(tmp_path), "--artifacts-url", "memory://pictures"),
+        *("--ray-address", "127.0.0.1:1"),
+        env={**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "none")},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    said, _ = await serve.communicate()
+    assert serve.returncode == 3, said.decode()
+    assert b"darkroom: cannot join the Ray cluster at 127.0.0.1:1: " in said
+    assert b"Traceback" not in said
+    assert await connection.fetchval("SELECT count(*) FROM scheduler.api_key") == 0
 
 
 async def fails() -> None:

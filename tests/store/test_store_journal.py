@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 
 import asyncpg
@@ -25,11 +26,17 @@ from scheduler.policy.events import (
     CellRestored,
     Event,
     FairShare,
+    FundsChanged,
     JobSubmitted,
     MemoryOutgrown,
     Outcome,
+    RefusedBecause,
+    StartRefused,
     StopAsked,
+    TierChanged,
     TierPaused,
+    Waited,
+    WaitingRestored,
     WorkerJoined,
 )
 from scheduler.policy.ids import AccountId, AttemptId, JobId, Tier, WorkerId
@@ -61,22 +68,39 @@ class Service:
         )
         self.tell(WorkerJoined(at_ms=self.now_ms, worker=worker))
         for name in ("ann", "ben"):
-            self.tell(
-                AccountRestored(
-                    at_ms=self.now_ms,
-                    account_id=AccountId(name),
-                    limits=Limits(running=3, relax_running=2, accepted=100),
-                    weight_milli=1000,
-                    shares={Tier.RELAX: FairShare(finish_tag=0, tag=None, usage=60_000.5)},
-                )
-            )
+            self.tell(self.restored(name))
+
+    def restored(self, name: str) -> AccountRestored:
+        return AccountRestored(
+            at_ms=self.now_ms,
+            account_id=AccountId(name),
+            limits=Limits(running=3, relax_running=2, accepted=100),
+            weight_milli=1000,
+            shares={Tier.RELAX: FairShare(finish_tag=0, tag=None, usage=60_000.5)},
+        )
 
     def tell(self, event: Event) -> None:
+        whose = self.board.whose(event)
         self.board.apply(event)
-        self.notes.note(event)
+        self.notes.note(event, whose)
         self.recorder.note(event)
 
+    def tell_of_waiting(self, name: str, jobs: int) -> None:
+        """Tell of an account that waited when this board's owner took over."""
+        events = [self.restored(name), self.waiting(name, jobs)]
+        for event in events:
+            self.board.apply(event)
+            self.recorder.note(event)
+        self.notes.put_off(events)
+
+    def waiting(self, name: str, jobs: int) -> WaitingRestored:
+        waited = (Waited(self.submitted(name, number).job, number, number, None) for number in range(jobs))
+        return WaitingRestored(at_ms=self.now_ms, account_id=AccountId(name), jobs=tuple(waited))
+
     def submit(self, account: str, number: int, tier: Tier = Tier.RELAX) -> None:
+        self.tell(self.submitted(account, number, tier))
+
+    def submitted(self, account: str, number: int, tier: Tier = Tier.RELAX) -> JobSubmitted:
         job = Job(
             job_id=JobId(f"{account}-{number}"),
             account_id=AccountId(account),
@@ -87,7 +111,7 @@ class Service:
             model="m",
             memory_bytes=2**30,
         )
-        self.tell(JobSubmitted(at_ms=self.now_ms, job=job))
+        return JobSubmitted(at_ms=self.now_ms, job=job)
 
     def cycle(self) -> None:
         decisions = self.board.decide(self.now_ms)
@@ -309,26 +333,52 @@ def test_a_recovery_of_many_jobs_is_written_in_bites() -> None:
     assert not notes.behind
 
 
-async def test_submissions_that_are_put_off_come_with_what_builds_on_them_and_the_others_later(
+async def test_what_waited_is_written_before_what_builds_on_it_and_the_rest_later(
     connection: asyncpg.Connection, epoch: int
 ) -> None:
     service = Service()
-    service.submit("ann", 1)
-    service.submit("ben", 1)
+    service.tell_of_waiting("cem", 2)
+    service.tell_of_waiting("dot", 2)
     service.cycle()
     (started,) = service.running.values()
     early = service.notes.lines(without_waiting=True)
-    assert [line.subject for line in early if line.kind == "JobSubmitted"] == [started]
-    assert len([line for line in early if line.kind == "AccountRestored"]) == 1, "whose job it is"
+    first = started.split("-")[0]
+    waited = [line for line in early if line.kind in ("AccountRestored", "JobSubmitted")]
+    assert [line.subject for line in waited] == ["ann", "ben", first, f"{first}-0", f"{first}-1"]
     assert not service.notes.behind
     await journal.write(connection, epoch=epoch, lines=early)
     unknown = (await read(connection, START_MS, service.now_ms + 1)).unknown
     assert not [sentence for sentence in unknown if "no earlier line" in sentence]
     late = service.notes.lines()
-    assert [line.kind for line in late] == ["AccountRestored", "JobSubmitted"]
+    assert [line.kind for line in late] == ["AccountRestored", "JobSubmitted", "JobSubmitted"]
     await journal.write(connection, epoch=epoch, lines=late)
     period = await read(connection, START_MS, service.now_ms + 1)
     assert tuple(period.journal.records) == service.recorder.journal().records, "in their order"
+
+
+@pytest.mark.parametrize("told", [CancelWanted, TierChanged, StartRefused, FundsChanged, JobSubmitted])
+def test_whatever_is_told_of_an_account_comes_behind_what_waited_of_it(told: type) -> None:
+    service = Service()
+    service.tell_of_waiting("cem", 2)
+    about = {
+        CancelWanted: {"job_id": JobId("cem-1")},
+        TierChanged: {"job_id": JobId("cem-1"), "tier": Tier.FAST},
+        StartRefused: {"job_id": JobId("cem-1"), "reason": RefusedBecause.GONE},
+        FundsChanged: {"account_id": AccountId("cem")},
+        JobSubmitted: {"job": service.submitted("cem", 2).job},
+    }
+    service.tell(told(at_ms=service.now_ms, **about[told]))
+    lines = service.notes.lines(without_waiting=True)
+    assert [line.kind for line in lines][-4:] == ["AccountRestored", *2 * ["JobSubmitted"], told.__name__]
+
+
+def test_of_too_much_that_waited_whole_accounts_are_dropped() -> None:
+    notes = Notes(most=4)
+    for name in ("cem", "dot", "eve"):
+        notes.put_off([Service().restored(name), Service().waiting(name, 1)])
+    gap, *kept = notes.lines()
+    assert json.loads(gap.facts)["lines"] == 2
+    assert sorted(line.subject for line in kept) == ["cem", "cem-0", "dot", "dot-0"]
 
 
 def test_while_a_bite_is_left_the_notes_are_behind() -> None:

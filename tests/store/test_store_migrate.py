@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from scheduler.__main__ import server
 from scheduler.store.embedded import AlreadyServing, embedded_postgresql, with_database
 from scheduler.store.migrate import (
     AfterMigrationsWaiting,
+    DatabaseNotOwned,
     DatabaseUnreachable,
     Migrated,
     Migration,
@@ -28,6 +31,7 @@ from scheduler.store.migrate import (
     migrations,
     process_name,
 )
+from tests.folders import data_folder
 
 # The files of a release after this one: it moves what people say into a table of its own.
 ADDS = Migration(package="scheduler", name="0901_words", sql="CREATE TABLE scheduler.word (word text)")
@@ -64,6 +68,15 @@ async def test_two_that_start_at_once_migrate_once(postgresql: str) -> None:
     finally:
         await server.execute("DROP DATABASE migrated_by_two WITH (FORCE)")
         await server.close()
+
+
+async def test_a_role_that_may_not_make_tables_is_told_to_own_the_database(
+    connection: asyncpg.Connection,
+) -> None:
+    await connection.execute("SET ROLE pg_read_all_stats")
+    with pytest.raises(DatabaseNotOwned, match=r"permission denied for schema public: .* ALTER DATABASE"):
+        await migrate_before(connection)
+    await connection.execute("RESET ROLE")
 
 
 async def test_a_file_that_was_edited_after_it_was_applied_is_refused(connection: asyncpg.Connection) -> None:
@@ -274,6 +287,32 @@ async def test_an_embedded_server_keeps_what_was_written_when_the_same_process_s
             embedded_postgresql(Path(folder) / "data"),
         ):
             pass
+
+
+_COLLECTS_NOBODY = """
+import ctypes, subprocess, sys
+
+ctypes.CDLL(None).prctl({set_child_subreaper}, 1, 0, 0, 0)
+sys.exit(subprocess.run([sys.executable, "-c", *sys.argv[1:]]).returncode)
+"""
+_STARTS_AND_STOPS = """
+import sys
+from pathlib import Path
+
+from scheduler.store.embedded import embedded_postgresql
+
+with embedded_postgresql(Path(sys.argv[1])):
+    pass
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="adopts orphans by a call of Linux")
+def test_an_embedded_server_has_ended_also_where_nobody_collects_it() -> None:
+    program = _COLLECTS_NOBODY.format(set_child_subreaper=36)
+    with data_folder() as folder:
+        subprocess.run(
+            [sys.executable, "-c", program, _STARTS_AND_STOPS, str(folder)], check=True, timeout=100
+        )
 
 
 async def test_a_database_that_does_not_exist_is_unreachable(postgresql: str) -> None:

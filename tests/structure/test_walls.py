@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -103,6 +104,17 @@ def test_scripts_are_executable_and_bash_can_read_them(script: str) -> None:
     subprocess.run(["bash", "-n", path], check=True)
 
 
+def test_what_sends_traces_is_asked_for_only_where_they_are_sent() -> None:
+    """The import contracts tell packages apart, not their parts: the API of OpenTelemetry is everybody's."""
+    asking = {
+        str(path.relative_to(ROOT))
+        for package in ("scheduler", "gpu_worker", "billing")
+        for path in (ROOT / package).rglob("*.py")
+        if re.search(r"^\s*(from|import) opentelemetry\.(sdk|exporter)", path.read_text(), re.MULTILINE)
+    }
+    assert asking == {"scheduler/trace_export.py", "gpu_worker/trace_export.py"}
+
+
 def test_the_client_imports_nothing_that_only_a_server_has() -> None:
     """Here the server's packages are installed, so they are blocked to see whether anything asks for them."""
     blocked = (
@@ -115,6 +127,8 @@ def test_the_client_imports_nothing_that_only_a_server_has() -> None:
         "aiohttp",
         "prometheus_client",
         "structlog",
+        "opentelemetry.sdk",
+        "opentelemetry.exporter",
     )
     program = (
         "import sys\n"

@@ -94,6 +94,8 @@ class _Audit:
         for record in self._journal.records:
             if isinstance(record, CellRestored):
                 if record.tier in restored:
+                    # What the records of the epoch before left undone was so at their end, not only now.
+                    self._look(at_ms)
                     self._close(record.at_ms)
                     self._begin()
                     restored.clear()
@@ -236,6 +238,9 @@ class _Audit:
         ahead_ms: float = (contention.tag - contention.low) / 1000
         c_max = max(queue.most_cost_ms, job.predicted_ms)
         allowed_ms: float = (max(contention.room, contention.runs) + others) * c_max
+        # While a start is on its way to its row, its GPU is open and serves nobody: with the first workers
+        # that join after a night without any, that is all the time that there was.
+        allowed_ms += self._journal.grace_ms * pool.room(queue.tier)
         # Each of the starts may lack less than a tag unit of what it cost.
         allowed_ms += (queue.served.starts - contention.position) * account.heaviest_milli / 1_000_000
         widened = []

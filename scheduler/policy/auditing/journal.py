@@ -19,6 +19,7 @@ from scheduler.policy.events import (
     ModelLoaded,
     StopAsked,
     TagsStored,
+    WaitingRestored,
 )
 from scheduler.policy.ids import AccountId, JobId, Tier
 from scheduler.policy.limits import Limits
@@ -57,8 +58,8 @@ class CellMet:
 
 Record = Event | Dispatch | AccountMet | CellMet
 
-# They decide neither who goes first nor when a GPU is free.
-_OF_NO_CONCERN = (TagsStored, StopAsked, ModelLoaded, ModelEvicted, CheckpointSaved)
+OF_NO_CONCERN = (TagsStored, StopAsked, ModelLoaded, ModelEvicted, CheckpointSaved)
+"""They decide neither who goes first nor when a GPU is free."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,7 +98,9 @@ class Recorder:
         self._now_ms = max(self._now_ms, event.at_ms)
         if isinstance(event, AttemptStarted):
             self._records.append(Dispatch(started=event, keys=self._keys[event.job_id]))
-        elif not isinstance(event, _OF_NO_CONCERN):
+        elif isinstance(event, WaitingRestored):
+            self._records += event.submitted()
+        elif not isinstance(event, OF_NO_CONCERN):
             self._records.append(event)
 
     def take(self) -> Sequence[Record]:

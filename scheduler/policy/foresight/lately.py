@@ -17,6 +17,7 @@ from scheduler.policy.events import (
     Event,
     JobSubmitted,
     Outcome,
+    WaitingRestored,
     WorkerJoined,
 )
 from scheduler.policy.foresight.roll_forward import Arrival, Draws
@@ -74,10 +75,10 @@ class Lately:
         match event:
             case JobSubmitted():
                 came_ms = event.at_ms if event.accepted_ms is None else event.accepted_ms
-                predicted_ms = event.job.predicted_ms
-                self.mean_ms += (predicted_ms - self.mean_ms) // 256 if self.mean_ms else predicted_ms
-                if came_ms >= self._began_ms:
-                    self._jobs.append((came_ms, event.job))
+                self._came(event.job, came_ms)
+            case WaitingRestored():
+                for job, _, came_ms, _ in event.jobs:
+                    self._came(job, came_ms)
             case AttemptStarted():
                 self._predict(event.attempt_id, event.charge.predicted_ms, event.worker_id)
             case AttemptRestored():
@@ -110,6 +111,12 @@ class Lately:
             jobs=tuple((came_ms - since_ms, job) for came_ms, job in jobs),
             cost_permille=tuple(self._costs),
         )
+
+    def _came(self, job: Job, came_ms: int) -> None:
+        predicted_ms = job.predicted_ms
+        self.mean_ms += (predicted_ms - self.mean_ms) // 256 if self.mean_ms else predicted_ms
+        if came_ms >= self._began_ms:
+            self._jobs.append((came_ms, job))
 
     def _predict(self, attempt_id: AttemptId, predicted_ms: int, worker_id: WorkerId) -> None:
         self._predicted[attempt_id] = predicted_ms * 1000 // self._speeds.get(worker_id, 1000)

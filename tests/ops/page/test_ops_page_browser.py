@@ -17,6 +17,8 @@ from scheduler.policy.ids import Tier
 from scheduler.store import operations
 from tests.ops.page.conftest import OpsPort, a_page_of_counters
 
+# Names by which a browser takes this machine for another, to which plain text is not safe.
+AWAY, ELSEWHERE = "ops.test", "elsewhere.test"
 SCHEMES: tuple[Literal["light", "dark"], ...] = ("light", "dark")
 
 # Of every element with text of its own: the text, its colour, and the first opaque colour below it.
@@ -52,7 +54,8 @@ async def browser() -> AsyncIterator[Browser]:
     if path is None:
         pytest.skip("needs chromium: apt-get install chromium")
     async with async_playwright() as playwright:
-        browser = await playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        names = f"--host-resolver-rules=MAP {AWAY} 127.0.0.1, MAP {ELSEWHERE} 127.0.0.1"
+        browser = await playwright.chromium.launch(executable_path=path, args=["--no-sandbox", names])
         yield browser
         await browser.close()
 
@@ -267,6 +270,24 @@ async def test_the_wrong_key_is_told_where_one_looks(browser: Browser, watched: 
     await page.keyboard.press("Enter")
     await expect(page.get_by_role("alert")).to_have_text("No such key, or it was revoked.")
     await expect(page.get_by_label("API key")).to_have_attribute("aria-invalid", "true")
+
+
+async def test_in_plain_text_its_own_forms_are_told_from_those_of_another_site(
+    browser: Browser, watched: OpsPort
+) -> None:
+    seen = await opened_page(browser, watched)
+    page, seen.url = seen.page, watched.url.replace("127.0.0.1", AWAY)
+    key = await watched.key()
+    form = (
+        f'<form method="post" action="{seen.url}/login"><input name="key" value="{key}"><button>Go</button>'
+    )
+    await page.route(f"http://{ELSEWHERE}/", lambda route: route.fulfill(content_type="text/html", body=form))
+    await page.goto(f"http://{ELSEWHERE}/")
+    await page.get_by_role("button", name="Go").click()
+    await expect(page.get_by_text("Another site sent this.")).to_be_visible()
+    await seen.log_in(key)
+    await page.get_by_role("button", name="Log out").click()
+    await expect(page.get_by_label("API key")).to_be_visible()
 
 
 async def test_without_javascript_it_is_whole_and_stands_still(browser: Browser, watched: OpsPort) -> None:

@@ -185,6 +185,17 @@ async def test_another_site_can_send_neither_form(logged_in: OpsPort, path: str,
     assert await lets_in(logged_in)
 
 
+@pytest.mark.parametrize("origin", ["http://elsewhere", "http://127.0.0.1:1", "null", ""])
+@pytest.mark.parametrize("path", ["/login", "/logout"])
+async def test_another_site_can_send_neither_form_in_plain_text(
+    logged_in: OpsPort, path: str, origin: str
+) -> None:
+    shown = await logged_in.post(path, {"key": await logged_in.key()}, Origin=origin)
+    assert (shown.status, len(shown.cookies)) == (403, 0)
+    assert await lets_in(logged_in)
+    assert (await logged_in.post(path, {"key": await logged_in.key()}, Origin=logged_in.url)).status == 303
+
+
 @pytest.mark.parametrize("path", ["/", "/refresh", "/why", "/metrics"])
 async def test_the_page_changes_nothing(logged_in: OpsPort, path: str) -> None:
     for method in ("POST", "PUT", "DELETE", "PATCH"):
@@ -214,7 +225,7 @@ async def test_every_answer_of_the_page_is_guarded(logged_in: OpsPort) -> None:
         assert "frame-ancestors 'none'" in policy
         assert "unsafe" not in policy
         assert answer.headers["X-Content-Type-Options"] == "nosniff"
-        assert answer.headers["Referrer-Policy"] == "no-referrer"
+        assert answer.headers["Referrer-Policy"] == "same-origin"
         assert answer.headers["X-Frame-Options"] == "DENY"
     for shown in (board, *answers[:3]):
         assert shown.headers["Cache-Control"] == "no-store"

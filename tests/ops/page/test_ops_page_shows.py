@@ -14,6 +14,7 @@ import pytest
 from scheduler.cluster.local_fleet import LocalFleet
 from scheduler.policy.ids import Tier
 from scheduler.store import operations, overview
+from scheduler.workers import LeavesBecause, Leaving
 from tests.ops.page.conftest import OpsPort, a_page_of_counters
 
 
@@ -70,6 +71,24 @@ async def test_workers_are_shown_with_what_they_do_those_in_trouble_first(
         line = next(line for line in (first, *others) if worker_id in line)
         assert request.job_id[:8] in line
         assert f" {request.tier} " in line
+
+
+async def test_a_worker_that_is_emptied_is_shown_with_since_when_and_why_and_how_far_it_is(
+    busy: OpsPort, fleet: LocalFleet
+) -> None:
+    leader = busy.link.leader
+    assert leader is not None
+    fleet.beat("here/gpu-2")
+    await busy.stage.until(
+        leader, lambda: any(view.active.steps for view in leader.workers_view() if view.active)
+    )
+    since_ms = int(busy.clock.now().timestamp() * 1000) - 60_000
+    leaving = Leaving(since_ms=since_ms, because=LeavesBecause.MACHINE_ENDS)
+    leader._loop.desk.workers.leaves("here/gpu-2", leaving)
+    await busy.log_in()
+    (line,) = (line for line in part(await busy.look(), "workers").split("\n") if "here/gpu-2" in line)
+    assert "leaving Its machine is about to end. 63 s" in line
+    assert "step 0 of" in line
 
 
 async def test_whoever_waits_is_shown_with_the_reason_that_its_owner_is_told(busy: OpsPort) -> None:
