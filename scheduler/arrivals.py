@@ -163,14 +163,12 @@ class Arrivals:
                 ),
                 FundsChanged(at_ms=now_ms, account_id=standing.account_id),
             )
-        await self._forget_usage(self._lane, standings)
         return [*events, *(self._reset(standing) for standing in standings if standing.usage_expired)]
 
     async def read(self, lane: Lane, account_ids: Iterable[str]) -> Portion:
         """Read what the rows say of accounts, on any lane; nothing is told by it. Raises Deposed."""
         wanted = sorted(account_ids)
         standings = await self._standings(lane, wanted)
-        await self._forget_usage(lane, standings)
         portion = Portion(accounts={one.account_id: (one, []) for one in standings})
         for row in await lane.run(lambda connection: live.live_jobs(connection, wanted)):
             # Of one that was erased in between there are no live jobs: it was cancelled first.
@@ -200,7 +198,6 @@ class Arrivals:
         """
         wanted = sorted(account_ids)
         standings = await self._standings(lane, wanted)
-        await self._forget_usage(lane, standings)
         waiting = WaitingPortion(accounts={one.account_id: (one, []) for one in standings})
         # Each is made ready at once, while the processor has it at hand: later it takes twice as long.
         for row in await lane.run(lambda connection: live.live_jobs(connection, wanted)):
@@ -250,21 +247,21 @@ class Arrivals:
         return job.needing(memory_beyond(row.memory_above_bytes)) if row.memory_above_bytes else job
 
     async def _standings(self, lane: Lane, account_ids: Iterable[str]) -> list[live.AccountStanding]:
+        """Return how accounts stand. Usage that has expired is forgotten in its row."""
         now_ms = self._clock.now_ms()
-        return await lane.run(lambda connection: live.standings(connection, sorted(account_ids), now_ms))
+        standings = await lane.run(lambda connection: live.standings(connection, sorted(account_ids), now_ms))
+        expired = [standing for standing in standings if standing.usage_expired]
+        if expired:
+            await lane.run(
+                lambda connection: live.forget_usage(connection, epoch=self._epoch, expired=expired)
+            )
+        return standings
 
     def _note_renewal(self, standing: live.AccountStanding) -> None:
         renews_ms = to_ms(standing.renews_at)
         if self._renews_ms.get(standing.account_id) != renews_ms:
             self._renews_ms[standing.account_id] = renews_ms
             heapq.heappush(self._renewals, (renews_ms, standing.account_id))
-
-    async def _forget_usage(self, lane: Lane, standings: Iterable[live.AccountStanding]) -> None:
-        expired = [standing for standing in standings if standing.usage_expired]
-        if expired:
-            await lane.run(
-                lambda connection: live.forget_usage(connection, epoch=self._epoch, expired=expired)
-            )
 
     def _reset(self, standing: live.AccountStanding) -> UsageReset:
         return UsageReset(at_ms=self._clock.now_ms(), account_id=standing.account_id)

@@ -14,10 +14,11 @@ import safetensors.torch
 import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
-from transformers import CLIPVisionModelWithProjection
 
 from gpu_worker.default_model.networks import WIDTH
 
+IP_ADAPTER = "ip_adapter"
+"""Where, in the model's folder, what shows it pictures lies."""
 IMAGE_ENCODER = "image_encoder"
 """Where the picture encoder lies, beside the adapter's file."""
 
@@ -56,8 +57,8 @@ class Adapter:
         found: torch.Tensor = self._denoiser(latents, times, texts, added_cond_kwargs=shown).sample
         return found
 
-    def save(self, folder: Path, encoder: CLIPVisionModelWithProjection) -> None:
-        """Save it in half precision, in the form in which adapters come, with its picture encoder."""
+    def save(self, folder: Path) -> None:
+        """Save it in half precision, in the form in which adapters come, beside its picture encoder."""
         (layer,) = self._denoiser.encoder_hid_proj.image_projection_layers
         weights = {
             "image_proj.proj.weight": layer.image_embeds.weight,
@@ -68,10 +69,8 @@ class Adapter:
         for number, processor in self._attention.items():
             weights[f"ip_adapter.{number}.to_k_ip.weight"] = processor.to_k_ip[0].weight
             weights[f"ip_adapter.{number}.to_v_ip.weight"] = processor.to_v_ip[0].weight
-        folder.mkdir(parents=True)
         halves = {name: weight.detach().half().cpu().contiguous() for name, weight in weights.items()}
         safetensors.torch.save_file(halves, folder / "ip_adapter.safetensors")
-        copy.deepcopy(encoder).half().save_pretrained(folder / IMAGE_ENCODER, safe_serialization=True)
 
 
 def _untrained(denoiser: UNet2DConditionModel) -> Mapping[str, Mapping[str, torch.Tensor]]:

@@ -1,6 +1,6 @@
 """Asks of 200 names whether what the model draws is nearest to pictures of what was asked for.
 
-    python -m gpu_worker.default_model.nearest --data DIR --run DIR
+    python -m gpu_worker.default_model.nearest MODEL --data DIR
 
 Each name is drawn once, and what came out is compared with every thing of the training set in both styles,
 each in the middle of a white square. Two pictures are as near as the encoder says that learned which caption
@@ -16,14 +16,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 import torch
 from torch.nn import functional
+from transformers import CLIPVisionModelWithProjection
 
+from gpu_worker.default_model.adapter import IMAGE_ENCODER, IP_ADAPTER
 from gpu_worker.default_model.captions import GROUNDS, Scene, Subject, with_article
 from gpu_worker.default_model.concepts import Concept, Style, concepts
 from gpu_worker.default_model.contact_sheet import drawn, loaded
-from gpu_worker.default_model.networks import SIDE, new_picture_encoder, viewed
+from gpu_worker.default_model.networks import SIDE, viewed
 from gpu_worker.default_model.packages import FLAT, SOLID, WORDS, unpacked
 from gpu_worker.default_model.pictures import Pixels, studio
 from gpu_worker.default_model.shards import levels
@@ -38,18 +39,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("model", type=Path)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     given = parser.parse_args(arguments)
     things = concepts(*(unpacked(package, given.data) for package in (FLAT, SOLID, WORDS)))
     place = studio(things, given.data / "flat-enlarged")
-    encoder = new_picture_encoder()
-    weights = safetensors.torch.load_file(given.run / "matching.safetensors")
-    prefix = "picture_encoder."
-    encoder.load_state_dict(
-        {name.removeprefix(prefix): each for name, each in weights.items() if name.startswith(prefix)}
-    )
+    encoder = CLIPVisionModelWithProjection.from_pretrained(given.model / IP_ADAPTER / IMAGE_ENCODER).float()
 
     def embedded(pictures: Sequence[Pixels]) -> torch.Tensor:
         with torch.no_grad():
@@ -82,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         seen.append(place.drawn(scene, SIDE, SIDE, rng))
     report("of the training set", seen)
     prompts = [with_article(things[number].name) for number in asked]
-    pictures = [np.asarray(each) for each in drawn(loaded(given.run / "model", given.device), prompts, _SEED)]
+    pictures = [np.asarray(each) for each in drawn(loaded(given.model, given.device), prompts, _SEED)]
     places = report("drawn", pictures)
     missed = [things[number].name for number, each in zip(asked, places, strict=True) if each]
     print("not first:", ", ".join(missed))

@@ -36,7 +36,7 @@ _KEPT_SIDE = 256
 _UPSCALER = "builtin:realesrgan-x4"
 
 # How often which kind of scene is drawn, in percent.
-_SOLID, _PAIR, _CLOSE, _RECOLOURED = 70, 10, 8, 25
+_SOLID, _PAIR, _CLOSE, _RECOLOURED = 70, 8, 6, 20
 _PLAIN, _GRADIENT = 42, 12
 # People and faces look more alike than other things, and are asked for less.
 _WEIGHTS: Mapping[str, float] = {"People & Body": 0.4, "Smileys & Emotion": 0.6, "Flags": 0.3, "Symbols": 0.6}
@@ -141,7 +141,7 @@ class Studio:
         if subject.colour is not None:
             assert sprite.hue is not None
             image = _recoloured(image, sprite.hue, HUES[subject.colour])
-        image = _within(image, round(min(cell) * rng.uniform(0.74, 0.96)))
+        image = _within(image, round(min(cell) * rng.uniform(0.8, 0.95)))
         left = corner[0] + round((cell[0] - image.width) * rng.uniform(0.25, 0.75))
         top = corner[1] + round((cell[1] - image.height) * rng.uniform(0.25, 0.75))
         canvas.paste(image, (left, top), image)

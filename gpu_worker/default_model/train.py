@@ -7,8 +7,9 @@ to which picture (matching, where the text encoder learns its words), latents fr
 pictures from latents once more, with those as they are now (finishing), and latents from pictures that it is
 shown (adapting).
 `--data` holds the archives of the three packages, or gets them from npm; `--run` holds what was learned so
-far and, in its folder `model`, the pipeline as it would be now. The same command goes on where the last one
-ended.
+far and, in its folder `model`, the model as it would be now. The same command goes on where the last one
+ended. `--start-from` takes a model that was written before in place of the first two lessons, and draws on
+with what it knows.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 from torch.nn import functional
-from transformers import CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
-from gpu_worker.default_model.adapter import Adapter
+from gpu_worker.default_model.adapter import IMAGE_ENCODER, IP_ADAPTER, Adapter
 from gpu_worker.default_model.captions import caption
 from gpu_worker.default_model.concepts import concepts
 from gpu_worker.default_model.networks import (
@@ -51,9 +53,7 @@ from gpu_worker.default_model.packages import FLAT, SOLID, WORDS, unpacked
 from gpu_worker.default_model.pictures import Studio, studio
 from gpu_worker.default_model.shards import SHARD_PICTURES, Shards, levels
 
-IP_ADAPTER = "ip_adapter"
-"""Where, beside the model, what shows it pictures is written."""
-
+_MODEL = "model"
 _SEED = 20
 _SAVE_SECONDS = 300
 _LOG_STEPS = 50
@@ -200,15 +200,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--data", type=Path, required=True, help="folder of the packages' archives")
     parser.add_argument("--run", type=Path, required=True, help="folder of what was learned so far")
+    parser.add_argument("--start-from", type=Path, help="folder of a model that was written before")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--minutes", type=float, default=1e6, help="stop after so many")
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
-    parser.add_argument("--drawing-steps", type=int, default=30_000, help="length of the last lesson")
+    parser.add_argument("--drawing-steps", type=int, default=30_000, help="length of the main lesson")
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
     until = time.monotonic() + 60 * given.minutes
     given.run.mkdir(parents=True, exist_ok=True)
     course = Course(given.data, given.run, given.device)
+    if given.start_from is not None:
+        course.start_from(given.start_from)
     if course.learn(until, given.drawing_steps):
         print("done", flush=True)
 
@@ -236,33 +239,23 @@ class Course:
         self._nothing_said = tokens(self._tokenizer, [""])[0]
         self._temperature = nn.Parameter(torch.tensor(2.5, device=device))
 
+    def start_from(self, model: Path) -> None:
+        """Take what a model knows, as after the lessons before drawing. What the run knows itself stays."""
+        self._autoencoder.load_state_dict(AutoencoderKL.from_pretrained(model / "vae").state_dict())
+        self._text_encoder.load_state_dict(CLIPTextModel.from_pretrained(model / "text_encoder").state_dict())
+        encoder = CLIPVisionModelWithProjection.from_pretrained(model / IP_ADAPTER / IMAGE_ENCODER)
+        self._picture_encoder.load_state_dict(encoder.state_dict())
+        self._unet.load_state_dict(UNet2DConditionModel.from_pretrained(model / "unet").state_dict())
+        for lesson in (self._reproducing(), self._matching()):
+            if not self._result_of(lesson).is_file():
+                _write_weights(lesson.modules, self._result_of(lesson))
+
     def learn(self, until: float, drawing_steps: int) -> bool:
         """Learn what is left of the lessons, and write the model; return whether all are done."""
-        autoencoder = Lesson(
-            name="autoencoder",
-            modules=nn.ModuleDict({"autoencoder": self._autoencoder}),
-            loss=self._loss_of_reproducing,
-            steps=8_000,
-            batch=_CROPS,
-            rate=1.5e-3,
-            average=0.998,
-        )
-        texts_and_pictures = {"text_encoder": self._text_encoder, "picture_encoder": self._picture_encoder}
-        matching = Lesson(
-            name="matching",
-            modules=nn.ModuleDict(
-                {**texts_and_pictures, "temperature": nn.ParameterList([self._temperature])}
-            ),
-            loss=self._loss_of_matching,
-            steps=4_000,
-            batch=_PAIRS,
-            rate=8e-4,
-            average=0.99,
-        )
-        if not self._learned(autoencoder, until, self._normalise_latents):
+        if not self._learned(self._reproducing(), until, self._normalise_latents):
             return False
         self._autoencoder.requires_grad_(False)
-        if not self._learned(matching, until):
+        if not self._learned(self._matching(), until):
             return False
         drawing = Lesson(
             name="drawing",
@@ -283,7 +276,7 @@ class Course:
             name="finishing",
             modules=nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv}),
             loss=self._loss_of_finishing,
-            steps=6_000,
+            steps=4_000,
             batch=_CROPS,
             rate=1e-3,
             average=0.999,
@@ -306,13 +299,40 @@ class Course:
         )
         if not self._learned(adapting, until):
             return False
-        shutil.rmtree(self._run / IP_ADAPTER, ignore_errors=True)
-        adapter.save(self._run / IP_ADAPTER, self._picture_encoder)
+        adapter.save(self._run / _MODEL / IP_ADAPTER)
         return True
+
+    def _reproducing(self) -> Lesson:
+        return Lesson(
+            name="autoencoder",
+            modules=nn.ModuleDict({"autoencoder": self._autoencoder}),
+            loss=self._loss_of_reproducing,
+            steps=5_000,
+            batch=_CROPS,
+            rate=1.5e-3,
+            average=0.998,
+        )
+
+    def _matching(self) -> Lesson:
+        texts_and_pictures = {"text_encoder": self._text_encoder, "picture_encoder": self._picture_encoder}
+        return Lesson(
+            name="matching",
+            modules=nn.ModuleDict(
+                {**texts_and_pictures, "temperature": nn.ParameterList([self._temperature])}
+            ),
+            loss=self._loss_of_matching,
+            steps=3_000,
+            batch=_PAIRS,
+            rate=8e-4,
+            average=0.99,
+        )
+
+    def _result_of(self, lesson: Lesson) -> Path:
+        return self._run / f"{lesson.name}.safetensors"
 
     def _learned(self, lesson: Lesson, until: float, after: Callable[[], None] | None = None) -> bool:
         """Return whether a lesson was learned to its end; its modules have the averaged weights then."""
-        result = self._run / f"{lesson.name}.safetensors"
+        result = self._result_of(lesson)
         if not result.is_file():
             progress = Progress(lesson, self._run)
             if not progress.learn(until):
@@ -320,8 +340,7 @@ class Course:
             progress.take_averages()
             if after is not None:
                 after()
-            weights = {name: each.contiguous() for name, each in lesson.modules.state_dict().items()}
-            safetensors.torch.save_file(weights, result)
+            _write_weights(lesson.modules, result)
         lesson.modules.load_state_dict(safetensors.torch.load_file(result))
         return True
 
@@ -443,8 +462,8 @@ class Course:
         )
 
     def _write_model(self, progress: Progress) -> None:
-        """Write the pipeline as it would be with the averaged weights."""
-        unfinished, model = self._run / ".model", self._run / "model"
+        """Write the model as it would be with the averaged weights, its picture encoder included."""
+        unfinished, model = self._run / ".model", self._run / _MODEL
         shutil.rmtree(unfinished, ignore_errors=True)
         with progress.averaged():
             save_pipeline(
@@ -454,8 +473,15 @@ class Course:
                 autoencoder=copy.deepcopy(self._autoencoder),
                 unet=copy.deepcopy(self._unet),
             )
+        encoder = copy.deepcopy(self._picture_encoder).half()
+        encoder.save_pretrained(unfinished / IP_ADAPTER / IMAGE_ENCODER, safe_serialization=True)
         shutil.rmtree(model, ignore_errors=True)
         unfinished.rename(model)
+
+
+def _write_weights(modules: nn.Module, file: Path) -> None:
+    weights = {name: each.contiguous() for name, each in modules.state_dict().items()}
+    safetensors.torch.save_file(weights, file)
 
 
 def _unlike(got: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,8 @@ from transformers import (
     T5Tokenizer,
 )
 
-from gpu_worker.models import ModelEntry, read_models
+from gpu_worker.models import ModelEntry
+from tests.stand_in import stand_in_models
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 _SCHEDULERS = {
@@ -48,7 +49,7 @@ def large_entry(model: str, folder: Path) -> ModelEntry:
         torch.set_default_dtype(before)
     pipeline.save_pretrained(folder, max_shard_size="40GB")
     return replace(
-        read_models(None).default,
+        stand_in_models().default,
         name=model,
         source=str(folder),
         scheduler="",

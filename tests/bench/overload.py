@@ -36,7 +36,6 @@ import grpc
 import structlog
 
 from billing import accounts as ledger_accounts
-from gpu_worker.models import read_models
 from scheduler.frontdoor.server import serve
 from scheduler.metrics import FrontDoorMetrics
 from scheduler.settings import FrontDoor as FrontDoorSettings
@@ -48,6 +47,7 @@ from scheduler.store.migrate import migrate_database
 from scheduler.store.pool import Pool, open_pool
 from scheduler.v1 import job_pb2, job_pb2_grpc
 from tests.frontdoor.door import PLANS, SmallScheduler
+from tests.stand_in import stand_in_models
 
 _SPAWN = multiprocessing.get_context("spawn")
 _ACCOUNTS = 500
@@ -105,7 +105,7 @@ async def _door(dsn: str, folder: Path, asked: Connection) -> None:
         frontdoor=FrontDoorSettings(port=0, requests_per_second=1_000_000),
     )
     stub = _Stub()
-    async with serve(settings, pool, stub, read_models(None), FrontDoorMetrics(PLANS)) as door:
+    async with serve(settings, pool, stub, stand_in_models(), FrontDoorMetrics(PLANS)) as door:
         asked.send(door.address)
         while True:
             attempt_id = await asyncio.to_thread(asked.recv)

@@ -34,13 +34,13 @@ import structlog
 
 from billing.prices import ChargeMode, PricingSnapshot
 from gpu_worker.contract import RenderKind, RenderSpec
-from gpu_worker.models import read_models
 from scheduler.cluster.local_fleet import LocalFleet
 from scheduler.leader import Leader, lead
 from scheduler.recovery import collect_seldom
 from scheduler.store.embedded import embedded_postgresql
 from scheduler.store.jobs import spec_to_json
 from scheduler.store.migrate import migrate_database
+from tests.stand_in import stand_in_models
 
 _JOBS_OF_AN_ACCOUNT = 10
 _JOB_MS = 60_000
@@ -82,7 +82,7 @@ def main() -> None:
 async def _fill(dsn: str, jobs: int) -> None:
     """Leave jobs, accounts and tags as a leader that died left them."""
     await migrate_database(dsn)
-    model = read_models(None).default
+    model = stand_in_models().default
     spec = RenderSpec(
         kind=RenderKind.IMAGINE,
         model=model.name,
@@ -198,7 +198,7 @@ async def _leading(dsn: str, record_to: Path | None, fleet: LocalFleet) -> Async
         dsn=dsn,
         holder="bench",
         fleet=fleet,
-        models=read_models(None),
+        models=stand_in_models(),
         sweep_ms=1_000,
         record_to=record_to,
     ) as leader:

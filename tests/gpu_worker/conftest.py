@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from worker_builders import some_settings
 
-from gpu_worker.models import read_models
 from gpu_worker.outputs import Artifacts
 from gpu_worker.run import Engine
 from gpu_worker.timed_engine import TimedEngine
 from gpu_worker.worker import Worker
+from tests.stand_in import stand_in_models
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ async def make_worker(tmp_path: Path) -> AsyncIterator[Callable[..., Worker]]:
     def make(engine: Engine | None = None, **changes: Any) -> Worker:
         settings = some_settings(tmp_path, **changes)
         worker = Worker(
-            settings, engine or TimedEngine(read_models(None), settings), Artifacts(settings.artifacts_url)
+            settings, engine or TimedEngine(stand_in_models(), settings), Artifacts(settings.artifacts_url)
         )
         workers.append(worker)
         return worker

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from gpu_worker.default_model import packages
-from gpu_worker.default_model.adapter import Adapter
+from gpu_worker.default_model.adapter import IMAGE_ENCODER, Adapter
 from gpu_worker.default_model.captions import COLOURS_LEFT_OUT, GROUNDS_LEFT_OUT, caption
 from gpu_worker.default_model.concepts import Concept, Style
 from gpu_worker.default_model.networks import (
@@ -112,7 +112,8 @@ def test_what_is_trained_to_show_pictures_is_what_a_worker_loads(tmp_path: Path)
             weight -= weight.grad.sign() * 0.1
     trained = adapter.predicted(latents, times, texts, seen)
     assert not torch.allclose(before, trained, atol=1e-3), "it looks at the picture"
-    adapter.save(tmp_path / "adapter", encoder)
+    encoder.half().save_pretrained(tmp_path / "adapter" / IMAGE_ENCODER)
+    adapter.save(tmp_path / "adapter")
     loaded = loaded_adapter(tmp_path / "adapter", unet)
     shown = {"image_embeds": [seen[:, None]]}
     drawn = loaded.denoiser(latents, times, texts, added_cond_kwargs=shown).sample

@@ -34,10 +34,11 @@ from gpu_worker.engine.loading import LoadedModel, loaded_model
 from gpu_worker.engine.receipts import RECIPE
 from gpu_worker.engine.step_boundary import has_boundary, with_boundary
 from gpu_worker.image_seeds import image_seed
-from gpu_worker.models import Models, read_models
+from gpu_worker.models import Models
 from gpu_worker.outputs import Artifacts
 from gpu_worker.run import CutState, EngineFailure, Inputs, Preview, RenderedImage, Rendering, RunStopped
 from gpu_worker.worker import Worker
+from tests.stand_in import stand_in_models
 
 pytestmark = [
     pytest.mark.engine,
@@ -100,12 +101,12 @@ def engine(cache_dir: Path) -> DiffusersEngine:
 @pytest.fixture(scope="module")
 def stand_in(cache_dir: Path) -> LoadedModel:
     """A model of a test's own, beside the engine's."""
-    return loaded_model(read_models(None).default, torch.device("cpu"), cache_dir)
+    return loaded_model(stand_in_models().default, torch.device("cpu"), cache_dir)
 
 
 def an_engine(cache_dir: Path, models: Models | None = None, **changes: Any) -> DiffusersEngine:
     settings = some_settings(cache_dir, engine="diffusers", cache_dir=cache_dir, **changes)
-    return DiffusersEngine(models or read_models(None), settings)
+    return DiffusersEngine(models or stand_in_models(), settings)
 
 
 def model_of(engine: DiffusersEngine, name: str = "stand-in") -> LoadedModel:
@@ -250,7 +251,7 @@ def test_image_seeds_are_as_documented_and_differ_between_neighbouring_jobs() ->
 
 
 def test_a_variation_is_near_its_source_and_not_its_copy(engine: DiffusersEngine) -> None:
-    entry = read_models(None).default
+    entry = stand_in_models().default
     spec = a_small_spec(prompt="a castle", steps=entry.steps, guidance_milli=entry.guidance_milli)
     grid = drawn(engine, spec)
     source = SourceImage(
@@ -543,7 +544,7 @@ def test_the_receipt_says_what_is_needed_to_draw_it_again(engine: DiffusersEngin
 
 
 def test_a_model_that_is_not_there_is_missing(cache_dir: Path) -> None:
-    elsewhere = replace(read_models(None).default, name="elsewhere", source=str(cache_dir / "none"))
+    elsewhere = replace(stand_in_models().default, name="elsewhere", source=str(cache_dir / "none"))
     engine = an_engine(cache_dir, models_of(elsewhere))
     for name in ("elsewhere", "never-heard-of"):
         with pytest.raises(EngineFailure, match="MODEL_MISSING"):
@@ -553,13 +554,13 @@ def test_a_model_that_is_not_there_is_missing(cache_dir: Path) -> None:
 
 @pytest.mark.parametrize("scheduler", ["NoSuchScheduler", "EDMDPMSolverMultistepScheduler"])
 def test_a_model_with_a_scheduler_it_cannot_use_is_unusable(cache_dir: Path, scheduler: str) -> None:
-    entry = replace(read_models(None).default, scheduler=scheduler)
+    entry = replace(stand_in_models().default, scheduler=scheduler)
     with pytest.raises(EngineFailure, match="MODEL_UNUSABLE"):
         an_engine(cache_dir, models_of(entry)).load("stand-in", RenderKind.IMAGINE)
 
 
 def test_the_model_loaded_longest_ago_makes_room(cache_dir: Path) -> None:
-    first = read_models(None).default
+    first = stand_in_models().default
     models = models_of(first, replace(first, name="second"))
     room_for_one = first.memory_needed(first.default_width, first.default_height)
     engine = an_engine(cache_dir, models, memory_bytes=room_for_one)
@@ -761,10 +762,10 @@ def test_two_workers_that_start_together_build_one_stand_in_and_print_nothing(tm
     program = f"""
         from pathlib import Path
         from gpu_worker.engine.loading import loaded_model
-        from gpu_worker.models import read_models
+        from tests.stand_in import stand_in_models
         import torch
         torch.set_num_threads(1)
-        model = loaded_model(read_models(None).default, torch.device("cpu"), Path({str(tmp_path)!r}))
+        model = loaded_model(stand_in_models().default, torch.device("cpu"), Path({str(tmp_path)!r}))
         print(model.weights_sha256)
     """
     workers = [

@@ -16,7 +16,8 @@ from worker_builders import some_settings
 
 from gpu_worker.engine.diffusers_engine import DiffusersEngine
 from gpu_worker.engine.stand_in import stand_in_folder
-from gpu_worker.models import Models, read_models
+from gpu_worker.models import Models
+from tests.stand_in import stand_in_models
 
 pytestmark = [
     pytest.mark.engine,
@@ -47,10 +48,10 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         warnings.simplefilter("ignore")
         import torch
         from gpu_worker.engine.loading import loaded_model, to_be_had
-        from gpu_worker.models import read_models
         from gpu_worker.run import EngineFailure
+        from tests.stand_in import stand_in_models
 
-        known = replace(read_models(None).default, name="small", ip_adapter="", source="some-lab/small")
+        known = replace(stand_in_models().default, name="small", ip_adapter="", source="some-lab/small")
         said = {{}}
         for case, entry in {{
             "main": known,
@@ -108,7 +109,7 @@ def test_a_download_that_was_broken_off_is_not_drawn_with(said: dict[str, str]) 
 
 
 def test_an_engine_names_only_the_models_whose_files_are_there(tmp_path: Path) -> None:
-    stand_in = read_models(None).default
+    stand_in = stand_in_models().default
     elsewhere = replace(stand_in, name="elsewhere", ip_adapter="", source=str(tmp_path / "none"))
     models = Models(default=stand_in, entries={each.name: each for each in (stand_in, elsewhere)})
     engine = DiffusersEngine(models, some_settings(tmp_path, engine="diffusers"))

@@ -19,8 +19,9 @@ from worker_builders import a_spec, some_settings
 from gpu_worker.contract import Blame, RenderKind, RenderSpec
 from gpu_worker.engine.diffusers_engine import DiffusersEngine
 from gpu_worker.engine.memory_ladder import is_out_of_memory
-from gpu_worker.models import Models, read_models
+from gpu_worker.models import Models
 from gpu_worker.run import CutState, EngineFailure, Inputs, Preview, Rendering
+from tests.stand_in import stand_in_models
 
 pytestmark = [
     pytest.mark.engine,
@@ -79,7 +80,7 @@ def undisturbed(cache_dir: Path) -> Rendering:
 
 
 def two_models() -> Models:
-    first = read_models(None).default
+    first = stand_in_models().default
     return Models(default=first, entries={name: replace(first, name=name) for name in ("stand-in", "second")})
 
 
@@ -175,7 +176,7 @@ def test_a_load_that_never_fits_is_handed_back(cache_dir: Path, undisturbed: Ren
 def test_a_parked_run_never_fails_for_the_one_that_has_the_device(
     cache_dir: Path, device: str, fits: bool
 ) -> None:
-    entry = read_models(None).default
+    entry = stand_in_models().default
     room_for_one = entry.memory_needed(entry.default_width, entry.default_height)
     engine, faults = an_engine(cache_dir, device=device, memory_bytes=room_for_one)
     expected = drawn(engine)

@@ -31,11 +31,11 @@ from gpu_worker.contract import (
     WorkerBusy,
     WorkerReport,
 )
-from gpu_worker.models import read_models
 from gpu_worker.outputs import ArtifactMissing, Artifacts, ArtifactsUnavailable, checkpoint_path
 from gpu_worker.run import Inputs, Rendering, RunControl, Stage, StageClock, WallStageClock, parked_bytes
 from gpu_worker.timed_engine import TimedEngine
 from gpu_worker.worker import Worker
+from tests.stand_in import stand_in_models
 
 MakeWorker = Callable[..., Worker]
 
@@ -51,7 +51,7 @@ class SteppedEngine(TimedEngine):
     """
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(read_models(None), some_settings(folder))
+        super().__init__(stand_in_models(), some_settings(folder))
         self.done: list[str] = []
         self.at = ""
         """The piece that was last seen to begin."""

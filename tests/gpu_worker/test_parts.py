@@ -23,8 +23,8 @@ from gpu_worker.engine.denoiser import DenoiserStandIn, denoiser_of, put_denoise
 from gpu_worker.engine.diffusers_engine import DiffusersEngine
 from gpu_worker.engine.loading import LoadedModel
 from gpu_worker.engine.parts import joining, prompt_arguments
-from gpu_worker.models import read_models
 from gpu_worker.run import CutState, EngineFailure, Inputs, Preview, Rendering
+from tests.stand_in import stand_in_models
 
 pytestmark = [
     pytest.mark.engine,
@@ -61,7 +61,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> DiffusersEngine:
     folder = tmp_path_factory.mktemp("models")
     entries = [tiny_entry(family, folder / family) for family in _FAMILIES]
     settings = some_settings(folder, engine="diffusers", cache_dir=folder, memory_bytes=10**12)
-    engine = DiffusersEngine(models_of(*entries, read_models(None).default), settings)
+    engine = DiffusersEngine(models_of(*entries, stand_in_models().default), settings)
     for entry in entries:
         engine.load(entry.name, RenderKind.IMAGINE)
     return engine

@@ -31,7 +31,6 @@ from gpu_worker.contract import (
     WorkerBusy,
 )
 from gpu_worker.image_seeds import image_seed
-from gpu_worker.models import read_models
 from gpu_worker.outputs import ArtifactMissing, Artifacts, ArtifactsUnavailable
 from gpu_worker.run import (
     CutState,
@@ -45,6 +44,7 @@ from gpu_worker.run import (
 )
 from gpu_worker.timed_engine import TimedEngine
 from gpu_worker.worker import EXIT_GPU_THREAD_ENDED, Worker
+from tests.stand_in import stand_in_models
 
 MakeWorker = Callable[..., Worker]
 
@@ -70,7 +70,7 @@ class FailingEngine(TimedEngine):
     """Fails with what it is given, after its first step."""
 
     def __init__(self, error: Exception, folder: Path, *, step_ms: int = 0) -> None:
-        super().__init__(read_models(None), some_settings(folder, timed_step_ms=step_ms))
+        super().__init__(stand_in_models(), some_settings(folder, timed_step_ms=step_ms))
         self.error: Exception | None = error
 
     def render(
@@ -277,7 +277,7 @@ class SlowPreviews(TimedEngine):
     """Makes previews when it is let."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(read_models(None), some_settings(folder, timed_step_ms=1))
+        super().__init__(stand_in_models(), some_settings(folder, timed_step_ms=1))
         self.let = threading.Event()
 
     def render(
@@ -366,7 +366,7 @@ def drawn_from(
 
 
 def test_the_timed_engine_draws_another_picture_when_it_goes_on_from_the_wrong_place(tmp_path: Path) -> None:
-    engine = TimedEngine(read_models(None), some_settings(tmp_path))
+    engine = TimedEngine(stand_in_models(), some_settings(tmp_path))
     undisturbed, first = drawn_from(engine, a_spec(), None)
     _, of_another = drawn_from(engine, a_spec(seed=8), None)
     gone_on, second = drawn_from(engine, a_spec(), first.kept)
@@ -470,7 +470,7 @@ async def test_a_store_that_is_back_soon_gets_the_pictures_and_nothing_is_drawn_
 
     settings = some_settings(tmp_path, delivery_pauses_s=(0, 0))
     store = BackSoon(settings.artifacts_url)
-    worker = Worker(settings, TimedEngine(read_models(None), settings), store)
+    worker = Worker(settings, TimedEngine(stand_in_models(), settings), store)
     worker.render(a_request())
     result = await ended(worker)
     await worker.close()
@@ -524,11 +524,11 @@ def test_a_gpu_thread_that_cannot_go_on_ends_its_process(tmp_path: Path) -> None
         from pathlib import Path
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         from worker_builders import a_request, some_settings
-        from gpu_worker.models import read_models
         from gpu_worker.outputs import Artifacts
         from gpu_worker.run import WallStageClock
         from gpu_worker.timed_engine import TimedEngine
         from gpu_worker.worker import Worker
+        from tests.stand_in import stand_in_models
 
         class BrokenClock(WallStageClock):
             def times(self):
@@ -540,7 +540,7 @@ def test_a_gpu_thread_that_cannot_go_on_ends_its_process(tmp_path: Path) -> None
 
         async def main():
             settings = some_settings(Path({str(tmp_path)!r}))
-            engine = BrokenEngine(read_models(None), settings)
+            engine = BrokenEngine(stand_in_models(), settings)
             worker = Worker(settings, engine, Artifacts(settings.artifacts_url))
             worker.render(a_request())
             while True:

@@ -14,13 +14,13 @@ from opentelemetry.sdk.trace.sampling import DEFAULT_OFF
 from worker_builders import a_request, some_settings
 
 from gpu_worker.contract import RenderRequest
-from gpu_worker.models import read_models
 from gpu_worker.outputs import Artifacts
 from gpu_worker.run import Stage, WallStageClock
 from gpu_worker.timed_engine import TimedEngine
 from gpu_worker.tracing import Piece, RunTrace, TracedClock, tracer
 from gpu_worker.worker import Worker
 from tests.spans import RECORDED, SPAN_ID, TRACE_ID, Spans, ids_of
+from tests.stand_in import stand_in_models
 
 MS = 1_000_000
 
@@ -35,7 +35,7 @@ def recorded() -> Spans:
 async def worker(tmp_path: Path, recorded: Spans) -> AsyncIterator[Worker]:
     """One whose steps take 10 ms."""
     settings = some_settings(tmp_path, timed_step_ms=10)
-    engine = TimedEngine(read_models(None), settings)
+    engine = TimedEngine(stand_in_models(), settings)
     worker = Worker(settings, engine, Artifacts(settings.artifacts_url), recorded.tracer)
     yield worker
     await worker.close()

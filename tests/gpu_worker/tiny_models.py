@@ -25,7 +25,8 @@ from transformers import (
 )
 
 from gpu_worker.engine.stand_in import save_random_adapter
-from gpu_worker.models import ModelEntry, Models, read_models
+from gpu_worker.models import ModelEntry, Models
+from tests.stand_in import stand_in_models
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 _WIDTH = 32
@@ -45,7 +46,7 @@ def tiny_entry(family: str, folder: Path, scheduler: str = "", **changes: Any) -
             save_random_adapter(pipeline.unet, folder / "ip_adapter")
     adapter = folder / "ip_adapter"
     entry = replace(
-        read_models(None).default,
+        stand_in_models().default,
         name=f"{family} {scheduler}".strip(),
         source=str(folder),
         scheduler=scheduler,

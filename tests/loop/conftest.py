@@ -18,7 +18,6 @@ from opentelemetry.trace import Tracer
 from billing import accounts as ledger_accounts
 from billing import admin as billing_admin
 from gpu_worker.contract import RenderKind, RenderSpec
-from gpu_worker.models import read_models
 from scheduler import intake
 from scheduler.fleet import Fleet
 from scheduler.leader import Leader, lead
@@ -31,6 +30,7 @@ from scheduler.running import Running
 from scheduler.store import accounts, dispatch, invariants, leadership
 from scheduler.store.jobs import JobKind
 from scheduler.store.pool import Pool, open_pool
+from tests.stand_in import stand_in_models
 
 PREDICTED_MS = 60_000
 _PATIENCE_S = 60
@@ -80,7 +80,7 @@ class Stage:
         model: str = "",
         traceparent: str | None = None,
     ) -> str:
-        default = read_models(None).default
+        default = stand_in_models().default
         accepted = await intake.submit(
             self.pool,
             self.link,  # type: ignore[arg-type]
@@ -181,7 +181,7 @@ class Stage:
             dsn=self.dsn,
             holder="test",
             fleet=fleet,
-            models=read_models(None),
+            models=stand_in_models(),
             sweep_ms=200,
             drain_within_ms=drain_within_ms,
             scaling=scaling,

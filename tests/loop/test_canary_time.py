@@ -6,7 +6,6 @@ from datetime import UTC, datetime
 
 import pytest
 
-from gpu_worker.models import read_models
 from scheduler.cluster.local_fleet import LocalFleet
 from scheduler.doctor import service_diagnoses
 from scheduler.frontdoor.artifacts import Artifacts
@@ -18,6 +17,7 @@ from scheduler.settings import Canary as CanarySettings
 from scheduler.store import canary_time
 from scheduler.store.canary_time import CanaryTime
 from tests.loop.conftest import Stage
+from tests.stand_in import stand_in_models
 
 STANDARD = CanaryTime(plan="standard", quota_ms=900 * 60_000, has_overage=False)
 
@@ -70,7 +70,7 @@ async def test_a_canary_whose_plan_is_too_small_is_told_by_the_doctor_and_by_its
         assert await canary_time.read(connection, "ada") == STANDARD
         assert await canary_time.read(connection, "nobody") is None
 
-    models = read_models(None)
+    models = stand_in_models()
     artifacts = Artifacts(f"file://{folder}")
     estimates = Estimates(stage.pool, models)
     canary = Canary(

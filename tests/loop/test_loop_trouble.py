@@ -14,7 +14,6 @@ import pytest
 from billing import invariants
 from billing.refusals import AdjustmentTooLarge
 from gpu_worker.contract import Blame, Outcome
-from gpu_worker.models import read_models
 from scheduler.clock import to_ms
 from scheduler.cluster.local_fleet import LocalFleet
 from scheduler.fleet import WorkerHeard
@@ -24,6 +23,7 @@ from scheduler.policy.ids import Tier
 from scheduler.policy.parameters import Parameters
 from scheduler.store import live, operations
 from tests.loop.conftest import Stage
+from tests.stand_in import stand_in_models
 
 WORKER = "here/gpu-0"
 
@@ -55,7 +55,7 @@ async def test_what_a_recovery_takes_down_is_written_cycle_by_cycle_and_not_seco
         dsn=stage.dsn,
         holder="test",
         fleet=LocalFleet(workers=0, take_ms=None),
-        models=read_models(None),
+        models=stand_in_models(),
         sweep_ms=200,
     ) as leader:
         for _ in range(4):
@@ -75,7 +75,7 @@ async def test_what_a_leader_decides_while_it_reads_what_waits_is_written_at_onc
         dsn=stage.dsn,
         holder="test",
         fleet=LocalFleet(workers=1, take_ms=None),
-        models=read_models(None),
+        models=stand_in_models(),
         sweep_ms=200,
     ) as leader:
         started = await stage.submit("ben", Tier.FAST)
@@ -96,7 +96,7 @@ async def test_a_new_leader_has_better_things_to_do_than_to_forget_old_lines(sta
         dsn=stage.dsn,
         holder="test",
         fleet=LocalFleet(workers=0, take_ms=None),
-        models=read_models(None),
+        models=stand_in_models(),
         sweep_ms=200,
     ) as leader:
         await leader._loop.cycle()

@@ -11,7 +11,6 @@ import pytest
 from structlog.testing import capture_logs
 
 from gpu_worker.contract import RenderKind
-from gpu_worker.models import read_models
 from scheduler.answers import PlanTerms, WhatIf
 from scheduler.clock import LeaderClock
 from scheduler.cluster.local_fleet import LocalFleet
@@ -30,6 +29,7 @@ from scheduler.policy.parameters import Parameters
 from scheduler.policy.worker import Worker
 from scheduler.updates import QueueReason, StartTimes
 from tests.loop.conftest import PREDICTED_MS, Stage
+from tests.stand_in import stand_in_models
 
 LIMITS = Limits(running=3, relax_running=2, accepted=10)
 
@@ -246,7 +246,7 @@ async def full(stage: Stage, leader: Leader, fleet: LocalFleet) -> Sequence[str]
 def a_what_if(
     job_id: str | None, tier: Tier, *, account_id: str = "cleo", plan: PlanTerms | None = None
 ) -> WhatIf:
-    default = read_models(None).default
+    default = stand_in_models().default
     return WhatIf(
         account_id=account_id,
         tier=tier,

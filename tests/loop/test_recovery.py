@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 
-from gpu_worker.models import read_models
 from scheduler.arrivals import Arrivals
 from scheduler.backlog import Backlog
 from scheduler.clock import LeaderClock
@@ -19,6 +18,7 @@ from scheduler.policy.parameters import Parameters
 from scheduler.store import leadership, live
 from scheduler.store.lanes import Lane
 from tests.loop.conftest import Stage
+from tests.stand_in import stand_in_models
 
 
 class Reader:
@@ -76,7 +76,7 @@ async def reading(stage: Stage, lanes: int = 1) -> AsyncIterator[Reader]:
     taken = await leadership.take_lead(stage.connection, "test")
     clock = LeaderClock(started_ms=taken.now_ms)
     lane = Lane(stage.dsn, "loop")
-    arrivals = Arrivals(lane=lane, epoch=taken.epoch, clock=clock, models=read_models(None))
+    arrivals = Arrivals(lane=lane, epoch=taken.epoch, clock=clock, models=stand_in_models())
     readers: list[Reader] = []
 
     def tell(_: RowsRead) -> None:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from gpu_worker.contract import AttemptResult, RenderKind, RenderRequest, WorkerReport
-from gpu_worker.models import read_models
 from gpu_worker.outputs import Artifacts
 from gpu_worker.settings import WorkerSettings
 from gpu_worker.timed_engine import TimedEngine
 from gpu_worker.worker import Worker
 from scheduler.fleet import FleetFact, GoneBecause, RenderTaken, WorkerFound, WorkerGone, WorkerHeard
+from tests.stand_in import stand_in_models
 
 _HEARTBEAT_MS = 50
 
@@ -24,7 +24,7 @@ class LoadingEngine(TimedEngine):
     """Takes a set time for a model that it does not have yet."""
 
     def __init__(self, settings: WorkerSettings, load_s: float) -> None:
-        super().__init__(read_models(None), settings)
+        super().__init__(stand_in_models(), settings)
         self._load_s = load_s
 
     def load(self, model: str, kind: RenderKind) -> bool:
