@@ -34,7 +34,7 @@ from scheduler.policy.events import FairShare
 from scheduler.policy.ids import AccountId, Tier
 from scheduler.policy.parameters import Parameters
 from scheduler.recorder import recording_of, recordings
-from scheduler.recording import Asked, Recording, RecordingWrong
+from scheduler.recording import Asked, Recording, RecordingWrong, Told
 from scheduler.replay import replay
 from scheduler.store import invariants, journal
 from scheduler.v1 import fleet_pb2, job_pb2
@@ -300,7 +300,7 @@ async def the_same_is_decided_again(evidence: Evidence) -> list[str]:
         file = recording_of(evidence.recordings, epoch)
         if file not in there:
             found.append(f"the scheduler of epoch {epoch} left no recording")
-        elif (missing_ms := to_ms(ended_at) - _asked_last_ms(file, to_ms(began_at))) > _RECORDED_WITHIN_MS:
+        elif (missing_ms := to_ms(ended_at) - _ends_ms(file, to_ms(began_at))) > _RECORDED_WITHIN_MS:
             found.append(f"the recording of epoch {epoch} lacks the last {missing_ms} ms of the journal")
     return found
 
@@ -309,10 +309,20 @@ async def the_same_is_decided_again(evidence: Evidence) -> list[str]:
 _RECORDED_WITHIN_MS = 5_000
 
 
-def _asked_last_ms(file: Path, began_ms: int) -> int:
-    """Return when it was asked last; of one that was killed before anything was on disk, when it began."""
-    asked = (line.entry.now_ms for line in Recording(file) if isinstance(line.entry, Asked))
-    return max(asked, default=began_ms)
+def _ends_ms(file: Path, began_ms: int) -> int:
+    """Return when its scheduler was told or asked last.
+
+    Of one that was killed before anything was on disk: when it began. One that was frozen is told what it
+    missed long after it was asked last, and may be killed before it is asked again.
+    """
+    last_ms = began_ms
+    for line in Recording(file):
+        match line.entry:
+            case Told(event=event):
+                last_ms = max(last_ms, event.at_ms)
+            case Asked(now_ms=now_ms):
+                last_ms = max(last_ms, now_ms)
+    return last_ms
 
 
 def _decided_otherwise(file: Path, kind: type[Board]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import itertools
+import re
 import shutil
 import time
 import zlib
@@ -148,9 +149,9 @@ def test_a_memory_that_is_not_the_database_is_told(at_rest: Rest) -> None:
     assert any("of relax 0 wait and 0 run, and the scheduler says (1, 0)" in one for one in at_rest.told)
 
 
-_ONE = (
-    "(SELECT job_id FROM scheduler.job WHERE state = 'succeeded' AND tier = 'fast' ORDER BY job_id LIMIT 1)"
-)
+# Not one that its owner has deleted: no row says that of a job that has not ended.
+_ONE = """(SELECT job_id FROM scheduler.job WHERE state = 'succeeded' AND tier = 'fast' AND deleted_at IS NULL
+    ORDER BY job_id LIMIT 1)"""
 
 
 @pytest.mark.parametrize(
@@ -354,6 +355,22 @@ async def test_a_scheduler_that_led_for_a_moment_has_nothing_recorded_yet(
         async with at_rest.evidence(doctored) as evidence:
             found = await checks.the_same_is_decided_again(replace(evidence, recordings=tmp_path))
         assert len(found) == told
+
+
+async def test_a_recording_goes_as_far_as_what_its_scheduler_was_told(at_rest: Rest, tmp_path: Path) -> None:
+    (recording,) = recordings(at_rest.recordings)
+    lines = zlib.decompressobj(wbits=31).decompress(recording.read_bytes()).splitlines(keepends=True)
+    told = next(line for line in lines if line.startswith(b'{"AccountRestored"'))
+    last_s = 2_000_000_000
+    ends_then = f"""UPDATE scheduler.journal SET at = to_timestamp({last_s})
+        - ((SELECT max(number) FROM scheduler.journal) - number) * interval '1 minute'"""
+    for missing_s, wrong in ((1, 0), (60, 1)):
+        at_ms = (last_s - missing_s) * 1000
+        content = lines[0] + re.sub(rb'"at_ms":\d+', b'"at_ms":%d' % at_ms, told, count=1)
+        (tmp_path / recording.name).write_bytes(gzip.compress(content))
+        async with at_rest.evidence(ends_then) as evidence:
+            found = await checks.the_same_is_decided_again(replace(evidence, recordings=tmp_path))
+        assert len(found) == wrong
 
 
 async def test_a_scheduler_that_left_no_recording_is_told(at_rest: Rest, tmp_path: Path) -> None:
