@@ -321,7 +321,7 @@ class Course:
                 {**texts_and_pictures, "temperature": nn.ParameterList([self._temperature])}
             ),
             loss=self._loss_of_matching,
-            steps=3_000,
+            steps=2_000,
             batch=_PAIRS,
             rate=8e-4,
             average=0.99,
