@@ -23,8 +23,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from gpu_worker.models import ModelEntry
-from tests.stand_in import stand_in_models
+from gpu_worker.models import ModelEntry, read_models
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 _SCHEDULERS = {
@@ -49,7 +48,7 @@ def large_entry(model: str, folder: Path) -> ModelEntry:
         torch.set_default_dtype(before)
     pipeline.save_pretrained(folder, max_shard_size="40GB")
     return replace(
-        stand_in_models().default,
+        read_models(Path(__file__).parents[1] / "stand_in.toml").default,
         name=model,
         source=str(folder),
         scheduler="",

@@ -2,7 +2,7 @@
 
     python tests/bench/worker.py [--model stand-in|sdxl|flux] [--rounds N] [--steps N] [--device D]
 
-Needs neither Ray nor a database, and no network. `stand-in` is the model that comes with the package; `sdxl`
+Needs neither Ray nor a database, and no network. `stand-in` is the model of most tests; `sdxl`
 and `flux` have the sizes of those models, random weights, and bfloat16: for a GPU. Rows of one table are
 measured in turn within one process, so that what else the machine does falls on all alike.
 
@@ -357,7 +357,7 @@ def _request(bench: _Bench, tier: str) -> RenderRequest:
 def _entry(model: str, folder: Path) -> ModelEntry:
     """Return the entry of the model; those of large shapes are built in `folder`."""
     if model == "stand-in":
-        return read_models(None).default
+        return read_models(Path(__file__).parents[1] / "stand_in.toml").default
     # Not at the top: it imports diffusers, and the engine says first how quiet that is to be.
     from large_models import large_entry
 
