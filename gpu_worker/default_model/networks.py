@@ -129,12 +129,13 @@ def new_unet() -> UNet2DConditionModel:
         in_channels=CHANNELS,
         out_channels=CHANNELS,
         layers_per_block=1,
-        block_out_channels=(64, 128, 160),
+        # Few where there are many latents, for there a CPU spends its time; many where the whole is decided.
+        block_out_channels=(48, 96, 192),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         mid_block_type="UNetMidBlock2DCrossAttn",
         cross_attention_dim=WIDTH,
-        attention_head_dim=32,
+        attention_head_dim=6,  # of heads the number, whatever diffusers calls it
         norm_num_groups=16,
         resnet_time_scale_shift="scale_shift",
         addition_embed_type="text",
