@@ -38,7 +38,8 @@ class Node:
     def processes(self) -> list[str]:
         """Return the titles of what runs on it, such as `ray::GpuWorker.heartbeat`, without the method."""
         running = psutil.Process(self.process.pid).children(recursive=True)
-        return [" ".join(process.cmdline()).partition(".")[0] for process in running]
+        # A title that is shorter than the command it took the place of is filled up with spaces.
+        return [" ".join(process.cmdline()).partition(".")[0].strip() for process in running]
 
     def kill(self) -> None:
         """SIGKILL everything that runs on it, as if its power were cut."""
