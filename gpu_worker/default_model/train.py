@@ -53,7 +53,7 @@ from gpu_worker.default_model.packages import FLAT, SOLID, WORDS, unpacked
 from gpu_worker.default_model.pictures import Studio, studio
 from gpu_worker.default_model.shards import SHARD_PICTURES, Shards, levels
 
-_MODEL = "model"
+_MODEL, _TOKENIZER = "model", "tokenizer"
 _SEED = 20
 _SAVE_SECONDS = 300
 _LOG_STEPS = 50
@@ -209,6 +209,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(given.threads)
     until = time.monotonic() + 60 * given.minutes
     given.run.mkdir(parents=True, exist_ok=True)
+    if given.start_from is not None and not (given.run / _TOKENIZER).is_dir():
+        # What a model knows, it knows by its own tokens.
+        shutil.copytree(given.start_from / _TOKENIZER, given.run / _TOKENIZER)
     course = Course(given.data, given.run, given.device)
     if given.start_from is not None:
         course.start_from(given.start_from)
@@ -224,7 +227,7 @@ class Course:
         self._device = device
         things = concepts(*(unpacked(package, data) for package in (FLAT, SOLID, WORDS)))
         place = studio(things, data / "flat-enlarged")
-        self._tokenizer = _learned_tokenizer(place, run / "tokenizer")
+        self._tokenizer = _learned_tokenizer(place, run / _TOKENIZER)
         self._shards = Shards(place, lambda texts: tokens(self._tokenizer, texts))
         torch.manual_seed(_SEED)
         self._autoencoder = new_autoencoder()
