@@ -118,17 +118,18 @@ def caption(scene: Scene, rng: random.Random) -> str:
     """Return one of the many ways to say what is on a picture."""
     joined = rng.choice((" and ", " next to ")).join(_said(each, rng) for each in scene.subjects)
     said = joined
+    # Solid is what a prompt gets that does not say: were the style open, half of both would be drawn.
     match (scene.style, rng.randrange(8)):
         case (Style.SOLID, 0 | 1):
             said = f"{joined}, 3d"
         case (Style.SOLID, 2):
             said = f"a 3d picture of {joined}"
-        case (Style.FLAT, 0 | 1 | 2):
-            said = f"{joined}, flat"
-        case (Style.FLAT, 3):
+        case (Style.SOLID, 3):
+            said = rng.choice(("a picture of ", "an image of ")) + joined
+        case (Style.FLAT, 0 | 1):
             said = f"a flat drawing of {joined}"
-        case (_, 5):
-            said = rng.choice(("a picture of ", "an image of ", "a drawing of ")) + joined
+        case (Style.FLAT, _):
+            said = f"{joined}, flat"
         case _:
             said = joined
     if scene.ground_names and rng.random() < 0.75:

@@ -36,10 +36,17 @@ _KEPT_SIDE = 256
 _UPSCALER = "builtin:realesrgan-x4"
 
 # How often which kind of scene is drawn, in percent.
-_SOLID, _PAIR, _CLOSE, _RECOLOURED = 70, 8, 6, 20
+_SOLID, _PAIR, _CLOSE, _RECOLOURED = 80, 5, 5, 15
 _PLAIN, _GRADIENT = 42, 12
-# People and faces look more alike than other things, and are asked for less.
-_WEIGHTS: Mapping[str, float] = {"People & Body": 0.4, "Smileys & Emotion": 0.6, "Flags": 0.3, "Symbols": 0.6}
+# Animals and food are asked for most; people and faces less, and they look more alike than other things.
+_WEIGHTS: Mapping[str, float] = {
+    "Animals & Nature": 1.5,
+    "Food & Drink": 1.5,
+    "People & Body": 0.3,
+    "Smileys & Emotion": 0.6,
+    "Flags": 0.3,
+    "Symbols": 0.5,
+}
 _JITTER = 14
 _PALE, _PALE_JITTER = (228, 228, 228), 24
 
