@@ -36,17 +36,8 @@ _KEPT_SIDE = 256
 _UPSCALER = "builtin:realesrgan-x4"
 
 # How often which kind of scene is drawn, in percent.
-_SOLID, _PAIR, _CLOSE, _RECOLOURED = 80, 5, 5, 15
-_PLAIN, _GRADIENT = 42, 12
-# Animals and food are asked for most; people and faces less, and they look more alike than other things.
-_WEIGHTS: Mapping[str, float] = {
-    "Animals & Nature": 1.5,
-    "Food & Drink": 1.5,
-    "People & Body": 0.3,
-    "Smileys & Emotion": 0.6,
-    "Flags": 0.3,
-    "Symbols": 0.5,
-}
+_SOLID, _PAIR, _CLOSE, _RECOLOURED = 85, 4, 3, 12
+_PLAIN, _GRADIENT = 42, 6
 _JITTER = 14
 _PALE, _PALE_JITTER = (228, 228, 228), 24
 
@@ -84,7 +75,6 @@ class Studio:
         """`sprites` by the thing's name and the style."""
         self.things = things
         self._sprites = sprites
-        self._weights = [_WEIGHTS.get(each.kind, 1.0) for each in things]
 
     def scene(self, rng: random.Random) -> Scene:
         """Return a scene that is in the training set."""
@@ -92,7 +82,7 @@ class Studio:
             style = Style.SOLID if rng.randrange(100) < _SOLID else Style.FLAT
             chance = rng.randrange(100)
             count = 2 if chance < _PAIR else 1
-            things = rng.choices(self.things, self._weights, k=count)
+            things = rng.choices(self.things, k=count)
             ground, names = _ground(rng)
             scene = Scene(
                 subjects=tuple(self._subject(each, style, rng) for each in things),

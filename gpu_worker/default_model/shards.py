@@ -20,7 +20,7 @@ SHARD_PICTURES = 2048
 _SHARD_LATENTS = 4096
 _ENCODED_AT_ONCE = 64
 # Of so many shards of latents one is of wide pictures and one of tall ones.
-_SHAPES = 8
+_SHAPES = 16
 _LONG_SIDE = SIDE * 3 // 2
 _OF_LATENTS = 1_000_000
 

@@ -416,7 +416,8 @@ class Course:
         rows = torch.randint(len(shard.tokens), (_LATENTS,), generator=generator)
         latents = shard.latents[rows].float()
         most = torch.where(shard.close[rows], _CLOSE_TIMES, len(self._alphas))
-        times = (torch.rand(_LATENTS, generator=generator) * most).long().to(self._device)
+        # What a picture is of is decided where there is nearly but noise: that is asked for more often.
+        times = (torch.rand(_LATENTS, generator=generator).sqrt() * most).long().to(self._device)
         noise = torch.randn(latents.shape, generator=generator).to(self._device)
         unsaid = torch.rand(_LATENTS, generator=generator) < _DROPPED
         said = torch.where(unsaid[:, None], self._nothing_said, shard.tokens[rows]).to(self._device)
