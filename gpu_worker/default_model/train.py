@@ -209,12 +209,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(given.threads)
     until = time.monotonic() + 60 * given.minutes
     given.run.mkdir(parents=True, exist_ok=True)
-    if given.start_from is not None and not (given.run / _TOKENIZER).is_dir():
-        # What a model knows, it knows by its own tokens.
-        shutil.copytree(given.start_from / _TOKENIZER, given.run / _TOKENIZER)
-    course = Course(given.data, given.run, given.device)
-    if given.start_from is not None:
-        course.start_from(given.start_from)
+    things = concepts(*(unpacked(package, given.data) for package in (FLAT, SOLID, WORDS)))
+    place = studio(things, given.data / "flat-enlarged")
+    course = Course(place, given.run, given.device, start_from=given.start_from)
     if course.learn(until, given.drawing_steps):
         print("done", flush=True)
 
@@ -222,11 +219,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 class Course:
     """The five lessons, and what they have in common."""
 
-    def __init__(self, data: Path, run: Path, device: torch.device) -> None:
+    def __init__(
+        self, place: Studio, run: Path, device: torch.device, *, start_from: Path | None = None
+    ) -> None:
+        """`run` is the folder of what was learned so far, `start_from` that of a model, if there is one."""
         self._run = run
         self._device = device
-        things = concepts(*(unpacked(package, data) for package in (FLAT, SOLID, WORDS)))
-        place = studio(things, data / "flat-enlarged")
+        if start_from is not None and not (run / _TOKENIZER).is_dir():
+            # What a model knows, it knows by its own tokens.
+            shutil.copytree(start_from / _TOKENIZER, run / _TOKENIZER)
         self._tokenizer = _learned_tokenizer(place, run / _TOKENIZER)
         self._shards = Shards(place, lambda texts: tokens(self._tokenizer, texts))
         torch.manual_seed(_SEED)
@@ -241,8 +242,10 @@ class Course:
         self._alphas = new_scheduler().alphas_cumprod.to(device)
         self._nothing_said = tokens(self._tokenizer, [""])[0]
         self._temperature = nn.Parameter(torch.tensor(2.5, device=device))
+        if start_from is not None:
+            self._start_from(start_from)
 
-    def start_from(self, model: Path) -> None:
+    def _start_from(self, model: Path) -> None:
         """Take what a model knows, as after the lessons before drawing. What the run knows itself stays."""
         self._autoencoder.load_state_dict(AutoencoderKL.from_pretrained(model / "vae").state_dict())
         self._text_encoder.load_state_dict(CLIPTextModel.from_pretrained(model / "text_encoder").state_dict())
@@ -273,7 +276,8 @@ class Course:
         drawn = False
         while not drawn and time.monotonic() < until:
             drawn = progress.learn(min(until, time.monotonic() + _SAVE_SECONDS))
-            self._write_model(progress)
+            with progress.averaged():
+                self.write_model(self._run / _MODEL)
         vae = self._autoencoder
         finishing = Lesson(
             name="finishing",
@@ -287,8 +291,8 @@ class Course:
         finishing.modules.requires_grad_(True)
         if not drawn or not self._learned(finishing, until):
             return False
-        self._write_model(progress)
         progress.take_averages()
+        self.write_model(self._run / _MODEL)
         torch.manual_seed(_SEED)
         adapter = Adapter(self._unet)
         adapting = Lesson(
@@ -465,18 +469,17 @@ class Course:
             latents, times, noise, lambda noisy: adapter.predicted(noisy, times, texts, seen)
         )
 
-    def _write_model(self, progress: Progress) -> None:
-        """Write the model as it would be with the averaged weights, its picture encoder included."""
-        unfinished, model = self._run / ".model", self._run / _MODEL
+    def write_model(self, model: Path) -> None:
+        """Write the model as it is now into a folder, whole or not at all, its picture encoder included."""
+        unfinished = model.with_name(f".{model.name}")
         shutil.rmtree(unfinished, ignore_errors=True)
-        with progress.averaged():
-            save_pipeline(
-                unfinished,
-                tokenizer=self._tokenizer,
-                text_encoder=copy.deepcopy(self._text_encoder),
-                autoencoder=copy.deepcopy(self._autoencoder),
-                unet=copy.deepcopy(self._unet),
-            )
+        save_pipeline(
+            unfinished,
+            tokenizer=self._tokenizer,
+            text_encoder=copy.deepcopy(self._text_encoder),
+            autoencoder=copy.deepcopy(self._autoencoder),
+            unet=copy.deepcopy(self._unet),
+        )
         encoder = copy.deepcopy(self._picture_encoder).half()
         encoder.save_pretrained(unfinished / IP_ADAPTER / IMAGE_ENCODER, safe_serialization=True)
         shutil.rmtree(model, ignore_errors=True)

@@ -7,23 +7,29 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image, ImageDraw
+from transformers import CLIPTokenizer
 
 from gpu_worker.default_model import packages
-from gpu_worker.default_model.adapter import IMAGE_ENCODER, Adapter
+from gpu_worker.default_model.adapter import IMAGE_ENCODER, IP_ADAPTER, Adapter
 from gpu_worker.default_model.captions import COLOURS_LEFT_OUT, GROUNDS_LEFT_OUT, caption
 from gpu_worker.default_model.concepts import Concept, Style
 from gpu_worker.default_model.networks import (
     WIDTH,
+    new_autoencoder,
     new_picture_encoder,
     new_scheduler,
+    new_text_encoder,
     new_tokenizer,
     new_unet,
+    save_pipeline,
     tokens,
 )
 from gpu_worker.default_model.packages import Package, PackageUnusable
 from gpu_worker.default_model.pictures import Sprite, Studio, captioned, is_left_out
+from gpu_worker.default_model.train import Course
 from gpu_worker.engine.adapters import loaded_adapter
 
 pytestmark = pytest.mark.engine
@@ -119,3 +125,34 @@ def test_what_is_trained_to_show_pictures_is_what_a_worker_loads(tmp_path: Path)
     drawn = loaded.denoiser(latents, times, texts, added_cond_kwargs=shown).sample
     assert torch.allclose(drawn, trained, atol=2e-3), "but for its half precision"
     assert not any(weight.grad is not None for weight in unet.parameters()), "the rest stays as it is"
+
+
+def test_training_goes_on_from_a_model_with_what_it_knows(tmp_path: Path) -> None:
+    torch.manual_seed(4)
+    model, run = tmp_path / "model", tmp_path / "run"
+    tokenizer = new_tokenizer(["a cat on a mat"])
+    known = {"vae": new_autoencoder(), "unet": new_unet(), "text_encoder": new_text_encoder(tokenizer)}
+    save_pipeline(
+        model,
+        tokenizer=tokenizer,
+        text_encoder=known["text_encoder"],
+        autoencoder=known["vae"],
+        unet=known["unet"],
+    )
+    new_picture_encoder().half().save_pretrained(model / IP_ADAPTER / IMAGE_ENCODER)
+
+    course = Course(a_studio("apple", "cup"), run, torch.device("cpu"), start_from=model)
+    again = tmp_path / "again"
+    course.write_model(again)
+
+    texts = ["a cat", "an apple"]
+    kept = CLIPTokenizer.from_pretrained(again / "tokenizer")
+    assert torch.equal(tokens(kept, texts), tokens(tokenizer, texts)), "not a tokenizer of its own"
+    for part in (*known, f"{IP_ADAPTER}/{IMAGE_ENCODER}"):
+        before, after = (
+            safetensors.torch.load_file(next((folder / part).glob("*.safetensors")))
+            for folder in (model, again)
+        )
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before), part
+    assert (run / "matching.safetensors").is_file(), "the lessons before drawing are done"
