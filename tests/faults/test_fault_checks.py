@@ -338,7 +338,7 @@ async def test_a_recording_that_was_made_wrong_is_told(
 
 
 async def test_a_recording_that_ends_before_its_scheduler_is_told(at_rest: Rest) -> None:
-    later = "UPDATE scheduler.journal SET at = at + interval '1 minute'"
+    later = "UPDATE scheduler.journal SET at = at + interval '1 hour'"
     async with at_rest.evidence(later) as evidence:
         (told,) = await checks.the_same_is_decided_again(evidence)
         assert "lacks the last" in told
