@@ -24,7 +24,7 @@ FAST = job_pb2.TIER_FAST
 STEP_MS = 300
 AT_ONCE = 3
 """What the plan lets an account have running. Those of three wait too long for one GPU, at 6 s each."""
-SHRINK_AFTER_MS = 8_000
+SHRINK_AFTER_MS = 20_000
 """Longer than a picture takes. What waits is too much for one GPU until the next picture begins, and then
 again: a fleet that shrank in between would give its second machine back while that still starts.
 """
