@@ -101,13 +101,6 @@ class Machines(NodeProvider):
         for _ in range(count):
             self._rented += 1
             name = f"rented-{self._rented}"
-            self._processes[name] = subprocess.Popen(
-                [
-                    *(str(Path(sys.executable).with_name("ray")), "start", "--block"),
-                    *("--address", _gcs_address(), "--node-name", name, "--num-cpus", "1", "--num-gpus", "1"),
-                ],
-                env={**os.environ, "RAY_CLOUD_INSTANCE_ID": name, "RAY_NODE_TYPE_NAME": GPU_TYPE},
-            )
             self._tags[name] = {
                 **tags,
                 TAG_RAY_NODE_KIND: NODE_KIND_WORKER,
@@ -115,16 +108,31 @@ class Machines(NodeProvider):
                 TAG_RAY_NODE_NAME: name,
                 TAG_RAY_NODE_STATUS: STATUS_UP_TO_DATE,
             }
+            self._processes[name] = subprocess.Popen(
+                [
+                    *(str(Path(sys.executable).with_name("ray")), "start", "--block"),
+                    *("--address", _gcs_address(), "--node-name", name, "--num-cpus", "1", "--num-gpus", "1"),
+                ],
+                env={**os.environ, "RAY_CLOUD_INSTANCE_ID": name, "RAY_NODE_TYPE_NAME": GPU_TYPE},
+            )
         return None
 
     def terminate_node(self, node_id: str) -> dict[str, Any] | None:
         """End a node as whoever rents out a machine does."""
-        del self._tags[node_id]
-        self._processes.pop(node_id).send_signal(signal.SIGTERM)
+        if node_id in self._tags:
+            del self._tags[node_id]
+            self._processes.pop(node_id).send_signal(signal.SIGTERM)
         return None
 
     def non_terminated_nodes(self, tag_filters: Mapping[str, str]) -> list[str]:
-        """Return the machines that are rented and have these tags."""
+        """Return the machines that are rented and have these tags.
+
+        Ray's processes give each other 30 s to come up, and on a busy machine a start may fail. A machine
+        that did not come up, or died, is gone, as with whoever rents them out; Ray asks for another then.
+        """
+        for node_id, process in list(self._processes.items()):
+            if process.poll() is not None:
+                del self._tags[node_id], self._processes[node_id]
         return [node_id for node_id, tags in dict(self._tags).items() if tag_filters.items() <= tags.items()]
 
     def is_running(self, node_id: str) -> bool:

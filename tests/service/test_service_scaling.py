@@ -18,7 +18,7 @@ from tests.service.nodes import STOP_S, Node, a_node, cluster_environment, front
 from tests.service.people import People, assert_ledger_closes
 from tests.service.rented import autoscaling
 
-pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.timeout(400)]
 
 FAST = job_pb2.TIER_FAST
 STEP_MS = 300
