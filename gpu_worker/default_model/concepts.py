@@ -1,8 +1,8 @@
 """What can be drawn: each thing with its names, the words that go with it, and a picture in each style.
 
 A thing is one emoji. The packages have about 1,200 that are pictures of something and differ in more than
-skin or gender. The model learns the three hundred that are asked for first: what a few CPU hours can teach
-goes further there than as a trace of each of all.
+skin or gender: letters, signs, flags and the faces of clocks are none. The model learns the three hundred
+that are asked for first: what a few CPU hours can teach goes further there than as a trace of each of all.
 """
 
 from __future__ import annotations
