@@ -46,8 +46,9 @@ _PREVIEW_COLUMNS = 18  # four of them side by side fit 80 columns
 _PICTURE_COLUMNS = 40
 _PROGRESS_LINE_EVERY_PERCENT = 25
 
-_BEN_ASKS_FOR = ("a lighthouse in the rain", "a red fox in deep snow", "a harbour at dusk")
-_ADA_ASKS_FOR = "a paper boat on a quiet river"
+# Things that the default model knows.
+_BEN_ASKS_FOR = ("a red apple", "a fox on a light blue background", "a sailboat, flat")
+_ADA_ASKS_FOR = "a rocket on a black background"
 
 
 @dataclass(frozen=True, kw_only=True)

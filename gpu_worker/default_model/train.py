@@ -204,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--minutes", type=float, default=1e6, help="stop after so many")
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
-    parser.add_argument("--drawing-steps", type=int, default=30_000, help="length of the main lesson")
+    parser.add_argument("--drawing-steps", type=int, default=18_000, help="length of the main lesson")
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
     until = time.monotonic() + 60 * given.minutes

@@ -17,6 +17,7 @@ from gpu_worker.models import (
     read_models,
     upscaled_size,
 )
+from tests.stand_in import stand_in_models
 
 _UPSCALES = (RenderKind.UPSCALE_LIGHT, RenderKind.UPSCALE_DETAILED, RenderKind.UPSCALE_MAX)
 
@@ -43,12 +44,17 @@ def an_entry(folder: Path, more: str = "") -> ModelEntry:
     return read_models(a_file(folder, f'default = "mine"\n[models.mine]{_ENTRY}{more}')).default
 
 
-def test_the_packaged_file_has_a_default_that_says_it_is_a_stand_in() -> None:
+def test_the_packaged_file_has_a_default_whose_weights_come_with_it() -> None:
     models = read_models(None)
-    assert models.default.name == "stand-in"
+    assert models.default.name == "emoji"
     assert models.get("") is models.default
-    assert models.default.folder is None
-    assert models.default.max_side == 960
+    folder = models.default.folder
+    assert folder is not None
+    weights = list(folder.rglob("*.safetensors"))
+    assert {weight.parent.name for weight in weights} >= {"unet", "vae", "text_encoder"}
+    sizes = [each.stat().st_size for each in folder.rglob("*") if each.is_file()]
+    assert sum(sizes) <= 30_000_000
+    assert max(sizes) <= 16_000_000
 
 
 def test_a_relative_folder_is_relative_to_the_file(tmp_path: Path) -> None:
@@ -57,7 +63,7 @@ def test_a_relative_folder_is_relative_to_the_file(tmp_path: Path) -> None:
 
 
 def test_an_unknown_model_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(UnknownModel, match="'sdxl'; there is stand-in"):
+    with pytest.raises(UnknownModel, match="'sdxl'; there is emoji"):
         read_models(None).get("sdxl")
 
 
@@ -134,7 +140,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 def test_sizes_up_to_the_entrys_largest_side() -> None:
-    entry = read_models(None).default
+    entry = stand_in_models().default
     assert entry.size_violations(64, 960) == ()
     assert [parameter for parameter, _ in entry.size_violations(1024, 100)] == ["--w", "--h"]
 
@@ -201,7 +207,7 @@ ip_adapter = "adapters/plus"
     assert models.entries["seeing"].ip_adapter == str(tmp_path.resolve() / "adapters" / "plus")
     assert not models.entries["plain"].takes_pictures
     assert models.taking_pictures() == ("seeing",)
-    assert read_models(None).taking_pictures() == ("stand-in",)
+    assert read_models(None).taking_pictures() == ("emoji",)
 
 
 def test_the_upscaler_is_built_in_unless_the_file_names_another(tmp_path: Path) -> None:
@@ -263,7 +269,7 @@ def test_a_shape_is_drawn_at_the_size_nearest_to_the_default_area(
 
 @given(across=st.integers(1, 4), down=st.integers(1, 4))
 def test_every_ordinary_shape_can_be_drawn(across: int, down: int) -> None:
-    entry = read_models(None).default
+    entry = stand_in_models().default
     assert entry.aspect_violations(across, down) == ()
     assert entry.size_violations(*entry.size_of_aspect(across, down)) == ()
     assert entry.size_of_aspect(down, across) == entry.size_of_aspect(across, down)[::-1]

@@ -27,7 +27,7 @@ from tests.folders import data_folder
 pytestmark = [pytest.mark.engine, pytest.mark.ray, pytest.mark.faults, pytest.mark.timeout(300)]
 
 JOBS = {"ben 1": "relax", "ben 2": "relax", "ben 3": "relax", "ada": "fast"}
-DEFAULT_SIZE = (256, 256)  # of the stand-in model
+DEFAULT_SIZE = (128, 128)  # of the default model
 _END_S = 20
 
 
