@@ -569,7 +569,9 @@ class DarkroomClient:
                         error = raised_for(failure, self.address)
                         request.after = await saving.broke_off()
                         repeats = 1 if len(saving) > before else repeats + 1
-                        if not error.retried or repeats > self._retries.times:
+                        # What is half there is worth the wait for a service that restarts.
+                        most = self._retries.stream_times if len(saving) else self._retries.times
+                        if not error.retried or repeats > most:
                             raise error from failure
                         await self._wait_before(repeats, error)
                     else:

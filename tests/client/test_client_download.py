@@ -282,9 +282,21 @@ async def test_an_archive_of_a_service_that_cannot_go_on_begins_again(
     assert names_in(tmp_path) == ["ada.zip"]
 
 
+async def test_an_archive_waits_for_a_service_that_restarts_as_a_watch_does(
+    service: ScriptedService, client: DarkroomClient, pauses: list[float], tmp_path: Path
+) -> None:
+    away = [[BUSY]] * (RetryPolicy().stream_times - 1)
+    service.says("DownloadImages", [*an_archive(PICTURES)[:7], BUSY], *away, an_archive(PICTURES))
+    assert files_of(await client.download_all(tmp_path)) == PICTURES
+    # Systemd takes up to ten seconds to stop a front door and start the next.
+    assert sum(pauses) > 10
+
+
 async def test_an_archive_that_is_given_up_leaves_nothing(service: ScriptedService, tmp_path: Path) -> None:
     service.says("DownloadImages", [*an_archive(PICTURES)[:7], BUSY], [BUSY])
-    async with DarkroomClient(service.address, "dk_ada", retries=RetryPolicy(times=1, first_ms=1)) as client:
+    async with DarkroomClient(
+        service.address, "dk_ada", retries=RetryPolicy(times=1, stream_times=1, first_ms=1)
+    ) as client:
         with pytest.raises(Overloaded):
             await client.download_all(tmp_path)
     assert names_in(tmp_path) == []

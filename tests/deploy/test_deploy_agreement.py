@@ -241,7 +241,13 @@ def test_prometheus_scrapes_the_same_with_and_without_its_operator() -> None:
     )
     assert scrape["metricsPath"] == once["__metrics_path__"]
     assert config["labels"]["instance"] == once["instance"]
-    assert config["targets"] == [f"darkroom-ops:{OPS}"]
+    (ops,) = [
+        one["metadata"]
+        for one in resources
+        if one["kind"] == "Service" and one["metadata"]["name"] == "darkroom-ops"
+    ]
+    # Prometheus asks from its own namespace.
+    assert config["targets"] == [f"{ops['name']}.{ops['namespace']}.svc:{OPS}"]
 
 
 def test_rules_are_those_of_deploy_prometheus() -> None:
@@ -451,7 +457,7 @@ def test_the_package_in_the_images_has_every_file_of_the_checkout(tmp_path: Path
         for package in ("billing", "gpu_worker", "scheduler")
         for file in (ROOT / package).rglob("*")
         # Texts and the figures in them are for who reads the code.
-        if file.is_file() and file.suffix not in (".md", ".svg", ".pyc")
+        if file.is_file() and file.suffix not in (".md", ".svg", ".png", ".pyc")
     }
     assert wanted - had == set()
 
