@@ -20,6 +20,9 @@ from scheduler.logs import configure_logs
 from scheduler.provenance import SettingsWrong, read_settings
 from scheduler.settings import RELEASE, Settings
 
+_THIS_MACHINE = {"host": "127.0.0.1"}
+_PLAIN_TEXT = {"tls_certificate": None, "tls_key": None, "tls_client_ca": None}
+
 server = typer.Typer(
     add_completion=False, no_args_is_help=True, help="Run Darkroom.", pretty_exceptions_enable=False
 )
@@ -79,9 +82,13 @@ def demo(
     configure_logs("error")
     base = Settings().data_dir if data_dir is None else data_dir
     settings = _settings(
-        {"data_dir": base / "demo" if data_dir is None else base},
-        frontdoor=_given(port=None if keep else 0),
-        ops=_given(port=None if keep else 0),
+        {"data_dir": base / "demo" if data_dir is None else base, "artifacts_url": None},
+        # Never what a service is told here: its accounts and its admin key are not to try things with.
+        database={"dsn": None},
+        ray={"address": None},
+        scaling={"max_workers": None},
+        frontdoor={**_THIS_MACHINE, **_PLAIN_TEXT, **_given(port=None if keep else 0)},
+        ops={**_THIS_MACHINE, **_given(port=None if keep else 0)},
     )
     with _expected_trouble():
         asyncio.run(_demo(settings, prompt=prompt, images_dir=images, keep=keep))

@@ -29,6 +29,20 @@ pytestmark = [pytest.mark.engine, pytest.mark.ray, pytest.mark.faults, pytest.ma
 JOBS = {"ben 1": "relax", "ben 2": "relax", "ben 3": "relax", "ada": "fast"}
 DEFAULT_SIZE = (128, 128)  # of the default model
 _END_S = 20
+# In the folder where they are started. None of it can be reached: to try would not end well.
+_OF_A_SERVICE = """
+artifacts_url = "s3://pictures/darkroom"
+[database]
+dsn = "postgresql://darkroom@127.0.0.1:1/darkroom"
+[ray]
+address = "127.0.0.1:1"
+[scaling]
+max_workers = 8
+[frontdoor]
+host = "192.0.2.1"
+tls_certificate = "/etc/darkroom/server.crt"
+tls_key = "/etc/darkroom/server.key"
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +73,7 @@ class Demos:
 def demos() -> Iterator[Demos]:
     with data_folder() as folder:
         data_dir = folder / "data"
+        (folder / "darkroom.toml").write_text(_OF_A_SERVICE)
         yield Demos(
             data_dir=data_dir,
             killed=demonstrate(data_dir, folder / "killed", kill=True),
