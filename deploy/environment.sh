@@ -8,18 +8,18 @@ extras=$1
 say() { printf '%s\n' "$*" >&2; }
 
 # A version manager's shim may exist without the Python behind it, and Debian ships python3 without venv: so each
-# candidate is asked, not only found.
+# candidate is asked, not only found. For a Python newer than these, Ray and others of constraints.txt have no wheels.
 find_python() {
     local candidate
     for candidate in "${PYTHON:-}" python3 python3.14 python3.13 python3.12 python3.11; do
         if [[ -n $candidate ]] && "$candidate" -c '
 import sys, venv, ensurepip
-sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
+sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' >/dev/null 2>&1; then
             printf '%s\n' "$candidate"
             return
         fi
     done
-    say "Darkroom needs Python 3.11 or newer with its venv module, and none was found."
+    say "Darkroom needs Python 3.11, 3.12, 3.13 or 3.14 with its venv module, and none was found."
     say "On Debian or Ubuntu: apt-get install python3 python3-venv. Elsewhere: set PYTHON to the interpreter to use."
     return 1
 }

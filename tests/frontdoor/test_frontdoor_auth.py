@@ -71,10 +71,11 @@ async def test_without_a_valid_key_every_method_answers_with_the_same_bytes(door
                 await _answer(door, path, authorization)
             refused = read_refusal(caught.value)
             assert refused.code is grpc.StatusCode.UNAUTHENTICATED, (path, authorization)
-            answers.add((refused.raw, refused.reason))
+            answers.add((refused.raw, refused.reason, refused.message))
     assert len(answers) == 1
-    ((_, reason),) = answers
+    ((_, reason, message),) = answers
     assert reason == "UNAUTHENTICATED"
+    assert message.startswith("Send a valid API key as `authorization: Bearer dk_…`")
 
 
 async def test_a_revoked_key_works_for_a_second_at_most(door: Door) -> None:

@@ -140,6 +140,7 @@ async def test_somebody_else_s_job_and_no_job_answer_with_the_same_bytes(door: D
         (Code.PERMISSION_DENIED, "NOT_FOUND_OR_NOT_YOURS")
     }
     assert len({answer.raw for answer in answers}) == 1
+    assert "check the name, and whose key this is" in answers[0].message
 
 
 @pytest.mark.parametrize(

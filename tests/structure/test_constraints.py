@@ -38,7 +38,9 @@ def test_nothing_is_installed_that_is_not_pinned() -> None:
     # Not of the whole path: Ray puts what it brings along there.
     found = metadata.distributions(path=[sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
     installed = {canonicalize_name(one.metadata["Name"]) for one in found}
-    assert installed - pins().keys() <= {"darkroom", "pip"}
+    # torch's build for CUDA brings these along, at the one version that it works with.
+    of_cuda = {one for one in installed if one.startswith(("cuda-", "nvidia-", "triton"))}
+    assert installed - of_cuda - pins().keys() <= {"darkroom", "pip"}
 
 
 def test_torch_is_one_exact_version() -> None:
