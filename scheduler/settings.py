@@ -99,7 +99,7 @@ class FrontDoor(_Section):
     insecure: bool = False
     """Plain text on an address other than loopback must be asked for."""
     requests_per_second: float = Field(default=50.0, gt=0)
-    """Per API key at this front door, with bursts of four times as many: each front door counts for itself."""
+    """Per API key, with bursts of four times as many; each front door counts for itself."""
     streams_per_key: int = Field(default=20, ge=1)
     calls_at_once: int = Field(default=256, ge=1)
     """Calls in progress, without streams; more are told to come back. Few enough that each is answered
