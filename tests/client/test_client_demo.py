@@ -129,7 +129,7 @@ async def test_the_order_is_explained_by_start_times_and_the_schedulers_reasons(
     explained = text[text.index("Why they started") :].splitlines()[1:6]
     names = [line.split(" (")[0] for line in explained[:4]]
     assert names == ["1. ben 1", "2. ben 2", "3. ada", "4. ben 3"]
-    assert explained[2].endswith("Reason of a paper boat on a quiet river.")
+    assert explained[2].endswith("Reason of a rocket on a black background.")
     assert explained[4].startswith("Ada's fast job passed ben 3:")
 
 
@@ -137,10 +137,10 @@ async def test_a_job_that_was_parked_says_why_it_first_started_and_that_it_went_
     service: ScriptedService, tmp_path: Path
 ) -> None:
     demo = DemoService(service)
-    demo.parks = "a lighthouse in the rain"
+    demo.parks = "a red apple"
     text = await shown(service, tmp_path)
     explained = text[text.index("Why they started") :].splitlines()[1:4]
-    assert explained[0].endswith("Reason of a lighthouse in the rain.")
+    assert explained[0].endswith("Reason of a red apple.")
     assert explained[1:] == ["   since then: Parked.", "   since then: Went on."]
 
 

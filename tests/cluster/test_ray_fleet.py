@@ -34,6 +34,7 @@ from scheduler.fleet import (
     WorkerHeard,
 )
 from tests.cluster.small_ray import NAMESPACE, NODE
+from tests.stand_in import STAND_IN_FILE
 
 _WORKER = f"{NODE}/gpu-0"
 
@@ -69,6 +70,7 @@ def a_fleet(folder: Path, *, step_ms: int = 0, release: str = "test", is_scaled:
         engine="timed",
         device="cpu",
         timed_step_ms=step_ms,
+        models_path=STAND_IN_FILE,
     )
     return RayFleet(worker=worker, namespace=NAMESPACE, heartbeat_ms=3_000, is_scaled=is_scaled)
 

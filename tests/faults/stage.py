@@ -33,6 +33,7 @@ import psutil
 from tests.faults.proxy import Proxy
 from tests.folders import in_memory
 from tests.service.nodes import cluster_environment
+from tests.stand_in import STAND_IN_FILE
 
 ROOT = Path(__file__).parents[2]
 _RAY = str(Path(sys.executable).with_name("ray"))
@@ -373,7 +374,7 @@ class Stage:
             *("--port", "0", "--ops-port", "0", "--engine", self.scene.engine),
             *("--ray-address", self.address, "--artifacts-url", f"file://{self.store.path}"),
             *("--dsn", f"postgresql://postgres@127.0.0.1:{self.wire.port}/postgres?sslmode=disable"),
-            *("--data-dir", str(self.folder / "data")),
+            *("--data-dir", str(self.folder / "data"), "--models-file", str(STAND_IN_FILE)),
         ]
 
     def _actors(self, title: str) -> list[psutil.Process]:

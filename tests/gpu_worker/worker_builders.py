@@ -10,6 +10,7 @@ from typing import Any
 from gpu_worker.contract import GpuTime, RenderKind, RenderRequest, RenderSpec
 from gpu_worker.settings import WorkerSettings
 from gpu_worker.worker import Worker
+from tests.stand_in import STAND_IN_FILE
 
 
 def a_spec(**changes: Any) -> RenderSpec:
@@ -49,6 +50,7 @@ def some_settings(folder: Path, **changes: Any) -> WorkerSettings:
         "engine": "timed",
         "device": "cpu",
         "memory_bytes": 1_000_000_000,
+        "models_path": STAND_IN_FILE,
     }
     return WorkerSettings(**{**defaults, **changes})
 

@@ -30,6 +30,7 @@ from tests.folders import data_folder
 from tests.frontdoor.door import Door, refusal
 from tests.security.certificates import Authority
 from tests.service.process import ServiceProcess
+from tests.stand_in import STAND_IN_FILE
 
 PASSWORD = "pw-zqxjkvbp-of-the-database"
 PROMPT = "zqxjkvbp of a fox"
@@ -57,6 +58,7 @@ def service(database: str, folder: Path, authority: Authority) -> Iterator[Servi
         [
             *(sys.executable, "-m", "scheduler", "serve", "--port", "0", "--ops-port", "0"),
             *("--data-dir", str(folder), "--gpus", "1", "--engine", "timed", "--log-level", "debug"),
+            *("--models-file", str(STAND_IN_FILE)),
         ],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 
 from tests.service.process import ServiceProcess
+from tests.stand_in import STAND_IN_FILE
 
 STOP_S = 60
 _STARTS = 3
@@ -103,6 +104,7 @@ def front_door(
     process = subprocess.Popen(
         [
             *(sys.executable, "-m", "scheduler", "serve", "--port", "0", "--ops-port", "0"),
+            *("--models-file", str(STAND_IN_FILE)),
             *("--ray-address", ray_address, "--dsn", dsn, "--data-dir", str(data_dir)),
             *("--artifacts-url", f"file://{data_dir}/artifacts", "--engine", engine),
         ],

@@ -20,6 +20,7 @@ import asyncpg
 import psutil
 
 from scheduler.store import invariants
+from tests.stand_in import STAND_IN_FILE
 
 _START_S = 120.0
 _STOP_S = 60.0
@@ -183,6 +184,7 @@ def service(
     process = subprocess.Popen(
         [
             *(sys.executable, "-m", "scheduler", "serve", "--port", "0", "--ops-port", "0"),
+            *("--models-file", str(STAND_IN_FILE)),
             *("--data-dir", str(data_dir), "--gpus", str(gpus), "--engine", engine),
         ],
         stdout=subprocess.PIPE,

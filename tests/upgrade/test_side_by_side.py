@@ -21,6 +21,7 @@ from scheduler.v1.job_pb2 import Job
 from tests.service.nodes import STOP_S, Node, a_node, cluster_environment, front_door, stop_everything
 from tests.service.people import People, assert_ledger_closes, result_of, until_step
 from tests.service.process import ServiceProcess
+from tests.stand_in import STAND_IN_FILE
 
 pytestmark = [pytest.mark.long, pytest.mark.faults, pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -166,7 +167,7 @@ def lead(ray_address: str, dsn: str, data_dir: Path, environment: dict[str, str]
         ],
         capture_output=True,
         text=True,
-        env={**environment, "DARKROOM_WORKER__ENGINE": "timed"},
+        env={**environment, "DARKROOM_WORKER__ENGINE": "timed", "DARKROOM_MODELS_FILE": str(STAND_IN_FILE)},
         timeout=STOP_S,
         check=True,
     )
