@@ -50,7 +50,9 @@ def serve(
         str | None, typer.Option(help="Where pictures go: a folder or any fsspec address.")
     ] = None,
     models_file: Annotated[Path | None, typer.Option(help="models.toml; default: the packaged one.")] = None,
-    gpus: Annotated[int | None, typer.Option(help="Workers of a local Ray.")] = None,
+    gpus: Annotated[
+        int | None, typer.Option(help="Workers of a local Ray; 0: one for each GPU here, or two on the CPU.")
+    ] = None,
     host: Annotated[str | None, typer.Option(help="Address the front door listens on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port of the front door; 0 for any.")] = None,
     ops_port: Annotated[int | None, typer.Option(help="Port of /metrics; 0 for any.")] = None,
@@ -469,7 +471,7 @@ async def _demo(settings: Settings, *, prompt: str | None, images_dir: Path, kee
 
     console = Console(highlight=False)
     console.print(
-        "Starting PostgreSQL, Ray with two GPU workers, the scheduler and the front door …", soft_wrap=True
+        "Starting PostgreSQL, Ray and its GPU workers, the scheduler and the front door …", soft_wrap=True
     )
     async with running(settings, new_admin_key=True) as service:
         assert service.admin_key is not None

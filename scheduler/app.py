@@ -23,6 +23,7 @@ from scheduler.cluster.ray_link import RayLink, ray_link
 from scheduler.cluster.ray_session import ensure_scheduler, ray_session, start_scheduler
 from scheduler.frontdoor.auth import Doorman
 from scheduler.frontdoor.server import serve
+from scheduler.local_gpus import settled, usable_gpus
 from scheduler.logs import lines_counted
 from scheduler.metrics import FrontDoorMetrics
 from scheduler.ops import Checks, History, Lookout, OpsPage, ops_server
@@ -77,9 +78,10 @@ async def running(
 
     Raises AlreadyServing, NotReady, ModelsFileWrong, what `migrate_before` raises, DatabaseUnreachable,
     Overloaded where the database went away meanwhile, OSError where a port is taken, and RuntimeError,
-    saying what to do, where Ray, PostgreSQL or what sends traces cannot be had.
+    saying what to do, where Ray, PostgreSQL, what sends traces, or GPUs that are demanded cannot be had.
     """
     models = read_models(settings.models_file)
+    settings = settled(settings, usable_gpus())
     async with AsyncExitStack() as stack:
         # What takes seconds is told before, for whoever sits in front of it.
         if settings.database.dsn is None:

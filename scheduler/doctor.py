@@ -34,6 +34,7 @@ from scheduler.doctor_machine import (
     sized,
     weights,
 )
+from scheduler.local_gpus import settled, usable_gpus
 from scheduler.provenance import SettingsWrong, masked, read_settings
 from scheduler.settings import Canary, Settings
 from scheduler.store.checkup import CheckedDatabase, embedded_dsn, look_at_database
@@ -243,7 +244,7 @@ def _store(url: str, shown: str) -> Diagnosis:
 
 def _cluster(settings: Settings) -> Iterator[Diagnosis]:
     if settings.ray.address is None:
-        yield ok("Ray", f"local, with {settings.ray.local_gpus} workers, while `darkroom serve` runs")
+        yield _local(settings, usable_gpus())
         return
     yield ray_token()
     from scheduler.cluster.census import take_census
@@ -260,6 +261,15 @@ def _cluster(settings: Settings) -> Iterator[Diagnosis]:
             yield ok(what, sentence)
         else:
             yield warn(what, f"{sentence}; installed is {settings.release}.", _UPGRADE)
+
+
+def _local(settings: Settings, gpus: int) -> Diagnosis:
+    try:
+        local = settled(settings, gpus)
+    except RuntimeError as wrong:
+        return fail("Ray", f"{wrong}.", "ray.local_gpus or worker.device in darkroom.toml")
+    on = "the CPU" if local.worker.device == "cpu" else "a stub" if local.worker.engine == "timed" else "GPUs"
+    return ok("Ray", f"local, with workers on {on}: {local.ray.local_gpus}, while `darkroom serve` runs")
 
 
 def ray_token() -> Diagnosis:

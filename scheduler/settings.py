@@ -68,8 +68,8 @@ class RayCluster(_Section):
 
     address: str | None = None
     """None: a local Ray of this process; `auto` or host:port: join that cluster."""
-    local_gpus: int = Field(default=2, ge=1, le=64)
-    """Workers of a local Ray; logical GPUs where the machine has none."""
+    local_gpus: int = Field(default=0, ge=0, le=64)
+    """Workers of a local Ray. 0: one for each GPU of the machine, and two on its CPU where there is none."""
     namespace: str = "darkroom"
     scheduler_resource: str = Field(default="node:__internal_head__", min_length=1)
     """The scheduler runs only on machines that offer this Ray resource, so give it to none that an autoscaler

@@ -65,12 +65,16 @@ def ray_session(cluster: RayCluster, *, show_logs: bool = False) -> Iterator[Non
 def start_local_ray(
     folder: Path, *, gpus: int, namespace: str, node_name: str = LOCAL_NODE, show_logs: bool = False
 ) -> None:
-    """Start a Ray of this process with `gpus` logical GPUs, its files in `folder`.
+    """Start a Ray of this process with `gpus` GPUs, its files in `folder`; logical ones, if there are fewer.
 
     Ray's processes find their ports by trying, and give each other 30 s to come up: on a busy machine one of
     many starts fails. So a failed start is cleared away and tried again; raises RuntimeError, saying what
     to look at, if that happens three times.
     """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and gpus > len(visible.split(",") if visible else ()):
+        # Ray starts none beyond those; who draws on logical ones has nothing to choose from.
+        del os.environ["CUDA_VISIBLE_DEVICES"]
     for number in range(1, _STARTS + 1):
         try:
             ray.init(

@@ -147,7 +147,7 @@ def test_each_setting_of_the_service_is_shown_with_its_source_and_no_password(
     assert shown["service.frontdoor.host"] == ("::1", "darkroom.toml")
     assert shown["service.log_level"] == ("debug", "darkroom.toml")
     assert shown["service.worker.threads"] == ("3", "DARKROOM_WORKER")
-    assert shown["service.ray.local_gpus"] == ("2", "default")
+    assert shown["service.ray.local_gpus"] == ("0", "default")
     assert shown["service.database.dsn"] == (
         "postgresql://ada:…@db/darkroom?sslmode=require",
         "DARKROOM_DATABASE__DSN",

@@ -59,6 +59,19 @@ def test_a_local_ray_that_failed_to_start_is_started_again() -> None:
             ray.shutdown()
 
 
+@pytest.mark.parametrize("visible", ["", "0"])
+def test_logical_gpus_are_as_many_as_wanted_whatever_is_visible(
+    monkeypatch: pytest.MonkeyPatch, visible: str
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with tempfile.TemporaryDirectory(prefix="dr-", ignore_cleanup_errors=True) as folder:
+        start_local_ray(Path(folder), gpus=2, namespace="logical")
+        try:
+            assert ray.cluster_resources()["GPU"] == 2
+        finally:
+            ray.shutdown()
+
+
 def test_a_local_ray_that_cannot_start_says_where_to_look() -> None:
     with tempfile.TemporaryDirectory(prefix="dr-") as folder:
         for number in (1, 2, 3):
