@@ -214,7 +214,8 @@ class RetryPolicy:
     times: int = 4
     """Repeats of a single call."""
     silence_s: float = 60.0
-    """A download that brings nothing for so long is given up. A watch may be silent."""
+    """A download that brings nothing for so long is begun again where it was, and given up the second time in
+    a row. A watch may be silent."""
     stream_times: int = 20
     """Repeats of a stream without anything new: about a minute, in which a service can restart."""
     first_ms: int = 200
@@ -565,13 +566,11 @@ class DarkroomClient:
                     call = self._jobs.DownloadImages(request, metadata=(*self._metadata, *span))
                     try:
                         await self._download_rest(call, saving)
-                    except grpc.aio.AioRpcError as failure:
-                        error = raised_for(failure, self.address)
+                    except (grpc.aio.AioRpcError, NoAnswerInTime) as failure:
                         request.after = await saving.broke_off()
                         repeats = 1 if len(saving) > before else repeats + 1
-                        # What is half there is worth the wait for a service that restarts.
-                        most = self._retries.stream_times if len(saving) else self._retries.times
-                        if not error.retried or repeats > most:
+                        error, most = self._broken(failure, has_some=bool(len(saving)))
+                        if repeats > most:
                             raise error from failure
                         await self._wait_before(repeats, error)
                     else:
@@ -580,6 +579,19 @@ class DarkroomClient:
                 raise CannotSave(f"{folder}: {failure.strerror}.") from failure
             finally:
                 await saving.discard()
+
+    def _broken(
+        self, failure: grpc.aio.AioRpcError | NoAnswerInTime, *, has_some: bool
+    ) -> tuple[DarkroomError, int]:
+        """Return what broke a download that has some files or none, and how often it is begun again."""
+        if isinstance(failure, NoAnswerInTime):
+            # A wire that was cut may say nothing, nor does a service that was stopped. Each silence is long.
+            return failure, 1
+        error = raised_for(failure, self.address)
+        if not error.retried:
+            return error, 0
+        # What is half there is worth the wait for a service that restarts.
+        return error, self._retries.stream_times if has_some else self._retries.times
 
     async def _download_rest(
         self,

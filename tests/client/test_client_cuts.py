@@ -26,6 +26,7 @@ QUEUED, RUNNING = job_pb2.JOB_STATE_QUEUED, job_pb2.JOB_STATE_RUNNING
 SUCCEEDED = job_pb2.JOB_STATE_SUCCEEDED
 CONTENT = bytes(range(256)) * 12_000  # 3 MB, more than one block
 MIB = 1 << 20
+SOON = RetryPolicy(silence_s=0.3)
 
 
 @pytest.fixture
@@ -149,12 +150,26 @@ async def test_a_wire_that_stays_broken_is_said(
         await asyncio.gather(cutting, return_exceptions=True)
 
 
-async def test_a_download_that_stops_without_a_word_is_given_up(
+async def test_a_download_that_stops_without_a_word_goes_on_where_it_was(
     service: ScriptedService, tmp_path: Path
 ) -> None:
-    service.says("DownloadImages", [*a_file(1, CONTENT)[:3], HANG])
-    retries = RetryPolicy(silence_s=0.3)
-    async with DarkroomClient(service.address, "dk_ada_secret", retries=retries) as client:
+    service.says(
+        "DownloadImages",
+        [*a_file(1, b"first"), *a_file(2, CONTENT)[:20], HANG],
+        [*a_file(1, b"made anew"), *a_file(2, CONTENT)],
+    )
+    async with DarkroomClient(service.address, "dk_ada_secret", retries=SOON) as client:
+        service.says("GetJob", a_job())
+        paths = await client.download(UID, tmp_path)
+    assert [path.read_bytes() for path in paths] == [b"first", CONTENT]
+    assert len(os.listdir(tmp_path)) == 2
+
+
+async def test_a_download_that_stops_twice_without_a_word_and_brought_nothing_is_given_up(
+    service: ScriptedService, tmp_path: Path
+) -> None:
+    service.says("DownloadImages", *[[*a_file(1, CONTENT)[:3], HANG]] * 2)
+    async with DarkroomClient(service.address, "dk_ada_secret", retries=SOON) as client:
         with pytest.raises(NoAnswerInTime, match=r"sent nothing more for 0\.3 s"):
             await client.download(UID, tmp_path)
     assert os.listdir(tmp_path) == []
