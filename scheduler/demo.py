@@ -176,7 +176,7 @@ async def run_demo(
             _say(console, f"{name}: {key}")
         _say(
             console,
-            f"Try: DARKROOM_ADDRESS={address} DARKROOM_KEY={ada.key} {_typed()} imagine a glass whale",
+            f"Try: DARKROOM_ADDRESS={address} DARKROOM_KEY={ada.key} {_typed()} imagine a blue whale",
         )
 
 
@@ -260,7 +260,7 @@ def _close(jobs: Sequence[_DemoJob], images_dir: Path, console: Console, *, keep
             console,
             f"Next: `{darkroom} demo --keep` leaves the service up, `{darkroom} serve` is for real use; then",
         )
-    _say(console, f'  {darkroom} imagine "a glass whale --w 256 --h 320 --seed 7" --relax')
+    _say(console, f'  {darkroom} imagine "a blue whale --w 192 --h 128 --seed 7" --relax')
     _say(console, f"  {darkroom} vary {example} 2")
     _say(console, f"  {darkroom} info")
 

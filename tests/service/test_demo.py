@@ -1,6 +1,7 @@
 """`darkroom demo` works on a machine that has nothing, works again, and works after it was killed.
 
-Three starts on one data folder: the first is killed in the middle of its jobs, the others end by themselves.
+Three starts on one data folder: the first is killed in the middle of its jobs, the next ends by itself, and
+the last stays up until it is told to stop.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -29,6 +31,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.ray, pytest.mark.faults, pytest.ma
 JOBS = {"ben 1": "relax", "ben 2": "relax", "ben 3": "relax", "ada": "fast"}
 DEFAULT_SIZE = (128, 128)  # of the default model
 _END_S = 20
+_ANY_PORTS = {"DARKROOM_FRONTDOOR__PORT": "0", "DARKROOM_OPS__PORT": "0"}
 # In the folder where they are started. None of it can be reached: to try would not end well.
 _OF_A_SERVICE = """
 artifacts_url = "s3://pictures/darkroom"
@@ -54,6 +57,8 @@ class Demo:
     said: str
     processes: list[psutil.Process]
     """All that belonged to it while its jobs were running."""
+    tried: list[str]
+    """What each command printed that it said to try, of one that stayed up."""
 
     @property
     def job_ids(self) -> set[str]:
@@ -77,26 +82,34 @@ def demos() -> Iterator[Demos]:
         yield Demos(
             data_dir=data_dir,
             killed=demonstrate(data_dir, folder / "killed", kill=True),
-            completed=[demonstrate(data_dir, folder / name) for name in ("after", "again")],
+            completed=[
+                demonstrate(data_dir, folder / "after"),
+                demonstrate(data_dir, folder / "again", keep=True),
+            ],
         )
 
 
-def demonstrate(data_dir: Path, images: Path, *, kill: bool = False) -> Demo:
-    """Run the demonstration to its end, or kill it once a job has done a few steps."""
+def demonstrate(data_dir: Path, images: Path, *, kill: bool = False, keep: bool = False) -> Demo:
+    """Run the demonstration to its end, or kill it once a job has done a few steps.
+
+    One that is to stay up is told to stop once all that it says to try was tried.
+    """
     images.mkdir()
-    said = []
+    said: list[str] = []
     processes: list[psutil.Process] = []
+    tried: list[str] = []
     with subprocess.Popen(
         [
             *(Path(sys.executable).with_name("darkroom"), "demo"),
             *("--data-dir", data_dir, "--images", images),
+            *(("--keep",) if keep else ()),
         ],
         cwd=images.parent,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         # Wide enough for its tables.
-        env={**os.environ, "COLUMNS": "160"},
+        env={**_ANY_PORTS, **os.environ, "COLUMNS": "160"},
     ) as process:
         try:
             assert process.stdout is not None
@@ -106,11 +119,30 @@ def demonstrate(data_dir: Path, images: Path, *, kill: bool = False) -> Demo:
                     processes = processes_of(process.pid, data_dir)
                     if kill:
                         process.kill()
+                if "until you press Ctrl-C" in line:
+                    tried = [tries(command, images.parent) for command in suggested("".join(said))]
+                    process.send_signal(signal.SIGINT)
             status = process.wait(_END_S)
         finally:
             if process.returncode is None:
                 process.kill()
-    return Demo(images=images, status=status, said="".join(said), processes=processes)
+    return Demo(images=images, status=status, said="".join(said), processes=processes, tried=tried)
+
+
+def suggested(said: str) -> list[str]:
+    """Return the commands that it says to try, each with the address and the key that it shows."""
+    (told,) = re.findall(r"^Try: ((?:\w+=\S+ )+)(.*)$", said, re.MULTILINE)
+    others = re.findall(r"^  (\S*darkroom .*)$", said, re.MULTILINE)
+    return [f"{told[0]}{command}" for command in (told[1], *others)]
+
+
+def tries(command: str, folder: Path) -> str:
+    """Type a command of whoever has just seen the demonstration, and return what it prints."""
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=folder, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, ""), f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
 
 
 def processes_of(pid: int, data_dir: Path) -> list[psutil.Process]:
@@ -164,6 +196,16 @@ def test_demo_shows_progress_and_prints_receipts_and_explains_the_order(demos: D
         assert dict(started) == JOBS
 
 
+def test_demo_that_stays_up_takes_what_it_says_to_try_until_it_is_stopped(demos: Demos) -> None:
+    ended, kept = demos.completed
+    assert ended.tried == []
+    assert len(kept.tried) == len(("imagine", "imagine", "vary", "info"))
+    saved = list((kept.images.parent / "darkroom-images").iterdir())
+    assert len({picture.name[:36] for picture in saved}) == 3
+    assert len(saved) == 3 * 4
+    assert "standard" in kept.tried[-1]
+
+
 def test_demo_leaves_nothing_running_not_even_of_one_that_was_killed(demos: Demos) -> None:
     processes = [process for demo in (demos.killed, *demos.completed) for process in demo.processes]
     assert len(processes) > 3 * len(("itself", "PostgreSQL", "Ray", "scheduler", "worker", "worker"))
@@ -183,7 +225,7 @@ def test_demo_leaves_a_ledger_that_closes(demos: Demos) -> None:
 
     with embedded_postgresql(demos.data_dir / "database") as dsn:
         jobs = asyncio.run(look(dsn))
-    assert len(jobs) == 3 * len(JOBS)
+    assert len(jobs) == 3 * len(JOBS) + len(("imagine", "imagine", "vary"))
     for demo in demos.completed:
         ended = Counter(jobs[job_id] for job_id in demo.job_ids)
         assert ended == {("relax", "succeeded"): 3, ("fast", "succeeded"): 1}
