@@ -93,6 +93,28 @@ class ListeningScheduler:
 
 
 @ray.remote(num_cpus=0)
+class ForgetfulScheduler:
+    """Has more news, whenever it is asked to, than it keeps until somebody asks."""
+
+    def __init__(self) -> None:
+        self._newest = 1
+        self._told = asyncio.Condition()
+
+    async def updates_after(self, number: int, wait_s: float) -> UpdateBatch:
+        async with self._told:
+            await self._told.wait_for(lambda: number < self._newest)
+            return UpdateBatch(epoch=1, newest=self._newest, updates=(), gap=number > 0, abilities=None)
+
+    async def update_of(self, job_id: str) -> None:
+        return None
+
+    async def forget(self) -> None:
+        async with self._told:
+            self._newest += 1
+            self._told.notify_all()
+
+
+@ray.remote(num_cpus=0)
 class ReplacedScheduler:
     """Is another one whenever it is asked to be, and knows of no job."""
 
@@ -212,3 +234,17 @@ async def test_a_front_door_ends_when_the_raylet_beside_it_has_ended() -> None:
         alive = False
         with pytest.raises(NodeGone):
             await link.background
+
+
+async def test_a_watcher_whose_news_the_scheduler_no_longer_had_is_told_to_look_again() -> None:
+    scheduler = ForgetfulScheduler.options(name="forgets", namespace=NAMESPACE).remote()  # type: ignore[attr-defined]
+
+    async def holder() -> str:
+        return "forgets"
+
+    async with ray_link(namespace=NAMESPACE, holder=holder) as link, aclosing(link.follow("job")) as updates:  # type: ignore[type-var]
+        async with asyncio.timeout(30):
+            for _ in range(3):
+                looking = asyncio.create_task(anext(updates))
+                await scheduler.forget.remote()
+                assert await looking == JobUpdate(job_id="job", event_seq=0, state="")

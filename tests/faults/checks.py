@@ -258,8 +258,8 @@ _ONCE = (4, 16, 22)
 # --- fairness -------------------------------------------------------------------------------------------
 
 
-async def the_order_was_kept(evidence: Evidence) -> list[str]:
-    """The journal of all schedulers, replayed by the fairness auditor, and held against what is stored."""
+async def audited(evidence: Evidence) -> Sequence[Finding]:
+    """Return what the fairness auditor finds in the journal of all schedulers, of bounds that always hold."""
     now = datetime.now(UTC) + timedelta(seconds=1)
     period = await journal.read(evidence.connection, start=now - timedelta(days=1), end=now)
     closing: defaultdict[AccountId, dict[Tier, FairShare]] = defaultdict(dict)
@@ -268,11 +268,12 @@ async def the_order_was_kept(evidence: Evidence) -> list[str]:
             finish_tag=row["finish_tag"], tag=row["tag"], usage=row["usage"]
         )
     findings = audit(replace(period.journal, closing=closing, ended_ms=to_ms(now)), Parameters())
-    return [
-        _sentence(finding)
-        for finding in findings
-        if finding.bound in FAIRNESS and finding.verdict is Verdict.VIOLATED
-    ]
+    return [finding for finding in findings if finding.bound in FAIRNESS]
+
+
+async def the_order_was_kept(evidence: Evidence) -> list[str]:
+    """The journal of all schedulers, replayed by the fairness auditor, and held against what is stored."""
+    return [_sentence(finding) for finding in await audited(evidence) if finding.verdict is Verdict.VIOLATED]
 
 
 def _sentence(finding: Finding) -> str:

@@ -21,6 +21,7 @@ from scheduler.frontdoor.artifacts import Artifacts
 from scheduler.frontdoor.deletions import Deletions
 from scheduler.frontdoor.orphans import Orphans
 from scheduler.metrics import FrontDoorMetrics
+from scheduler.policy.auditing.findings import Bound
 from scheduler.store import invariants
 from scheduler.store.pool import open_pool
 from scheduler.v1 import job_pb2
@@ -64,6 +65,8 @@ class Report:
     wait_s: float = 0.0
     """The longest from acceptance to the first start."""
     counters: Counter[Sometimes] = field(default_factory=Counter)
+    cases: Counter[Bound] = field(default_factory=Counter)
+    """How often each bound of fairness that always holds could have been broken."""
     orphans: int = 0
     """Files that faults left behind, which the sweep for orphans removed."""
 
@@ -235,6 +238,7 @@ async def _judged(
         found += leaks
         found += await checks.findings(evidence)
         counters = await count(connection, said=it.said(), promises=crowd.promises)
+        cases = Counter({one.bound: one.cases for one in await checks.audited(evidence)})
         standstills = await _standstills(connection)
         created = {one.job_id for one in crowd.promises if one.deed is Deed.CREATED}
         return Report(
@@ -254,6 +258,7 @@ async def _judged(
                      FROM scheduler.job"""
             ),
             counters=counters,
+            cases=cases,
             orphans=orphans,
             findings=tuple(found),
         )

@@ -23,7 +23,8 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
 
 from scheduler.logs import configure_logs
-from tests.faults.checks import Wrong
+from scheduler.policy.auditing.findings import Bound
+from tests.faults.checks import FAIRNESS, Wrong
 from tests.faults.counters import REQUIRED, Sometimes
 from tests.faults.plan import Kind, plan_of
 from tests.faults.run import Report, run
@@ -92,6 +93,8 @@ def table(reports: Sequence[Report]) -> str:
     refused = sum((one.refused for one in reports), Counter[str]())
     lines.append("struck: " + ", ".join(f"{kind} {faults[kind]}" for kind in Kind))
     lines.append("sometimes: " + ", ".join(f"{what} {counters[what]}" for what in Sometimes))
+    cases = sum((one.cases for one in reports), Counter[Bound]())
+    lines.append("cases of bounds: " + ", ".join(f"{bound} {cases[bound]}" for bound in FAIRNESS))
     lines.append("refused: " + ", ".join(f"{reason} {times}" for reason, times in sorted(refused.items())))
     if missed := never(reports):
         lines.append("never: " + ", ".join(missed))
@@ -99,9 +102,11 @@ def table(reports: Sequence[Report]) -> str:
 
 
 def never(reports: Sequence[Report]) -> list[str]:
-    """Return the kinds of faults that hit nothing in any run, and the rare things that did not happen."""
-    return [kind for kind in Kind if not any(one.faults[kind] for one in reports)] + [
-        what for what in REQUIRED if not any(one.counters[what] for one in reports)
+    """Return what no run proved anything of: kinds of faults, rare things, and bounds without any case."""
+    return [
+        *[kind for kind in Kind if not any(one.faults[kind] for one in reports)],
+        *[what for what in REQUIRED if not any(one.counters[what] for one in reports)],
+        *[bound for bound in FAIRNESS if not any(one.cases[bound] for one in reports)],
     ]
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from scheduler.store import invariants
 from scheduler.v1 import job_pb2, job_pb2_grpc
-from tests.faults.checks import Of, Wrong
+from tests.faults.checks import FAIRNESS, Of, Wrong
 from tests.faults.counters import REQUIRED
 from tests.faults.crowd import Crowd, Habit, Member
 from tests.faults.plan import Kind
@@ -51,9 +51,10 @@ def test_what_was_done_twice_is_counted_whoever_found_it() -> None:
 def test_what_has_to_be_hit_may_be_hit_in_any_of_the_seeds() -> None:
     half = len(Kind) // 2
     first = Report(seed=1, findings=(), faults=Counter(list(Kind)[:half]), counters=Counter(REQUIRED))
-    second = Report(seed=2, findings=(), faults=Counter(list(Kind)[half:]))
+    second = Report(seed=2, findings=(), faults=Counter(list(Kind)[half:]), cases=Counter(FAIRNESS))
     assert never([first, second]) == []
     assert never([second]) == [*list(Kind)[:half], *REQUIRED]
+    assert never([first]) == [*list(Kind)[half:], *FAIRNESS]
     assert "never: " in table([second])
 
 
