@@ -98,10 +98,13 @@ class ForgetfulScheduler:
 
     def __init__(self) -> None:
         self._newest = 1
+        self._asked_after = 0
         self._told = asyncio.Condition()
 
     async def updates_after(self, number: int, wait_s: float) -> UpdateBatch:
         async with self._told:
+            self._asked_after = number
+            self._told.notify_all()
             await self._told.wait_for(lambda: number < self._newest)
             return UpdateBatch(epoch=1, newest=self._newest, updates=(), gap=number > 0, abilities=None)
 
@@ -109,7 +112,9 @@ class ForgetfulScheduler:
         return None
 
     async def forget(self) -> None:
+        """Have such news, once somebody knows all before it."""
         async with self._told:
+            await self._told.wait_for(lambda: self._asked_after == self._newest)
             self._newest += 1
             self._told.notify_all()
 
