@@ -299,9 +299,9 @@ class Course:
             name="adapting",
             modules=adapter.modules,
             loss=partial(self._loss_of_adapting, adapter),
-            steps=1_500,
+            steps=3_000,
             batch=_LATENTS,
-            rate=3e-4,
+            rate=2e-3,
             average=0.998,
         )
         if not self._learned(adapting, until):
@@ -455,7 +455,7 @@ class Course:
         shard = self._shards.pictures(_FIRST_ADAPTING + step // _ADAPTING_STEPS_OF_SHARD)
         rows = torch.randint(len(shard.pictures), (_LATENTS,), generator=generator)
         pictures = levels(torch.from_numpy(shard.pictures[rows.numpy()])).to(self._device)
-        times = torch.randint(len(self._alphas), (_LATENTS,), generator=generator).to(self._device)
+        times = (torch.rand(_LATENTS, generator=generator).sqrt() * len(self._alphas)).long().to(self._device)
         unsaid = torch.rand(_LATENTS, generator=generator) < _UNSAID
         unseen = torch.rand(_LATENTS, generator=generator) < _UNSEEN
         said = torch.where(unsaid[:, None], self._nothing_said, shard.tokens[rows]).to(self._device)

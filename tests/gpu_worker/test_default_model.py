@@ -31,7 +31,7 @@ pytestmark = [
 _GOLDEN = Path(__file__).with_name("golden")
 _GRID = _GOLDEN / "default_model.png"
 _SHOWN = _GOLDEN / "a_red_apple.png"
-"""Noto Emoji's, as it is in the package that the model was trained with (Apache-2.0)."""
+"""Noto Emoji's, from the data that the model was trained with (Apache-2.0), on white as a front door puts it."""
 _PROMPTS = (
     "a red apple",
     "a cat",
@@ -189,7 +189,10 @@ def test_the_more_a_shown_picture_counts_the_more_of_its_colour_is_in_what_is_dr
             replace(plain, prompt="", parts=(text,), pictures=(shown,)), pictures=(_SHOWN.read_bytes(),)
         )
 
-    assert redness(plain) + 20 < with_red_apple(WHOLE_PPM // 4) < with_red_apple(WHOLE_PPM // 2)
+    seldom, half, often = (with_red_apple(WHOLE_PPM * quarters // 4) for quarters in (1, 2, 3))
+    assert redness(plain) + 4 < seldom, (redness(plain), seldom)
+    assert seldom + 10 < half, (seldom, half)
+    assert half + 10 < often, (half, often)
 
 
 def draw_golden() -> None:
