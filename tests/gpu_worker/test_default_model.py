@@ -31,7 +31,7 @@ pytestmark = [
 _GOLDEN = Path(__file__).with_name("golden")
 _GRID = _GOLDEN / "default_model.png"
 _SHOWN = _GOLDEN / "a_red_apple.png"
-"""Noto Emoji's, from the data that the model was trained with (Apache-2.0), on white as a front door puts it."""
+"""Noto Emoji's, from the data that it was trained with (Apache-2.0), on white as a front door puts it."""
 _PROMPTS = (
     "a red apple",
     "a cat",
