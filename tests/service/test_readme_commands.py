@@ -49,7 +49,8 @@ class Reader:
         told = {name: value for name, value in os.environ.items() if not name.startswith("DARKROOM_")}
         programs = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         done = subprocess.run(
-            ["bash", "-c", line],
+            # With something behind it bash stays, as where people type, and is found by who asks for it.
+            ["bash", "-ec", f"{line}\n:"],
             cwd=self.folder,
             env={**told, "HOME": str(self.home), "PATH": programs},
             input="yes\n",
