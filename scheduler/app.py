@@ -81,7 +81,7 @@ async def running(
     saying what to do, where Ray, PostgreSQL, what sends traces, or GPUs that are demanded cannot be had.
     """
     models = read_models(settings.models_file)
-    settings = settled(settings, usable_gpus())
+    settings = settled(settings, usable_gpus)
     async with AsyncExitStack() as stack:
         # What takes seconds is told before, for whoever sits in front of it.
         if settings.database.dsn is None:

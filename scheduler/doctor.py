@@ -244,7 +244,7 @@ def _store(url: str, shown: str) -> Diagnosis:
 
 def _cluster(settings: Settings) -> Iterator[Diagnosis]:
     if settings.ray.address is None:
-        yield _local(settings, usable_gpus())
+        yield _local(settings)
         return
     yield ray_token()
     from scheduler.cluster.census import take_census
@@ -263,12 +263,12 @@ def _cluster(settings: Settings) -> Iterator[Diagnosis]:
             yield warn(what, f"{sentence}; installed is {settings.release}.", _UPGRADE)
 
 
-def _local(settings: Settings, gpus: int) -> Diagnosis:
+def _local(settings: Settings) -> Diagnosis:
     try:
-        local = settled(settings, gpus)
+        local = settled(settings, usable_gpus)
     except RuntimeError as wrong:
         return fail("Ray", f"{wrong}.", "ray.local_gpus or worker.device in darkroom.toml")
-    on = "the CPU" if local.worker.device == "cpu" else "a stub" if local.worker.engine == "timed" else "GPUs"
+    on = "a stub" if local.worker.engine == "timed" else "the CPU" if local.worker.device == "cpu" else "GPUs"
     return ok("Ray", f"local, with workers on {on}: {local.ray.local_gpus}, while `darkroom serve` runs")
 
 

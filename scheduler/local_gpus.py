@@ -5,14 +5,15 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+from collections.abc import Callable
 
 from scheduler.settings import Settings
 
 _WITHOUT_ANY = 2
 
 
-def settled(settings: Settings, gpus: int) -> Settings:
-    """Return the settings of a local Ray on a machine where `gpus` GPUs can be used.
+def settled(settings: Settings, count_gpus: Callable[[], int]) -> Settings:
+    """Return the settings of a local Ray on this machine; `count_gpus` is asked where GPUs may be drawn on.
 
     What they leave open is decided: a worker for each GPU, and two that draw on the CPU where there is none.
     Of workers that draw on no GPU there are as many as wanted. Settings of a cluster stay as they are.
@@ -23,6 +24,7 @@ def settled(settings: Settings, gpus: int) -> Settings:
         return settings
     workers, device = settings.ray.local_gpus, settings.worker.device
     if device != "cpu" and settings.worker.engine != "timed":
+        gpus = count_gpus()
         if gpus == 0 and device == "cuda":
             raise RuntimeError(
                 "worker.device = cuda, but no GPU can be used on this machine: `darkroom doctor` says "

@@ -420,8 +420,7 @@ class Course:
         rows = torch.randint(len(shard.tokens), (_LATENTS,), generator=generator)
         latents = shard.latents[rows].float()
         most = torch.where(shard.close[rows], _CLOSE_TIMES, len(self._alphas))
-        # What a picture is of is decided where there is nearly but noise: that is asked for more often.
-        times = (torch.rand(_LATENTS, generator=generator).sqrt() * most).long().to(self._device)
+        times = _times(most, generator).to(self._device)
         noise = torch.randn(latents.shape, generator=generator).to(self._device)
         unsaid = torch.rand(_LATENTS, generator=generator) < _DROPPED
         said = torch.where(unsaid[:, None], self._nothing_said, shard.tokens[rows]).to(self._device)
@@ -455,7 +454,7 @@ class Course:
         shard = self._shards.pictures(_FIRST_ADAPTING + step // _ADAPTING_STEPS_OF_SHARD)
         rows = torch.randint(len(shard.pictures), (_LATENTS,), generator=generator)
         pictures = levels(torch.from_numpy(shard.pictures[rows.numpy()])).to(self._device)
-        times = (torch.rand(_LATENTS, generator=generator).sqrt() * len(self._alphas)).long().to(self._device)
+        times = _times(len(self._alphas), generator).to(self._device)
         unsaid = torch.rand(_LATENTS, generator=generator) < _UNSAID
         unseen = torch.rand(_LATENTS, generator=generator) < _UNSEEN
         said = torch.where(unsaid[:, None], self._nothing_said, shard.tokens[rows]).to(self._device)
@@ -503,6 +502,14 @@ def _share_of_rate(step: int, steps: int) -> float:
     """Return how much of its rate a lesson learns with: all of it, but at the start and in the last third."""
     left = (steps - step) / (_LAST_PART * steps)
     return min(1.0, (step + 1) / _FIRST_STEPS, max(left, _LEAST_RATE))
+
+
+def _times(most: torch.Tensor | int, generator: torch.Generator) -> torch.Tensor:
+    """Return times below `most`, of shape (_LATENTS,).
+
+    What a picture is of is decided where there is nearly but noise: that is asked for more often.
+    """
+    return (torch.rand(_LATENTS, generator=generator).sqrt() * most).long()
 
 
 def _generator(lesson: int, step: int) -> torch.Generator:

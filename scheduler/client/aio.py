@@ -569,7 +569,7 @@ class DarkroomClient:
                     except (grpc.aio.AioRpcError, NoAnswerInTime) as failure:
                         request.after = await saving.broke_off()
                         repeats = 1 if len(saving) > before else repeats + 1
-                        error, most = self._broken(failure, has_some=bool(len(saving)))
+                        error, most = self._broken(failure, has_some=len(saving) > 0)
                         if repeats > most:
                             raise error from failure
                         await self._wait_before(repeats, error)

@@ -111,7 +111,7 @@ class ForgetfulScheduler:
     async def update_of(self, job_id: str) -> None:
         return None
 
-    async def forget(self) -> None:
+    async def change(self) -> None:
         """Have such news, once somebody knows all before it."""
         async with self._told:
             await self._told.wait_for(lambda: self._asked_after == self._newest)
@@ -139,7 +139,7 @@ class ReplacedScheduler:
     async def update_of(self, job_id: str) -> None:
         return None
 
-    async def replace(self) -> None:
+    async def change(self) -> None:
         """Be another one, once somebody knows this one."""
         async with self._changed:
             await self._changed.wait_for(lambda: self._told == self._epoch)
@@ -212,19 +212,21 @@ async def test_line_outlives_a_database_that_is_away_and_then_delivers_every_not
         assert not link.background.done()
 
 
-async def test_each_change_of_the_scheduler_tells_a_watcher_to_look_again() -> None:
-    scheduler = ReplacedScheduler.options(name="replaced", namespace=NAMESPACE).remote()  # type: ignore[attr-defined]
+@pytest.mark.parametrize("kind", [ReplacedScheduler, ForgetfulScheduler], ids=["replaced", "forgets"])
+async def test_a_watcher_is_told_to_look_again_whenever_there_may_be_news_that_nobody_has(kind: Any) -> None:
+    scheduler = kind.options(name="changes", namespace=NAMESPACE).remote()
 
     async def holder() -> str:
-        return "replaced"
+        return "changes"
 
     async with ray_link(namespace=NAMESPACE, holder=holder) as link, aclosing(link.follow("job")) as updates:  # type: ignore[type-var]
         async with asyncio.timeout(30):
             for _ in range(3):
                 looking = asyncio.create_task(anext(updates))
-                await scheduler.replace.remote()
+                await scheduler.change.remote()
                 # Nothing of the job itself is in it, and so all of them say the same.
                 assert await looking == JobUpdate(job_id="job", event_seq=0, state="")
+    ray.kill(scheduler)
 
 
 async def test_a_front_door_ends_when_the_raylet_beside_it_has_ended() -> None:
@@ -239,17 +241,3 @@ async def test_a_front_door_ends_when_the_raylet_beside_it_has_ended() -> None:
         alive = False
         with pytest.raises(NodeGone):
             await link.background
-
-
-async def test_a_watcher_whose_news_the_scheduler_no_longer_had_is_told_to_look_again() -> None:
-    scheduler = ForgetfulScheduler.options(name="forgets", namespace=NAMESPACE).remote()  # type: ignore[attr-defined]
-
-    async def holder() -> str:
-        return "forgets"
-
-    async with ray_link(namespace=NAMESPACE, holder=holder) as link, aclosing(link.follow("job")) as updates:  # type: ignore[type-var]
-        async with asyncio.timeout(30):
-            for _ in range(3):
-                looking = asyncio.create_task(anext(updates))
-                await scheduler.forget.remote()
-                assert await looking == JobUpdate(job_id="job", event_seq=0, state="")

@@ -15,7 +15,7 @@ def some_settings(**sections: Any) -> Settings:
 
 
 def decided(settings: Settings, gpus: int) -> tuple[int, str]:
-    found = settled(settings, gpus)
+    found = settled(settings, lambda: gpus)
     return found.ray.local_gpus, found.worker.device
 
 
@@ -33,12 +33,12 @@ def test_as_many_as_are_wanted_if_there_are_gpus_for_them_or_none_at_all(gpus: i
 
 def test_more_than_there_are_gpus_are_refused_with_both_ways_out() -> None:
     with pytest.raises(RuntimeError, match=r"local_gpus = 4, but 1 GPUs.*set it to 0.*worker\.device = cpu"):
-        settled(some_settings(ray={"local_gpus": 4}), 1)
+        settled(some_settings(ray={"local_gpus": 4}), lambda: 1)
 
 
 def test_a_gpu_that_is_demanded_and_not_there_is_an_error() -> None:
     with pytest.raises(RuntimeError, match=r"worker\.device = cuda, but no GPU can be used"):
-        settled(some_settings(worker={"device": "cuda"}), 0)
+        settled(some_settings(worker={"device": "cuda"}), lambda: 0)
 
 
 @pytest.mark.parametrize("worker", [{"device": "cpu"}, {"engine": "timed"}])
@@ -51,7 +51,7 @@ def test_a_cluster_stays_as_it_is_told() -> None:
     cluster = some_settings(
         ray={"address": "auto"}, database={"dsn": "postgresql://db/darkroom"}, artifacts_url="s3://pictures"
     )
-    assert settled(cluster, 4) is cluster
+    assert settled(cluster, lambda: 4) is cluster
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -38,11 +38,6 @@ class Reader:
     """Somebody at a shell of their own, with a home, who has been told nothing by the environment."""
 
     folder: Path
-    home: Path = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "home", self.folder / "home")
-        self.home.mkdir(parents=True)
 
     def types(self, line: str) -> str:
         """Run a line as it stands, say yes to what it asks, and return what it prints."""
@@ -52,7 +47,7 @@ class Reader:
             # With something behind it bash stays, as where people type, and is found by who asks for it.
             ["bash", "-ec", f"{line}\n:"],
             cwd=self.folder,
-            env={**told, "HOME": str(self.home), "PATH": programs},
+            env={**told, "HOME": str(self.folder), "PATH": programs},
             input="yes\n",
             capture_output=True,
             text=True,
@@ -107,9 +102,11 @@ def place() -> Iterator[Place]:
         recordings.mkdir()
         with service(folder / "data", record_to=recordings) as running:
             key = asyncio.run(People(running.address, running.admin_key).key("reader"))
-            staff = Reader(folder / "staff")
+            client, staff = Reader(folder / "client"), Reader(folder / "staff")
+            for each in (client, staff):
+                each.folder.mkdir()
             staff.is_told(running.address, running.admin_key)
-            yield Place(running, recordings, key, Reader(folder / "client"), staff)
+            yield Place(running, recordings, key, client, staff)
 
 
 def test_every_command_of_the_readme_does_its_work_in_the_order_in_which_it_stands(place: Place) -> None:
